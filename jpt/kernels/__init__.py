@@ -1,0 +1,1 @@
+"""One operation per file: a jnp reference, the fast implementations, and the one function that picks."""

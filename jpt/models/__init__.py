@@ -1,0 +1,1 @@
+"""Mathematics of the models, and nothing else."""

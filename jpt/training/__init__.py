@@ -1,0 +1,1 @@
+"""Objective, optimizer, step and loop that every training job shares."""
