@@ -1,0 +1,75 @@
+"""The product of every linear layer: `dot(x, kernel)`, where the type of the kernel decides how it is computed.
+
+A kernel is an array [out, in], or a weight type of this package: a registered dataclass pytree with a logical
+`shape`, `ndim` and `dtype`. Stacked on a leading repeats axis it passes through `jax.lax.scan`, which hands `dot` one
+layer of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraKernel:
+    """A weight and a low-rank addition to it: base + scale * b a (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+    `base` [out, in] is itself any weight, `a` [rank, in], `b` [out, rank]; all may carry the same leading repeats axis.
+    """
+
+    base: Weight
+    a: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={'static': True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+
+Weight = jax.Array | LoraKernel
+
+
+def dot(x: jax.Array, kernel: Weight) -> jax.Array:
+    """Multiplies x[..., in] by a kernel [out, in] and returns [..., out] in the dtype of x.
+
+    Arrays are cast to the dtype of x first: this is where float32 master weights meet a bfloat16 computation.
+    """
+    match kernel:
+        case LoraKernel(base, a, b, scale):
+            return dot(x, base) + scale * _dot_array(_dot_array(x, a), b)
+        case jax.Array() | np.ndarray():
+            return _dot_array(x, kernel)
+        case _:
+            raise TypeError(f'kernel of type {type(kernel).__name__}: expected an array or one of LoraKernel')
+
+
+def dense(kernel: Weight) -> jax.Array:
+    """The array [..., out, in] that a weight stands for, in its own dtype; products are taken in at least float32."""
+    match kernel:
+        case LoraKernel(base, a, b, scale):
+            wide = jnp.promote_types(kernel.dtype, jnp.float32)
+            delta = jnp.matmul(b.astype(wide), a.astype(wide), precision='highest')
+            return (dense(base).astype(wide) + scale * delta).astype(kernel.dtype)
+        case jax.Array() | np.ndarray():
+            return jnp.asarray(kernel)
+        case _:
+            raise TypeError(f'kernel of type {type(kernel).__name__}: expected an array or one of LoraKernel')
+
+
+def _dot_array(x: jax.Array, kernel: jax.Array | np.ndarray) -> jax.Array:
+    contract = ((x.ndim - 1,), (1,)), ((), ())
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), contract, preferred_element_type=x.dtype)
