@@ -1,0 +1,72 @@
+"""The attention part of a layer: projections, per-head norms, rotary embedding, cache."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jpt.kernels.attention import attention
+from jpt.models.cache import LayerCache
+from jpt.models.config import Compute, LayerKind, ModelConfig, Rope
+from jpt.models.layers import Linear, RMSNorm
+from jpt.models.rope import apply_rope
+
+
+class Where(NamedTuple):
+    """Where the tokens of a batch stand: positions and segments [B, T], and the angles of each rotary embedding."""
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    ropes: tuple[tuple[jax.Array, jax.Array], ...]  # in the order of cfg.ropes()
+
+    def rope(self, cfg: ModelConfig, rope: Rope) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine [B, T, H/2] of one of the model's rotary embeddings."""
+        return self.ropes[cfg.ropes().index(rope)]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. [B, T, D] -> [B, T, D], and the cache with the new keys and values."""
+
+    cfg: ModelConfig
+    kind: LayerKind
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+        cfg, kind, place = self.cfg, self.kind, self.compute.place
+        batch, length = x_BTD.shape[:2]
+
+        def heads(name: str, count: int) -> jax.Array:
+            flat = Linear(count * cfg.head_dim, cfg.qkv_bias, name=name)(x_BTD)
+            return place(flat.reshape(batch, length, count, cfg.head_dim), ('batch', 'length', 'heads', None))
+
+        q_BTNH, k_BTKH, v_BTKH = heads('q', cfg.num_heads), heads('k', cfg.num_kv_heads), heads('v', cfg.num_kv_heads)
+        if cfg.qk_norm:
+            q_BTNH = RMSNorm(cfg.norm_eps, cfg.norm_offset, name='q_norm')(q_BTNH)
+            k_BTKH = RMSNorm(cfg.norm_eps, cfg.norm_offset, name='k_norm')(k_BTKH)
+        if kind.rope is not None:
+            cos, sin = where.rope(cfg, kind.rope)
+            q_BTNH, k_BTKH = apply_rope(q_BTNH, cos, sin), apply_rope(k_BTKH, cos, sin)
+        q_BTNH = checkpoint_name(q_BTNH, 'query')
+        k_BSKH, v_BSKH = checkpoint_name(k_BTKH, 'key'), checkpoint_name(v_BTKH, 'value')
+        k_positions, k_segments = where.positions_BT, where.segments_BT
+        if cache is not None:
+            cache = cache.write(k_BTKH, v_BTKH)
+            k_BSKH, v_BSKH = cache.read()
+            k_positions, k_segments = cache.positions_BS, cache.segments_BS
+        out_BTNH = attention(
+            q_BTNH,
+            k_BSKH.astype(q_BTNH.dtype),
+            v_BSKH.astype(q_BTNH.dtype),
+            q_positions_BT=where.positions_BT,
+            k_positions_BS=k_positions,
+            q_segments_BT=where.segments_BT,
+            k_segments_BS=k_segments,
+            window=kind.window,
+            soft_cap=cfg.attention_soft_cap,
+            scale=cfg.scale,
+            implementation=self.compute.attention,
+        )
+        out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
+        return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache

@@ -1,0 +1,170 @@
+"""What fixes a model's computation (`ModelConfig`) and how it is run (`Compute`); both frozen and hashable.
+
+Layers are described as segments: a segment is a period of layer kinds, repeated. A dense model is one segment of
+period 1; Gemma 3 is a segment of period 6 and one for the remainder; a family that starts with two dense layers and
+goes on with experts would be two segments.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import jax
+from jax.typing import DTypeLike
+
+RopeKind = Literal['default', 'linear', 'dynamic', 'yarn', 'llama3']
+Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu']
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base, and how it is stretched beyond the length it was trained on."""
+
+    theta: float = 10_000.0
+    kind: RopeKind = 'default'
+    factor: float = 1.0
+    original_length: int = 0  # positions seen before stretching; unused by 'default' and 'linear'
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: multiplies cos and sin; None derives it from the next two
+    mscale: float = 0.0  # yarn
+    mscale_all_dim: float = 0.0  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What one layer computes, where layers of a model differ."""
+
+    rope: Rope | None = None  # None: no rotary embedding
+    window: int | None = None  # a query sees the keys at distance < window
+    mlp_width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A period of layer kinds and how often it repeats; its layers are numbered period by period."""
+
+    kinds: tuple[LayerKind, ...]
+    repeats: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds) * self.repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the computation of a decoder-only transformer."""
+
+    family: str  # the Hugging Face model_type, which names tensors and config fields
+    vocab_size: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    segments: tuple[Segment, ...]
+    max_length: int  # positions the model was trained for
+    activation: Activation = 'silu'
+    gated_mlp: bool = True
+    norm: Literal['rms', 'layer'] = 'rms'
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # Gemma multiplies by (1 + scale)
+    post_norms: bool = False  # Gemma 2 and 3 also normalize what attention and MLP return
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    embed_scale: float | None = None
+    learned_positions: bool = False
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ('vocab_size', 'width', 'num_heads', 'num_kv_heads', 'head_dim', 'max_length'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'ModelConfig.{name}={getattr(self, name)}: expected a positive integer')
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f'ModelConfig.num_kv_heads={self.num_kv_heads}: expected a divisor of num_heads={self.num_heads}'
+            )
+        if self.head_dim % 2 and any(kind.rope for kind in self.layer_kinds()):
+            raise ValueError(f'ModelConfig.head_dim={self.head_dim}: rotary embedding needs an even head dimension')
+        if not self.segments or self.num_layers < 1:
+            raise ValueError('ModelConfig.segments: expected at least one layer')
+
+    @property
+    def num_layers(self) -> int:
+        return sum(segment.num_layers for segment in self.segments)
+
+    @property
+    def scale(self) -> float:
+        """The factor on attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def layer_kinds(self) -> Iterator[LayerKind]:
+        """The kinds of all layers, in order."""
+        for segment in self.segments:
+            for _ in range(segment.repeats):
+                yield from segment.kinds
+
+    def layer_index(self, segment: int, kind: int, repeat: int) -> int:
+        """The number of a layer in the whole model, from its place in the segments."""
+        before = sum(s.num_layers for s in self.segments[:segment])
+        return before + repeat * len(self.segments[segment].kinds) + kind
+
+    def ropes(self) -> tuple[Rope, ...]:
+        """The distinct rotary embeddings, in order of first use."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.layer_kinds() if kind.rope is not None))
+
+
+def segments_of(kinds: tuple[LayerKind, ...], period: int) -> tuple[Segment, ...]:
+    """Segments for a list of layers that repeats with `period`; what remains over becomes a second segment.
+
+    Raises:
+        ValueError: the layers do not repeat with this period.
+    """
+    repeats, rest = divmod(len(kinds), period)
+    if kinds != (kinds[:period] * (repeats + 1))[: len(kinds)]:
+        raise ValueError(f'layers do not repeat with period {period}: {kinds}')
+    whole = (Segment(kinds[:period], repeats),) if repeats else ()
+    return whole + ((Segment(kinds[:rest], 1),) if rest else ())
+
+
+def runs_of(kinds: tuple[LayerKind, ...]) -> tuple[Segment, ...]:
+    """Segments for a list of layers: the shortest period that serves the whole list, else runs of equal layers."""
+    for period in range(1, min(len(kinds), 8) + 1):
+        if kinds == (kinds[:period] * (len(kinds) // period + 1))[: len(kinds)] and len(kinds) > period:
+            return segments_of(kinds, period)
+    runs: list[Segment] = []
+    for kind in kinds:
+        if runs and runs[-1].kinds == (kind,):
+            runs[-1] = Segment((kind,), runs[-1].repeats + 1)
+        else:
+            runs.append(Segment((kind,), 1))
+    return tuple(runs)
+
+
+def unplaced(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The placement of activations on a single device: none."""
+    del axes
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is run; nothing here changes what is computed, up to rounding.
+
+    remat: 'none' keeps what the backward pass needs, 'full' keeps each layer's input only, 'dots' keeps the results of
+    matrix products; 'save:a,b' keeps what is named (see `block.NAMES`), 'offload:a,b' keeps it in host memory.
+    """
+
+    dtype: DTypeLike = 'float32'
+    remat: str = 'none'
+    attention: Literal['auto', 'blockwise', 'dense', 'cudnn'] = 'auto'
+    unroll: int = 1  # layers per iteration of the scan
+    place: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unplaced

@@ -1,0 +1,238 @@
+"""The one transformer: init, forward, unembed, and the pieces of forward that pipeline stages are made of."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jpt.kernels.vocab import embed_lookup
+from jpt.models.attention import Where
+from jpt.models.block import Block, apply_block
+from jpt.models.cache import KVCache, LayerCache, admit
+from jpt.models.config import Compute, ModelConfig, Segment
+from jpt.models.layers import norm
+from jpt.models.rope import rope_table
+from jpt.quant.dot import dot
+
+Params = dict[str, Any]
+
+
+class Forward(NamedTuple):
+    """What a forward pass returns; `taps` holds the hidden states that were asked for, by name, each [B, T, D]."""
+
+    hidden_BTD: jax.Array  # after the final norm
+    cache: KVCache | None
+    taps: dict[str, jax.Array]
+    aux: dict[str, tuple[jax.Array, jax.Array]]  # sums and counts of auxiliary losses; none for dense models
+
+
+def init(cfg: ModelConfig, key: jax.Array, dtype: DTypeLike = 'float32') -> Params:
+    """Random parameters: plain dicts, layers as `params['layers'][segment][kind]` stacked on the segment's repeats."""
+    keys = iter(jax.random.split(key, 3 + len(cfg.segments)))
+
+    def table(rows: int, std: float) -> jax.Array:
+        return std * jax.random.normal(next(keys), (rows, cfg.width), jnp.float32)
+
+    std = cfg.width**-0.5
+    params: Params = {'embed': {'embedding': table(cfg.vocab_size, std)}}
+    if cfg.learned_positions:
+        params['positions'] = {'embedding': table(cfg.max_length, 0.1 * std)}
+    params['layers'] = [_init_segment(cfg, segment, next(keys)) for segment in cfg.segments]
+    params['final_norm'] = norm_params(cfg)
+    if not cfg.tied:
+        params['lm_head'] = {'kernel': table(cfg.vocab_size, std)}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def norm_params(cfg: ModelConfig) -> Params:
+    """Fresh parameters of one norm."""
+    module = norm(cfg, 'norm').clone(parent=None, name=None)
+    return module.init(jax.random.key(0), jnp.zeros((1, cfg.width)))['params']
+
+
+def _init_segment(cfg: ModelConfig, segment: Segment, key: jax.Array) -> list[Params]:
+    hidden = jnp.zeros((1, 1, cfg.width))
+    where = locate(cfg, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), 'float32')
+
+    def stack(index: int) -> Params:
+        block = Block(cfg, segment.kinds[index], Compute(attention='dense'), parent=None)
+        keys = jax.random.split(jax.random.fold_in(key, index), segment.repeats)
+        return jax.vmap(lambda k: block.init(k, hidden, where)['params'])(keys)
+
+    return [stack(index) for index in range(len(segment.kinds))]
+
+
+def locate(cfg: ModelConfig, positions_BT: jax.Array, segments_BT: jax.Array, dtype: DTypeLike) -> Where:
+    """Positions, segments and rotary angles, computed once for all layers."""
+    tables = [rope_table(rope, cfg.head_dim, positions_BT, segments_BT, dtype) for rope in cfg.ropes()]
+    return Where(positions_BT, segments_BT, tuple(tables))
+
+
+def embed(
+    cfg: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, compute: Compute
+) -> jax.Array:
+    """The hidden states that enter the first layer, [B, T, D] in the compute dtype."""
+    hidden_BTD = embed_lookup(params['embed']['embedding'], tokens_BT).astype(compute.dtype)
+    if cfg.embed_scale is not None:
+        # Rounded to the compute dtype as the checkpoints of such families were trained.
+        hidden_BTD = hidden_BTD * jnp.asarray(cfg.embed_scale, compute.dtype)
+    if cfg.learned_positions:
+        hidden_BTD = hidden_BTD + jnp.take(params['positions']['embedding'], positions_BT, axis=0).astype(compute.dtype)
+    return compute.place(hidden_BTD, ('batch', 'length', None))
+
+
+class _Run(NamedTuple):
+    """What a run of layers carries from layer to layer."""
+
+    hidden_BTD: jax.Array
+    keys: list[jax.Array]
+    values: list[jax.Array]
+    taps: dict[str, jax.Array]
+
+
+def run_layers(
+    cfg: ModelConfig,
+    layers: Sequence[Sequence[Params]],
+    hidden_BTD: jax.Array,
+    where: Where,
+    compute: Compute,
+    cache: KVCache | None = None,
+    taps: Sequence[str] = (),
+) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+    """All layers of the model, segment by segment; each segment is one scan over its repeats."""
+    found: dict[str, jax.Array] = {}
+    all_keys, all_values = [], []
+    for index, segment in enumerate(cfg.segments):
+        run = _Run(
+            hidden_BTD,
+            cache.keys[index] if cache else [],
+            cache.values[index] if cache else [],
+            {name: jnp.zeros_like(hidden_BTD) for name in _taps_of(cfg, index, taps)},
+        )
+        run = _run_segment(cfg, index, segment, layers[index], run, where, compute, cache)
+        hidden_BTD = run.hidden_BTD
+        found.update(run.taps)
+        all_keys.append(run.keys)
+        all_values.append(run.values)
+    if cache is not None:
+        cache = cache._replace(keys=all_keys, values=all_values, next_slot=cache.next_slot + hidden_BTD.shape[1])
+    return hidden_BTD, cache, found
+
+
+def _run_segment(
+    cfg: ModelConfig,
+    index: int,
+    segment: Segment,
+    layers: Sequence[Params],
+    run: _Run,
+    where: Where,
+    compute: Compute,
+    cache: KVCache | None,
+) -> _Run:
+    blocks = [apply_block(cfg, kind, compute) for kind in segment.kinds]
+
+    def period(run: _Run, step: tuple[list[Params], jax.Array]) -> tuple[_Run, None]:
+        params, repeat = step
+        hidden, keys, values, taps = run.hidden_BTD, list(run.keys), list(run.values), dict(run.taps)
+        for kind, block in enumerate(blocks):
+            layer_cache = None
+            if cache is not None:
+                layer_cache = LayerCache(
+                    keys[kind], values[kind], repeat, cache.next_slot, cache.positions_BS, cache.segments_BS
+                )
+            inputs = hidden
+            hidden, layer_cache = block(params[kind], hidden, where, layer_cache)
+            if layer_cache is not None:
+                keys[kind], values[kind] = layer_cache.keys_RBSKH, layer_cache.values_RBSKH
+            for name in taps:
+                number, place = _parse_tap(name)
+                here = number == cfg.layer_index(index, kind, 0) + repeat * len(blocks)
+                taps[name] = jnp.where(here, inputs if place == 'input' else hidden, taps[name])
+        return _Run(hidden, keys, values, taps), None
+
+    steps = (list(layers), jnp.arange(segment.repeats, dtype=jnp.int32))
+    run, _ = jax.lax.scan(period, run, steps, unroll=min(compute.unroll, segment.repeats))
+    return run
+
+
+def _parse_tap(name: str) -> tuple[int, str]:
+    _, number, place = name.split('.')
+    return int(number), place
+
+
+def _taps_of(cfg: ModelConfig, segment: int, taps: Sequence[str]) -> list[str]:
+    first = cfg.layer_index(segment, 0, 0)
+    last = first + cfg.segments[segment].num_layers
+    return [name for name in taps if name.startswith('layers.') and first <= _parse_tap(name)[0] < last]
+
+
+def check_taps(cfg: ModelConfig, taps: Sequence[str]) -> None:
+    """Raises ValueError where a tap is not the name of a hidden state of this model."""
+    allowed = {'embed.output', 'final_norm.output'}
+    allowed |= {f'layers.{n}.{place}' for n in range(cfg.num_layers) for place in ('input', 'output')}
+    for name in taps:
+        if name not in allowed:
+            raise ValueError(
+                f"taps: {name!r}: expected 'embed.output', 'final_norm.output' or "
+                f"'layers.N.input', 'layers.N.output' with N from 0 to {cfg.num_layers - 1}"
+            )
+
+
+def final_norm(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    """The hidden states that the unembedding reads."""
+    apply: Callable[..., Any] = norm(cfg, 'norm').clone(parent=None, name=None).apply
+    return apply({'params': params['final_norm']}, hidden_BTD)
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    cache: KVCache | None = None,
+    taps: Sequence[str] = (),
+    *,
+    compute: Compute = Compute(),  # noqa: B008 (frozen)
+) -> Forward:
+    """Hidden states of a batch of tokens [B, T], after the final norm.
+
+    Positions default to 0..T-1 (plus what the cache holds) and segments to one text per row. With a cache the new
+    tokens are written to its next slots and attend to all of it. Taps name hidden states to return: 'embed.output',
+    'layers.N.input', 'layers.N.output', 'final_norm.output'.
+    """
+    check_taps(cfg, taps)
+    if positions_BT is None:
+        first = cache.next_slot if cache is not None else 0
+        positions_BT = jnp.broadcast_to(first + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+    if cache is not None:
+        cache = admit(cache, positions_BT, segment_ids_BT)
+    where = locate(cfg, positions_BT, segment_ids_BT, compute.dtype)
+    embedded_BTD = embed(cfg, params, tokens_BT, positions_BT, compute)
+    hidden_BTD, cache, found = run_layers(cfg, params['layers'], embedded_BTD, where, compute, cache, taps)
+    hidden_BTD = final_norm(cfg, params, hidden_BTD)
+    ends = {'embed.output': embedded_BTD, 'final_norm.output': hidden_BTD}
+    found.update({name: ends[name] for name in taps if name in ends})
+    return Forward(hidden_BTD, cache, found, {})
+
+
+def head_kernel(cfg: ModelConfig, params: Params) -> jax.Array:
+    """The unembedding matrix [V, D]: the embedding table itself where the model ties them."""
+    return params['embed']['embedding'] if cfg.tied else params['lm_head']['kernel']
+
+
+def unembed(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits [..., V] of hidden states [..., D], in at least float32; columns beyond the vocabulary are -inf."""
+    kernel = head_kernel(cfg, params)
+    logits = dot(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)), kernel)
+    if cfg.logit_soft_cap is not None:
+        logits = cfg.logit_soft_cap * jnp.tanh(logits / cfg.logit_soft_cap)
+    rows = kernel.shape[0]
+    if rows > cfg.vocab_size:
+        beyond = jnp.arange(rows).reshape((1,) * (logits.ndim - 1) + (rows,)) >= cfg.vocab_size
+        logits = jnp.where(beyond, -jnp.inf, logits)
+    return logits
