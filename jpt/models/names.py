@@ -1,6 +1,7 @@
 """Which tensor of a Hugging Face checkpoint is which leaf of the parameter tree, in both directions."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -127,7 +128,7 @@ def leaves(cfg: ModelConfig) -> list[Leaf]:
             for module, leaf, shape in _layer_shapes(cfg, kind.mlp_width):
                 layers = [cfg.layer_index(segment_index, kind_index, r) for r in range(segment.repeats)]
                 sources = tuple(_layer_source(dialect, layer, module, leaf) for layer in layers)
-                path = ('layers', segment_index, kind_index, *module.split('.'), leaf)
+                path: TreePath = ('layers', segment_index, kind_index, *module.split('.'), leaf)
                 found.append(Leaf(path, (segment.repeats, *shape), sources, True, _role(module, leaf)))
     for leaf in _norm_leaves(cfg):
         name = 'weight' if leaf == 'scale' else 'bias'
@@ -199,7 +200,7 @@ def get(tree: Any, path: TreePath) -> Any:
 def put(tree: dict[str, Any], path: TreePath, leaf: Any) -> None:
     """Sets the leaf at a path, making the dicts and lists on the way."""
     node: Any = tree
-    for key, following in zip(path[:-1], path[1:], strict=True):
+    for key, following in itertools.pairwise(path):
         if isinstance(node, list):
             while len(node) <= int(key):
                 node.append(None)
