@@ -1,0 +1,70 @@
+"""Distillation from a frozen teacher's full logits, computed beside the student in one program."""
+
+from typing import Any
+
+import jax
+
+from jpt.data.batch import Batch
+from jpt.kernels.head_loss import linear_loss
+from jpt.kernels.token_losses import distillation
+from jpt.models.config import Compute, ModelConfig
+from jpt.models.transformer import embed, final_norm, head_kernel, locate, run_layers
+from jpt.training.freeze import merge
+from jpt.training.objective import Objective, RunLayers, Sums, Tree, token_counts, token_weights
+
+
+def logit_distillation(
+    student: ModelConfig,
+    teacher: ModelConfig,
+    compute: Compute,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    run: RunLayers = run_layers,
+) -> Objective:
+    """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy (Hinton et al. 2015).
+
+    Raises:
+        ValueError: the vocabularies differ, or alpha or temperature is out of range.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f'teacher vocab_size={teacher.vocab_size}: expected the vocabulary of the student, {student.vocab_size}'
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f'distill.alpha={alpha}: expected a number from 0 to 1')
+    if not temperature > 0:
+        raise ValueError(f'distill.temperature={temperature}: expected a positive number')
+    configs = {'student': student, 'teacher': teacher}
+
+    def models(params: Tree, frozen: Tree) -> dict[str, Any]:
+        return {'student': merge(params, frozen['model']), 'teacher': frozen['teacher']}
+
+    def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, jax.Array]:
+        both = models(params, frozen)
+        return {name: embed(cfg, both[name], micro.tokens, micro.positions, compute) for name, cfg in configs.items()}
+
+    def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, jax.Array], micro: Batch) -> dict[str, jax.Array]:
+        both = models(layers, frozen_layers)
+        where = {name: locate(cfg, micro.positions, micro.segment_ids, compute.dtype) for name, cfg in configs.items()}
+        return {name: run(cfg, both[name], carry[name], where[name], compute)[0] for name, cfg in configs.items()}
+
+    def last(
+        params: Tree, frozen: Tree, carry: dict[str, jax.Array], micro: Batch, counts: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Sums]:
+        both = models(params, frozen)
+        hidden = {
+            name: final_norm(cfg, both[name], carry[name]).reshape(-1, cfg.width) for name, cfg in configs.items()
+        }
+        return linear_loss(
+            hidden['student'],
+            head_kernel(student, both['student']),
+            token_weights(micro, counts),
+            {'targets': micro.targets.reshape(-1), 'teacher_hidden': hidden['teacher']},
+            distillation(alpha=alpha, temperature=temperature, soft_cap=teacher.logit_soft_cap),
+            shared={'teacher_kernel': head_kernel(teacher, both['teacher'])},
+            vocab_size=student.vocab_size,
+            soft_cap=student.logit_soft_cap,
+        )
+
+    return Objective(token_counts, first, stage, last)

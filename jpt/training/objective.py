@@ -1,0 +1,90 @@
+"""What is minimized: four pure functions that the plain step composes and the pipeline calls stage by stage.
+
+A loss is a sum and a count. The counts of the whole global batch are computed first and enter before the head, so loss
+and gradient do not depend on microbatching, data parallelism, packing or chunking.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jpt.data.batch import Batch
+from jpt.kernels.head_loss import linear_loss
+from jpt.kernels.token_losses import cross_entropy
+from jpt.models.config import Compute, ModelConfig
+from jpt.models.transformer import embed, final_norm, head_kernel, locate, run_layers
+from jpt.training.freeze import merge
+
+Tree = Any
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective(NamedTuple):
+    """The four functions of a training objective.
+
+    `params` holds the trainable leaves (None where frozen); `frozen['model']` the others, and `frozen['teacher']` a
+    teacher where there is one. `layers` and `frozen_layers` are any run of layers, of the model and of what is frozen.
+    The carry is a pytree of float arrays that rides from stage to stage.
+    """
+
+    counts: Callable[[Batch], dict[str, jax.Array]]  # global counts, from the whole batch
+    first: Callable[[Tree, Tree, Batch], Tree]  # (params, frozen, micro) -> carry
+    stage: Callable[[Tree, Tree, Tree, Batch], Tree]  # (layers, frozen_layers, carry, micro) -> carry
+    last: Callable[[Tree, Tree, Tree, Batch, dict[str, jax.Array]], tuple[jax.Array, Sums]]
+
+
+RunLayers = Callable[..., tuple[jax.Array, Any, Any]]
+
+
+def token_counts(batch: Batch) -> dict[str, jax.Array]:
+    """How much loss weight the whole batch holds."""
+    return {'tokens': jnp.sum(batch.loss_mask, dtype=jnp.promote_types(batch.loss_mask.dtype, jnp.float32))}
+
+
+def token_weights(micro: Batch, counts: dict[str, jax.Array]) -> jax.Array:
+    """The weight [N] of every token of a microbatch in the loss of the whole batch; zeros where the batch is empty."""
+    total = counts['tokens']
+    return (micro.loss_mask / jnp.where(total > 0, total, 1)).reshape(-1)
+
+
+def layers_of(frozen: Tree) -> Tree:
+    """The layers of everything frozen, as `Objective.stage` takes them."""
+    return {name: tree['layers'] for name, tree in frozen.items()}
+
+
+def whole_loss(
+    objective: Objective, params: Tree, frozen: Tree, micro: Batch, counts: dict[str, jax.Array]
+) -> tuple[jax.Array, Sums]:
+    """The unpipelined composition of an objective's functions on one microbatch."""
+    carry = objective.first(params, frozen, micro)
+    carry = objective.stage(params['layers'], layers_of(frozen), carry, micro)
+    return objective.last(params, frozen, carry, micro, counts)
+
+
+def language_modeling(cfg: ModelConfig, compute: Compute, run: RunLayers = run_layers) -> Objective:
+    """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
+
+    def first(params: Tree, frozen: Tree, micro: Batch) -> jax.Array:
+        return embed(cfg, merge(params, frozen['model']), micro.tokens, micro.positions, compute)
+
+    def stage(layers: Tree, frozen_layers: Tree, hidden: jax.Array, micro: Batch) -> jax.Array:
+        where = locate(cfg, micro.positions, micro.segment_ids, compute.dtype)
+        return run(cfg, merge(layers, frozen_layers['model']), hidden, where, compute)[0]
+
+    def last(
+        params: Tree, frozen: Tree, hidden: jax.Array, micro: Batch, counts: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Sums]:
+        model = merge(params, frozen['model'])
+        return linear_loss(
+            final_norm(cfg, model, hidden).reshape(-1, cfg.width),
+            head_kernel(cfg, model),
+            token_weights(micro, counts),
+            {'targets': micro.targets.reshape(-1)},
+            cross_entropy(),
+            vocab_size=cfg.vocab_size,
+            soft_cap=cfg.logit_soft_cap,
+        )
+
+    return Objective(token_counts, first, stage, last)
