@@ -17,11 +17,9 @@ def update_ema(ema: Any, params: Any, decay: float, count: jax.Array) -> Any:
     While `count` updates (a scalar, the present one included) are few, decay is at most (1 + count) / (10 + count), so
     that the average forgets the first parameters at once instead of after 1 / (1 - decay) updates.
     """
-    count = count.astype(jnp.float32)
-    decay = jnp.minimum(decay, (1 + count) / (10 + count))
-    return jax.tree.map(
-        lambda old, new: old + (1 - decay).astype(old.dtype) * (new.astype(old.dtype) - old), ema, params
-    )
+    seen = count.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + seen) / (10 + seen))
+    return jax.tree.map(lambda old, new: old + rate.astype(old.dtype) * (new.astype(old.dtype) - old), ema, params)
 
 
 def _wide(leaf: jax.Array) -> jnp.dtype:

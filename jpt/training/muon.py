@@ -1,8 +1,8 @@
 """The direction of Muon: momentum made orthogonal by Newton-Schulz iterations, matrix by matrix.
 
-Kernels are stored (out, in) and stacked: the last two axes are one matrix, all axes before them count matrices. Queries,
-keys and values are separate leaves, so each is orthogonalized alone. Source: K. Jordan et al. 2024, "Muon: an optimizer
-for hidden layers in neural networks"; the 'rms' scale is that of Liu et al. 2025, arXiv:2502.16982, equation 4.
+Kernels are stored (out, in) and stacked: the last two axes are one matrix, all axes before them count matrices.
+Queries, keys and values are separate leaves, so each is orthogonalized alone. Source: K. Jordan et al. 2024, "Muon: an
+optimizer for hidden layers in neural networks"; the 'rms' scale is that of Liu et al. 2025, arXiv:2502.16982.
 """
 
 import math
@@ -37,8 +37,8 @@ def orthogonalize(matrices: jax.Array, steps: int = 5, dtype: jnp.dtype | None =
 def scale_of(shape: tuple[int, ...], scale: Scale) -> float:
     """What the orthogonal matrix [..., out, in] is multiplied by.
 
-    'spectral': sqrt(max(1, out / in)), learning rates are Muon's own (0.02 is usual). 'rms': 0.2 sqrt(max(out, in)), which
-    gives the update the size that AdamW's have, so that learning rate and decay of AdamW serve.
+    'spectral': sqrt(max(1, out / in)), learning rates are Muon's own (0.02 is usual). 'rms': 0.2 sqrt(max(out, in)),
+    which gives the update the size that AdamW's have, so that learning rate and decay of AdamW serve.
     """
     out, inner = shape[-2:]
     return math.sqrt(max(1.0, out / inner)) if scale == 'spectral' else 0.2 * math.sqrt(max(out, inner))
