@@ -176,11 +176,14 @@ def _layer_types(cfg: ModelConfig) -> list[str]:
 
 
 def _gemma_activation(fields: Fields) -> str:
-    # The first release says 'gelu' and means the tanh form; hidden_activation, where given, was always obeyed.
-    name = fields.text('hidden_activation', None) or fields.text('hidden_act', 'gelu_pytorch_tanh')
-    if name not in ('gelu', 'gelu_pytorch_tanh'):
-        raise ValueError(f"config.json: hidden_activation={name!r}: expected 'gelu' or 'gelu_pytorch_tanh'")
-    return 'gelu_tanh'
+    # Gemma 1 is ruled by hidden_act, where the first release's 'gelu' means the tanh form; its successors by
+    # hidden_activation, and published configs carry both.
+    own, other = (
+        ('hidden_act', 'hidden_activation') if fields.family == 'gemma' else ('hidden_activation', 'hidden_act')
+    )
+    fields.ignore(other)
+    known = ACTIVATION_NAMES | ({'gelu': 'gelu_tanh'} if fields.family == 'gemma' else {})
+    return fields.choice(own, known, 'gelu_pytorch_tanh')
 
 
 def _gemma_like(fields: Fields, kinds: tuple[LayerKind, ...] | None, **more: Any) -> ModelConfig:
@@ -204,12 +207,11 @@ def _read_gemma(fields: Fields) -> ModelConfig:
     return _gemma_like(fields, None, default_length=8192)
 
 
-def _gemma_post_norm_fields(fields: Fields, cap_logits: float | None, cap_scores: float | None) -> dict[str, Any]:
+def _gemma_post_norm_fields(fields: Fields, cap_logits: float | None) -> dict[str, Any]:
     return {
         'post_norms': True,
         'attention_scale': fields.number('query_pre_attn_scalar', 256) ** -0.5,
         'logit_soft_cap': fields.optional_number('final_logit_softcapping', cap_logits),
-        'attention_soft_cap': fields.optional_number('attn_logit_softcapping', cap_scores),
     }
 
 
@@ -220,7 +222,10 @@ def _read_gemma2(fields: Fields) -> ModelConfig:
     types = fields.layer_types(['full_attention' if i % 2 else 'sliding_attention' for i in range(layers)])
     fields.ignore('cache_implementation')
     kinds = tuple(LayerKind(rope, window if name == 'sliding_attention' else None) for name in types)
-    return _gemma_like(fields, kinds, default_length=8192, **_gemma_post_norm_fields(fields, 30.0, 50.0))
+    cap = fields.optional_number('attn_logit_softcapping', 50.0)
+    return _gemma_like(
+        fields, kinds, default_length=8192, attention_soft_cap=cap, **_gemma_post_norm_fields(fields, 30.0)
+    )
 
 
 def _read_gemma3(fields: Fields) -> ModelConfig:
@@ -232,13 +237,13 @@ def _read_gemma3(fields: Fields) -> ModelConfig:
     window = fields.optional_integer('sliding_window', 4096)
     kinds = tuple(LayerKind(ropes[name], window if name == 'sliding_attention' else None) for name in types)
     fields.ignore('cache_implementation')
-    return _gemma_like(
-        fields, kinds, default_length=131072, qk_norm=True, **_gemma_post_norm_fields(fields, None, None)
-    )
+    fields.ignore('attn_logit_softcapping')  # transformers' Gemma 3 has the field and never applies it
+    return _gemma_like(fields, kinds, default_length=131072, qk_norm=True, **_gemma_post_norm_fields(fields, None))
 
 
 def _write_gemma(cfg: ModelConfig) -> dict[str, Any]:
-    config = _write_llama_like(cfg) | {'attention_bias': cfg.qkv_bias, 'hidden_activation': 'gelu_pytorch_tanh'}
+    config = _write_llama_like(cfg) | {'attention_bias': cfg.qkv_bias}
+    config['hidden_activation'] = config['hidden_act']
     if cfg.family == 'gemma':
         return config
     del config['hidden_act']
