@@ -1,0 +1,154 @@
+"""Everything that a training job can be told: the dataclasses behind `python -m jpt.train --config=...`."""
+
+import dataclasses
+from typing import Literal
+
+from jpt.config import require
+from jpt.data.settings import DataConfig
+from jpt.models.block import remat_policy
+from jpt.sharding.mesh import MeshConfig
+from jpt.sharding.multihost import MultihostConfig
+from jpt.training.optimizer import OptimizerConfig
+from jpt.training.schedule import ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model to start from: a checkpoint's directory, or an architecture with random weights."""
+
+    path: str | None = None  # a Hugging Face directory or a jpt checkpoint; 'quickstart' is the teacher that jpt ships
+    architecture: dict[str, object] | None = None  # the fields of a Hugging Face config.json
+
+    def __post_init__(self) -> None:
+        one = (self.path is None) != (self.architecture is None)
+        require(self, 'path', one, 'a directory, or None and the fields of an architecture')
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """How a student learns from its teacher's logits."""
+
+    temperature: float = 1.0
+    alpha: float = 1.0  # weight of KL(teacher || student) * temperature^2; the rest is cross-entropy
+
+    def __post_init__(self) -> None:
+        require(self, 'temperature', self.temperature > 0, 'a positive number')
+        require(self, 'alpha', 0 <= self.alpha <= 1, 'a number from 0 to 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """The batch of one optimizer step, over all devices."""
+
+    size: int = 8  # rows
+    length: int = 256  # tokens of a row
+    microbatches: int = 1  # the step adds up gradients over so many parts; the result does not depend on it
+
+    def __post_init__(self) -> None:
+        for name in ('size', 'length', 'microbatches'):
+            require(self, name, getattr(self, name) > 0, 'a positive integer')
+        require(self, 'microbatches', self.size % self.microbatches == 0, f'a divisor of size={self.size}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the step is computed; nothing here changes what is computed, up to rounding."""
+
+    dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'  # of activations and products
+    param_dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'  # of the trained weights
+    remat: str = 'none'  # 'none', 'full', 'dots', 'save:names', 'offload:names'
+    attention: Literal['auto', 'blockwise', 'dense', 'cudnn'] = 'auto'
+    unroll: int = 1  # layers per iteration of the scan
+    pipeline: Literal['1f1b', 'gpipe'] = '1f1b'
+    chunks: int = 1  # virtual pipeline stages per device
+    xla_flags: str | None = None  # a preset of GPU flags, see jpt.training.xla_flags
+
+    def __post_init__(self) -> None:
+        require(self, 'unroll', self.unroll > 0, 'a positive integer')
+        require(self, 'chunks', self.chunks > 0, 'a positive integer')
+        if self.remat != 'none':
+            remat_policy(self.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters instead of full weights."""
+
+    targets: tuple[str, ...] = ('layers/**/attn/{q,k,v,out}',)  # path patterns of linear layers
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        require(self, 'rank', self.rank > 0, 'a positive integer')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out text and how often it is looked at."""
+
+    data: DataConfig | None = None
+    every: int = 0  # steps; 0: at the end only
+    batches: int = 0  # 0: all of the data
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved, and which saves are kept."""
+
+    every: int = 500  # steps
+    keep: int = 2  # the newest so many, and the best by held-out loss where there is evaluation
+    export: bool = True  # write a Hugging Face directory at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go. JSON lines are always written to workdir/metrics.jsonl."""
+
+    every: int = 10  # steps
+    tensorboard: bool = False
+    wandb: str | None = None  # name of the project
+    profile: tuple[int, int] | None = None  # first and last step of a profiler trace, under workdir/profile
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """After a distillation: train the same student without its teacher on the same tokens, and compare all three."""
+
+    prompts: tuple[str, ...] = ()  # a sample of each model's text is shown for each
+    sample_tokens: int = 64
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training job."""
+
+    task: Literal['pretrain', 'sft', 'distill']
+    model: ModelSource
+    data: DataConfig
+    teacher: ModelSource | None = None
+    tokenizer: str | None = None  # a directory; None: the model's own, or else the teacher's
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    steps: int = 1000
+    seed: int = 0
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    freeze: tuple[str, ...] = ()  # path patterns, see jpt.quant.paths
+    lora: LoraConfig | None = None
+    ema: float | None = None  # decay of a moving average of the weights
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    multihost: MultihostConfig = dataclasses.field(default_factory=MultihostConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    compare: CompareConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(self, 'steps', self.steps > 0, 'a positive integer')
+        require(self, 'ema', self.ema is None or 0 < self.ema < 1, 'a number between 0 and 1, or None')
+        has_teacher = self.teacher is not None
+        require(self, 'teacher', has_teacher == (self.task == 'distill'), 'a model where task is distill, else None')
+        require(self, 'compare', self.compare is None or self.task == 'distill', "None, unless task is 'distill'")
+        require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
