@@ -64,8 +64,10 @@ def select(patterns: Iterable[str], among: Sequence[str], place: str) -> frozens
 
 def _regex(pattern: str) -> str:
     regex = ''
-    for token in re.findall(r'\*\*|\*|\{[^{}]*\}|[^*{}]+|[{}]', pattern):
-        if token == '**':
+    for token in re.findall(r'\*\*/|\*\*|\*|\{[^{}]*\}|[^*{}]+|[{}]', pattern):
+        if token == '**/':
+            regex += '(?:.*/)?'
+        elif token == '**':
             regex += '.*'
         elif token == '*':
             regex += '[^/]*'
