@@ -8,9 +8,10 @@ from jpt.data.batch import Batch
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import distillation
 from jpt.models.config import Compute, ModelConfig
-from jpt.models.transformer import embed, final_norm, head_kernel, locate, run_layers
+from jpt.models.transformer import embed, final_norm, head_kernel, locate
+from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
-from jpt.training.objective import Objective, RunLayers, Sums, Tree, token_counts, token_weights
+from jpt.training.objective import Objective, Sums, Tree, token_counts, token_weights
 
 
 def logit_distillation(
@@ -20,7 +21,6 @@ def logit_distillation(
     *,
     temperature: float = 1.0,
     alpha: float = 1.0,
-    run: RunLayers = run_layers,
 ) -> Objective:
     """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy (Hinton et al. 2015).
 
@@ -47,7 +47,9 @@ def logit_distillation(
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, jax.Array], micro: Batch) -> dict[str, jax.Array]:
         both = models(layers, frozen_layers)
         where = {name: locate(cfg, micro.positions, micro.segment_ids, compute.dtype) for name, cfg in configs.items()}
-        return {name: run(cfg, both[name], carry[name], where[name], compute)[0] for name, cfg in configs.items()}
+        return {
+            name: run_layers(cfg, both[name], carry[name], where[name], compute)[0] for name, cfg in configs.items()
+        }
 
     def last(
         params: Tree, frozen: Tree, carry: dict[str, jax.Array], micro: Batch, counts: dict[str, jax.Array]

@@ -14,7 +14,8 @@ from jpt.data.batch import Batch
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import cross_entropy
 from jpt.models.config import Compute, ModelConfig
-from jpt.models.transformer import embed, final_norm, head_kernel, locate, run_layers
+from jpt.models.transformer import embed, final_norm, head_kernel, locate
+from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
 
 Tree = Any
@@ -25,7 +26,8 @@ class Objective(NamedTuple):
     """The four functions of a training objective.
 
     `params` holds the trainable leaves (None where frozen); `frozen['model']` the others, and `frozen['teacher']` a
-    teacher where there is one. `layers` and `frozen_layers` are any run of layers, of the model and of what is frozen.
+    teacher where there is one. `layers` and `frozen_layers` are any run of layers (`sharding.stages.LayerRun`), of the
+    model and of everything frozen.
     The carry is a pytree of float arrays that rides from stage to stage.
     """
 
@@ -33,9 +35,6 @@ class Objective(NamedTuple):
     first: Callable[[Tree, Tree, Batch], Tree]  # (params, frozen, micro) -> carry
     stage: Callable[[Tree, Tree, Tree, Batch], Tree]  # (layers, frozen_layers, carry, micro) -> carry
     last: Callable[[Tree, Tree, Tree, Batch, dict[str, jax.Array]], tuple[jax.Array, Sums]]
-
-
-RunLayers = Callable[..., tuple[jax.Array, Any, Any]]
 
 
 def token_counts(batch: Batch) -> dict[str, jax.Array]:
@@ -49,21 +48,7 @@ def token_weights(micro: Batch, counts: dict[str, jax.Array]) -> jax.Array:
     return (micro.loss_mask / jnp.where(total > 0, total, 1)).reshape(-1)
 
 
-def layers_of(frozen: Tree) -> Tree:
-    """The layers of everything frozen, as `Objective.stage` takes them."""
-    return {name: tree['layers'] for name, tree in frozen.items()}
-
-
-def whole_loss(
-    objective: Objective, params: Tree, frozen: Tree, micro: Batch, counts: dict[str, jax.Array]
-) -> tuple[jax.Array, Sums]:
-    """The unpipelined composition of an objective's functions on one microbatch."""
-    carry = objective.first(params, frozen, micro)
-    carry = objective.stage(params['layers'], layers_of(frozen), carry, micro)
-    return objective.last(params, frozen, carry, micro, counts)
-
-
-def language_modeling(cfg: ModelConfig, compute: Compute, run: RunLayers = run_layers) -> Objective:
+def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
     """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> jax.Array:
@@ -71,7 +56,7 @@ def language_modeling(cfg: ModelConfig, compute: Compute, run: RunLayers = run_l
 
     def stage(layers: Tree, frozen_layers: Tree, hidden: jax.Array, micro: Batch) -> jax.Array:
         where = locate(cfg, micro.positions, micro.segment_ids, compute.dtype)
-        return run(cfg, merge(layers, frozen_layers['model']), hidden, where, compute)[0]
+        return run_layers(cfg, merge(layers, frozen_layers['model']), hidden, where, compute)[0]
 
     def last(
         params: Tree, frozen: Tree, hidden: jax.Array, micro: Batch, counts: dict[str, jax.Array]
