@@ -1,0 +1,197 @@
+"""Loss and gradients of one step on any mesh: microbatches, pipeline, and one reduction over the data axes."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jpt.sharding import pipeline
+from jpt.sharding.fsdp import gather
+from jpt.sharding.layout import Run, run_of, stage_bounds, take_run
+from jpt.sharding.mesh import AXES, TOKEN_AXES, batch_spec, check_batch
+from jpt.sharding.plan import Plan
+from jpt.sharding.rules import keep_axes, map_specs, used_axes
+from jpt.sharding.schedule import timetable
+from jpt.sharding.stages import LayerRun, whole_segments
+
+# `tensor` stays automatic: models know no mesh, and the compiler divides their products.
+MANUAL = frozenset(AXES) - {'tensor'}
+Tree = Any
+
+
+class Objective(Protocol):
+    """Four pure functions, see jpt.training.objective; `layers` are given as LayerRun."""
+
+    @property
+    def counts(self) -> Callable[..., Tree]: ...
+    @property
+    def first(self) -> Callable[..., Tree]: ...
+    @property
+    def stage(self) -> Callable[..., Tree]: ...
+    @property
+    def last(self) -> Callable[..., tuple[jax.Array, Tree]]: ...
+
+
+def loss_and_grads(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> tuple[Any, Tree, Tree]:
+    """Loss, gradients and metrics of a whole batch [B, T]; call it under `jax.jit`.
+
+    Gradients are added over microbatches on each device in at least float32 and summed over the mesh once (over `fsdp`
+    by each microbatch's scatter to the shards). Neither they nor the loss depend on the plan, up to rounding.
+
+    Args:
+        params, frozen: in the device layout. batch: a pytree of arrays [B, T, ...] or [B].
+
+    Returns:
+        total, gradients in the shape and layout of params, metrics {name: (sum, count)}.
+
+    Raises:
+        ValueError: a batch that does not divide over the mesh and the microbatches.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(batch) if leaf.ndim > 1]
+    check_batch(plan.mesh, leaves[0].shape[0], leaves[0].shape[1], plan.num_microbatches)
+    counts = objective.counts(batch)
+    body = functools.partial(_on_each_device, objective, plan)
+    if plan.mesh.size == 1:
+        return body(params, frozen, batch, counts)
+    local_specs = functools.partial(map_specs, lambda spec: keep_axes(spec, MANUAL))
+    return jax.shard_map(
+        body,
+        mesh=plan.mesh,
+        in_specs=(
+            local_specs(plan.specs),
+            local_specs(plan.frozen_specs),
+            jax.tree.map(lambda leaf: batch_spec(leaf.ndim), batch),
+            P(),
+        ),
+        out_specs=(P(), local_specs(plan.specs), P()),
+        axis_names=MANUAL,
+        check_vma=False,
+    )(params, frozen, batch, counts)
+
+
+def _on_each_device(
+    objective: Objective, plan: Plan, params: Tree, frozen: Tree, batch: Tree, counts: Tree
+) -> tuple[jax.Array, Tree, Tree]:
+    """The step on local shards: local sums first, then one sum over the mesh."""
+    micros = jax.tree.map(
+        lambda x: x.reshape(plan.num_microbatches, x.shape[0] // plan.num_microbatches, *x.shape[1:]), batch
+    )
+    if plan.layouts['model'].staged:
+        total, grads, sums = _pipelined(objective, plan, params, frozen, micros, counts)
+    else:
+        total, grads, sums = _accumulated(objective, plan, params, frozen, micros, counts)
+    if plan.mesh.size == 1:
+        return total, grads, sums
+    total, sums = jax.lax.psum((total, sums), TOKEN_AXES)
+    return total, map_specs(_reduced, plan.specs, grads), sums
+
+
+def _reduced(spec: P, grad: jax.Array) -> jax.Array:
+    """A gradient summed over the token axes that its parameter is not divided over, and equal on all stages."""
+    axes = tuple(axis for axis in TOKEN_AXES if axis not in used_axes(spec))
+    summed = jax.lax.psum(grad, axes)
+    return summed if pipeline.AXIS in used_axes(spec) else pipeline.equal_on_stages(summed)
+
+
+def _accumulated(
+    objective: Objective, plan: Plan, params: Tree, frozen: Tree, micros: Tree, counts: Tree
+) -> tuple[jax.Array, Tree, Tree]:
+    """Gradients added up over the microbatches, without a pipeline."""
+
+    def loss(params: Tree, micro: Tree) -> tuple[jax.Array, Tree]:
+        ends, frozen_ends = gather(ends_of(params), plan.dtype), gather(_each(ends_of, frozen), plan.dtype)
+        carry = objective.first(ends, frozen_ends, micro)
+        layers, frozen_layers = _whole_runs(plan, params, frozen)
+        return objective.last(ends, frozen_ends, objective.stage(layers, frozen_layers, carry, micro), micro, counts)
+
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    micro = jax.tree.map(lambda x: x[0], micros)
+    if plan.num_microbatches == 1:
+        (total, sums), grads = value_and_grad(params, micro)
+        return total, _widened(grads), sums
+
+    def add(result: Tree, micro: Tree) -> tuple[Tree, None]:
+        (total, sums), grads = value_and_grad(params, micro)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), result, ((total, sums), grads)), None
+
+    ends_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss, params, micro))
+    ((total, sums), grads), _ = jax.lax.scan(add, (ends_zeros, pipeline.wide_zeros(params)), micros)
+    return total, grads, sums
+
+
+def _widened(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def ends_of(tree: Tree) -> Tree:
+    """A parameter tree without its layers."""
+    return {name: part for name, part in tree.items() if name != 'layers'}
+
+
+def _each(function: Callable[[Tree], Tree], trees: Mapping[str, Tree]) -> dict[str, Tree]:
+    return {name: function(tree) for name, tree in trees.items()}
+
+
+def _whole_runs(plan: Plan, params: Tree, frozen: Tree) -> tuple[LayerRun, dict[str, LayerRun]]:
+    """All layers of all models, as Objective.stage takes them."""
+    segments = {name: whole_segments(layout.segments) for name, layout in plan.layouts.items()}
+    frozen_runs = {
+        name: LayerRun(tree['layers'], None if name == 'model' else 0, segments[name]) for name, tree in frozen.items()
+    }
+    return LayerRun(params['layers'], 0, segments['model']), frozen_runs
+
+
+def _pipelined(
+    objective: Objective, plan: Plan, params: Tree, frozen: Tree, micros: Tree, counts: Tree
+) -> tuple[jax.Array, Tree, Tree]:
+    layout = plan.layouts['model']
+    mine = functools.partial(jax.tree.map, lambda x: x[0])  # this device's [1, chunks, slots, ...]
+    layers, frozen_layers = mine(params['layers']), _each(lambda tree: mine(tree['layers']), frozen)
+    # Gathering the ends is the innermost step of `first` and `last`, so their gradients come back in parts.
+    parts = _parts(objective, plan, frozen, frozen_layers, counts)
+    if plan.schedule == 'gpipe':
+        result = pipeline.gpipe(parts, layers, ends_of(params), micros)
+    else:
+        table = timetable(layout.pipe, layout.chunks, plan.num_microbatches)
+        result = pipeline.one_f_one_b(parts, table, layers, ends_of(params), micros)
+    grads = {**result.ends, 'layers': jax.tree.map(lambda x: x[None], result.layers)}
+    return result.total, _widened({name: grads[name] for name in params}), result.sums
+
+
+def _parts(objective: Objective, plan: Plan, frozen: Tree, frozen_layers: Tree, counts: Tree) -> pipeline.Parts:
+    """The objective's functions with everything but trainable parameters, carry and microbatch filled in."""
+
+    def first(ends: Tree, micro: Tree) -> Tree:
+        return objective.first(gather(ends, plan.dtype), gather(_each(ends_of, frozen), plan.dtype), micro)
+
+    def last(ends: Tree, carry: Tree, micro: Tree) -> tuple[jax.Array, Tree]:
+        opened = gather(ends, plan.dtype), gather(_each(ends_of, frozen), plan.dtype)
+        return objective.last(*opened, carry, micro, counts)
+
+    def branch(runs: dict[str, Run]) -> Callable[[Tree, jax.Array, Tree, Tree], Tree]:
+        def stage(layers: Tree, chunk: jax.Array, carry: Tree, micro: Tree) -> Tree:
+            at = jnp.maximum(chunk, 0) * layout.pipe + jax.lax.axis_index(pipeline.AXIS)
+            frozen_runs = {}
+            for name, run in runs.items():
+                start = jnp.asarray(stage_bounds(plan.layouts[name]), jnp.int32)[at]
+                frozen_chunk = jax.tree.map(lambda x: x[chunk], frozen_layers[name])
+                frozen_runs[name] = LayerRun(take_run(frozen_chunk, run), start, run.segments)
+            model = runs['model']
+            trainable = LayerRun(take_run(layers, model), frozen_runs['model'].first, model.segments)
+            frozen_runs['model'] = LayerRun(frozen_runs['model'].layers, None, model.segments)
+            return objective.stage(trainable, frozen_runs, carry, micro)
+
+        return stage
+
+    layout = plan.layouts['model']
+    by_stage = [
+        {name: run_of(plan.layouts[name], stage)._replace(first=0) for name in plan.layouts}
+        for stage in range(layout.num_stages)
+    ]
+    distinct = [runs for at, runs in enumerate(by_stage) if runs not in by_stage[:at]]
+    branch_of = np.array([distinct.index(runs) for runs in by_stage]).reshape(layout.chunks, layout.pipe).T
+    return pipeline.Parts(first, [branch(runs) for runs in distinct], branch_of, last)

@@ -1,0 +1,255 @@
+"""Pipeline parallelism inside a shard_map that is manual over `pipe`: GPipe, plain, and 1F1B, in constant memory.
+
+Both take functions, not models (`Parts`), and return the gradients that `jax.grad` of the unpipelined step returns.
+The ends of the model (embedding, head) run on all devices together: their vocabulary is divided over `pipe` as well, so
+the head, as heavy as several layers, burdens no single stage. What they read and what comes of it is equal on all
+stages, and so is its cotangent; only the layers' side differs from stage to stage. Sums over `pipe` are therefore
+written out here and never left to the transpose of a collective, which would count every stage's copy.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpt.sharding.schedule import Timetable
+
+AXIS = 'pipe'
+Tree = Any
+
+
+class Parts(NamedTuple):
+    """A training objective, cut for a pipeline; the frozen parameters are closed over.
+
+    branches: one function (layers, chunk, carry, micro) -> carry for every distinct stage of the model, given one
+    chunk of this device's layers. branch_of: int [pipe, chunks], which of them a stage is.
+    """
+
+    first: Callable[[Tree, Tree], Tree]  # (ends, micro) -> carry
+    branches: list[Callable[[Tree, jax.Array, Tree, Tree], Tree]]
+    branch_of: np.ndarray
+    last: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (ends, carry, micro) -> (total, sums)
+
+
+class Result(NamedTuple):
+    """Of all microbatches: the loss, the gradients of this device's layers and of the ends, and the metrics' sums."""
+
+    total: jax.Array
+    layers: Tree
+    ends: Tree
+    sums: Tree
+
+
+def gpipe(parts: Parts, layers: Tree, ends: Tree, micros: Tree) -> Result:
+    """All microbatches forward, then all backward, by `jax.grad` of one scan; memory grows with their number.
+
+    layers: leaves [1, slots, ...], one chunk per device. micros: leaves [microbatches, ...], equal on all stages.
+    """
+    pipe, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    count = jax.tree.leaves(micros)[0].shape[0]
+
+    def loss(layers: Tree, ends: Tree) -> tuple[jax.Array, Tree]:
+        def tick(arrived: Tree, t: jax.Array) -> tuple[Tree, Tree]:
+            entered = _enter(parts.first(ends, _at(micros, jnp.minimum(t, count - 1))))
+            carry = _where(me == 0, entered, arrived)
+            micro = _at(micros, jnp.clip(t - me, 0, count - 1))
+            out = jax.lax.switch(_branch(parts, me, 0), parts.branches, _at(layers, 0), jnp.int32(0), carry, micro)
+            return _pass_on(out, 1, pipe), out
+
+        start = _zeros(jax.eval_shape(parts.first, ends, _at(micros, 0)))
+        _, outs = jax.lax.scan(tick, start, jnp.arange(count + pipe - 1))
+        leaving = _leave(jax.tree.map(lambda x: x[pipe - 1 :], outs))
+        totals, sums = jax.lax.map(lambda pair: parts.last(ends, *pair), (leaving, micros))
+        return jnp.sum(totals), jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+    (total, sums), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layers, ends)
+    return Result(total, grads[0], grads[1], sums)
+
+
+class _State(NamedTuple):
+    """What one tick hands to the next."""
+
+    arrived: Tree  # the carry from the stage before
+    returned: Tree  # the carry's cotangent from the stage behind
+    held: Tree  # inputs of this device's stages that wait for their backward, [slots, ...]
+    result: Result
+
+
+def one_f_one_b(parts: Parts, table: Timetable, layers: Tree, ends: Tree, micros: Tree) -> Result:
+    """One forward, one backward, by a timetable; only the inputs of stages in flight are held.
+
+    Backward recomputes a stage from its input. A device that is idle in a tick skips the work (`lax.switch`); which
+    device that is depends on its place in `pipe` alone, so collectives over other axes inside a stage meet their peers.
+
+    layers: leaves [chunks, slots, ...]. micros: leaves [microbatches, ...], equal on all stages.
+    """
+    pipe, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    chunks = parts.branch_of.shape[1]
+    carry = _zeros(jax.eval_shape(parts.first, ends, _at(micros, 0)))
+    forward, backward = _stage_functions(parts, me, carry)
+
+    def tick(state: _State, row: Any) -> tuple[_State, None]:
+        ahead = jax.tree.map(lambda column: column[me], row.forward)
+        back = jax.tree.map(lambda column: column[me], row.backward)
+
+        entered = _if(row.embed >= 0, lambda: parts.first(ends, _at(micros, row.embed)))
+        here = _where((me == 0) & (ahead.chunk == 0), entered, state.arrived)
+        held = _put(state.held, here, ahead.slot)
+        out = forward(layers, ahead, here, micros)
+
+        total, sums, head_grads, cotangent = _if(row.head >= 0, lambda: _head(parts, ends, out, _at(micros, row.head)))
+
+        behind = _where((me == pipe - 1) & (back.chunk == chunks - 1), cotangent, state.returned)
+        grads, cotangent = backward(layers, back, _at(held, back.slot), micros, behind)
+        embed_grads = _if(row.leave >= 0, lambda: _embed_grads(parts, ends, cotangent, _at(micros, row.leave)))
+
+        before = state.result
+        result = Result(
+            before.total + total,
+            _add_chunk(before.layers, grads, back),
+            jax.tree.map(_add, before.ends, head_grads, embed_grads),
+            jax.tree.map(jnp.add, before.sums, sums),
+        )
+        wrap = chunks > 1
+        return _State(_pass_on(out, 1, pipe, wrap), _pass_on(cotangent, -1, pipe, wrap), held, result), None
+
+    total, sums = jax.eval_shape(parts.last, ends, carry, _at(micros, 0))
+    start = _State(
+        carry,
+        carry,
+        jax.tree.map(lambda x: jnp.zeros((table.num_slots, *x.shape), x.dtype), carry),
+        Result(_zeros(total), wide_zeros(layers), wide_zeros(ends), _zeros(sums)),
+    )
+    return jax.lax.scan(tick, start, jax.tree.map(jnp.asarray, table.rows))[0].result
+
+
+def _stage_functions(parts: Parts, me: jax.Array, carry: Tree) -> tuple[Callable[..., Tree], Callable[..., Tree]]:
+    """Forward and backward of whatever stage a row of the timetable names; zeros for an idle device."""
+
+    def choose(work: Any) -> jax.Array:
+        return jnp.where(work.micro >= 0, 1 + _branch(parts, me, jnp.maximum(work.chunk, 0)), 0)
+
+    def forward(layers: Tree, work: Any, here: Tree, micros: Tree) -> Tree:
+        def run(branch: Callable[..., Tree]) -> Callable[[], Tree]:
+            return lambda: branch(_at(layers, work.chunk), work.chunk, here, _at(micros, work.micro))
+
+        return jax.lax.switch(choose(work), [lambda: carry, *map(run, parts.branches)])
+
+    def backward(layers: Tree, work: Any, here: Tree, micros: Tree, behind: Tree) -> tuple[Tree, Tree]:
+        def run(branch: Callable[..., Tree]) -> Callable[[], tuple[Tree, Tree]]:
+            def pull() -> tuple[Tree, Tree]:
+                chunk, micro = _at(layers, work.chunk), _at(micros, work.micro)
+                return jax.vjp(lambda params, x: branch(params, work.chunk, x, micro), chunk, here)[1](behind)
+
+            return pull
+
+        def idle() -> tuple[Tree, Tree]:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), layers), carry
+
+        return jax.lax.switch(choose(work), [idle, *map(run, parts.branches)])
+
+    return forward, backward
+
+
+def _head(parts: Parts, ends: Tree, out: Tree, micro: Tree) -> tuple[jax.Array, Tree, Tree, Tree]:
+    """Loss, metrics and cotangents of what the last stage put out, computed by all stages together."""
+    leaving = _from_stage(out, jax.lax.axis_size(AXIS) - 1)
+    total, pull, sums = jax.vjp(lambda ends, carry: parts.last(ends, carry, micro), ends, leaving, has_aux=True)
+    return total, sums, *pull(jnp.ones_like(total))
+
+
+def _embed_grads(parts: Parts, ends: Tree, cotangent: Tree, micro: Tree) -> Tree:
+    """Gradients of the embedding from the cotangent that reached the first stage, by all stages together."""
+    return jax.vjp(lambda ends: parts.first(ends, micro), ends)[1](_from_stage(cotangent, 0))[0]
+
+
+def _from_stage(tree: Tree, stage: int) -> Tree:
+    """One stage's values on all stages; a sum, of which only that stage's term is not zero."""
+    mine = jax.lax.axis_index(AXIS) == stage
+    return jax.tree.map(lambda x: jax.lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), AXIS), tree)
+
+
+def equal_on_stages(tree: Tree) -> Tree:
+    """Values that all stages computed alike, made bit-equal: the first stage's."""
+    return _from_stage(tree, 0)
+
+
+@jax.custom_vjp
+def _enter(carry: Tree) -> Tree:
+    """What all stages computed alike and only the first one uses; its cotangent comes from there."""
+    return carry
+
+
+_enter.defvjp(lambda carry: (carry, None), lambda _, cotangent: (_from_stage(cotangent, 0),))
+
+
+@jax.custom_vjp
+def _leave(carry: Tree) -> Tree:
+    """The last stage's values on all stages, which use them alike; its cotangent is the one each of them has."""
+    return _from_stage(carry, jax.lax.axis_size(AXIS) - 1)
+
+
+def _leave_backward(_: None, cotangent: Tree) -> tuple[Tree]:
+    mine = jax.lax.axis_index(AXIS) == jax.lax.axis_size(AXIS) - 1
+    return (jax.tree.map(lambda x: jnp.where(mine, x, jnp.zeros_like(x)), cotangent),)
+
+
+_leave.defvjp(lambda carry: (_leave(carry), None), _leave_backward)
+
+
+def _pass_on(tree: Tree, step: int, pipe: int, wrap: bool = False) -> Tree:
+    """To the next stage (step 1) or the one before (-1); zeros arrive where no stage sends."""
+    pairs = [(stage, (stage + step) % pipe) for stage in range(pipe) if wrap or 0 <= stage + step < pipe]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, pairs), tree)
+
+
+def _branch(parts: Parts, me: jax.Array, chunk: Any) -> jax.Array:
+    return jnp.asarray(parts.branch_of, jnp.int32)[me, chunk]
+
+
+def _if(condition: jax.Array, compute: Callable[[], Tree]) -> Tree:
+    """`compute()` in the ticks where the condition, equal on all devices, holds; zeros in the others."""
+    shape = jax.eval_shape(compute)
+    return jax.lax.cond(condition, compute, lambda: _zeros(shape))
+
+
+def _where(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _at(tree: Tree, index: Any) -> Tree:
+    """Element `index` of every leaf's first axis; an index of -1 (nobody reads the result) gives the first."""
+    at = jnp.maximum(index, 0)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, keepdims=False), tree)
+
+
+def _put(held: Tree, tree: Tree, slot: jax.Array) -> Tree:
+    """Writes a stage's input to its slot; an idle device (slot -1) writes back what is there."""
+    at = jnp.maximum(slot, 0)
+
+    def put(ring: jax.Array, x: jax.Array) -> jax.Array:
+        kept = jnp.where(slot >= 0, x, jax.lax.dynamic_index_in_dim(ring, at, keepdims=False))
+        return jax.lax.dynamic_update_index_in_dim(ring, kept, at, 0)
+
+    return jax.tree.map(put, held, tree)
+
+
+def _add(total: jax.Array, *grads: jax.Array) -> jax.Array:
+    return sum((grad.astype(total.dtype) for grad in grads), total)
+
+
+def _add_chunk(sums: Tree, grads: Tree, work: Any) -> Tree:
+    """Adds one chunk's gradients to this device's; an idle device's are zeros."""
+    at = jnp.maximum(work.chunk, 0)
+    return jax.tree.map(lambda total, grad: total.at[at].add(grad.astype(total.dtype)), sums, grads)
+
+
+def wide_zeros(tree: Tree) -> Tree:
+    """Zeros to add gradients to, in at least float32."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _zeros(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)

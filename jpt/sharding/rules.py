@@ -1,0 +1,219 @@
+"""Where every parameter lies: one table of logical axes per leaf, one table from logical axes to mesh axes."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jpt.models.config import ModelConfig
+
+Keys = tuple[str, ...]
+
+# The last keys of a leaf's path -> the logical axes of its last dimensions. Leaves under 'layers' are stacked before
+# these: [R, ...] in the canonical layout, [pipe, chunks, slots, ...] when laid out for pipeline stages.
+LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
+    'embed/embedding': ('vocab', 'embed'),
+    'lm_head/kernel': ('vocab', 'embed'),
+    'positions/embedding': (None, 'embed'),
+    'final_norm/scale': (None,),
+    'final_norm/bias': (None,),
+    'attn/q/kernel': ('heads', 'embed'),
+    'attn/k/kernel': ('kv_heads', 'embed'),
+    'attn/v/kernel': ('kv_heads', 'embed'),
+    'attn/out/kernel': ('embed', 'heads'),
+    'attn/q/bias': ('heads',),
+    'attn/k/bias': ('kv_heads',),
+    'attn/v/bias': ('kv_heads',),
+    'attn/out/bias': (None,),
+    'attn/q_norm/scale': (None,),
+    'attn/k_norm/scale': (None,),
+    'mlp/up/kernel': ('mlp', 'embed'),
+    'mlp/gate/kernel': ('mlp', 'embed'),
+    'mlp/down/kernel': ('embed', 'mlp'),
+    'mlp/up/bias': ('mlp',),
+    'mlp/gate/bias': ('mlp',),
+    'mlp/down/bias': (None,),
+    'attn_norm/scale': (None,),
+    'attn_norm/bias': (None,),
+    'attn_post_norm/scale': (None,),
+    'mlp_norm/scale': (None,),
+    'mlp_norm/bias': (None,),
+    'mlp_post_norm/scale': (None,),
+}
+
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    'vocab': ('pipe', 'tensor'),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'mlp': ('tensor',),
+    'embed': ('fsdp',),
+    'expert': ('expert',),
+    'stage': ('pipe',),
+}
+
+STAGED = ('stage', None, None)  # [pipe, chunks, slots, ...]
+
+
+class Units(NamedTuple):
+    """How many pieces a logical axis may be cut into at most evenly: whole heads, whatever a head's size is."""
+
+    heads: int
+    kv_heads: int
+
+
+def units_of(cfg: ModelConfig) -> Units:
+    return Units(cfg.num_heads, cfg.num_kv_heads)
+
+
+class Rules(NamedTuple):
+    """Everything param_specs needs besides the shapes."""
+
+    sizes: Mapping[str, int]  # of the mesh axes
+    units: Units
+    staged: bool = False  # leaves under 'layers' begin with [pipe, chunks, slots] instead of [R]
+    logical_axes: Mapping[str, tuple[str | None, ...]] = LOGICAL_AXES
+    mesh_axes: Mapping[str, tuple[str, ...]] = MESH_AXES
+
+
+def path_keys(path: tuple[Any, ...]) -> Keys:
+    """A tree path as plain strings: dict keys, list indices and attribute names alike."""
+    return tuple(str(getattr(key, 'key', getattr(key, 'idx', getattr(key, 'name', key)))) for key in path)
+
+
+def logical_axes(keys: Keys, table: Mapping[str, tuple[str | None, ...]] = LOGICAL_AXES) -> tuple[str | None, ...]:
+    """The logical axes of a leaf without its stacking; low-rank factors take theirs from the kernel they add to.
+
+    Raises:
+        ValueError: the table has no entry for the end of this path.
+    """
+    for end in range(len(keys), 0, -1):
+        for length in (3, 2):
+            axes = table.get('/'.join(keys[max(end - length, 0) : end]))
+            if axes is not None:
+                return _within_weight(axes, keys[end:])
+    known = ', '.join(table)
+    raise ValueError(f'no sharding rule for parameter {"/".join(keys)}: expected a path that ends in one of {known}')
+
+
+def _within_weight(axes: tuple[str | None, ...], attributes: Keys) -> tuple[str | None, ...]:
+    """The axes of a part of a composite weight: `a` [rank, in] and `b` [out, rank] of a LoraKernel, or the weight's."""
+    if attributes[-1:] == ('a',):
+        return (None, axes[1])
+    if attributes[-1:] == ('b',):
+        return (axes[0], None)
+    return axes
+
+
+def leaf_spec(keys: Keys, shape: tuple[int, ...], rules: Rules) -> P:
+    """How one parameter lies on the mesh; every mesh axis of size 1 is left out of the result.
+
+    Raises:
+        ValueError: no rule, the wrong number of dimensions, two dimensions on one mesh axis, or a size that the mesh
+            does not divide.
+    """
+    name = '/'.join(keys)
+    axes = logical_axes(keys, rules.logical_axes)
+    if 'layers' in keys:
+        axes = (*(STAGED if rules.staged else (None,)), *axes)
+    if len(axes) != len(shape):
+        raise ValueError(f'parameter {name} has shape {shape}: its sharding rule {axes} is for {len(axes)} dimensions')
+    parts: list[tuple[str, ...]] = []
+    for dim, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        wanted = rules.mesh_axes[axis] if axis is not None else ()
+        used = tuple(mesh_axis for mesh_axis in wanted if rules.sizes.get(mesh_axis, 1) > 1)
+        parts.append(_checked(name, shape, dim, axis, size, used, rules))
+    flat = [mesh_axis for part in parts for mesh_axis in part]
+    doubled = sorted({mesh_axis for mesh_axis in flat if flat.count(mesh_axis) > 1})
+    if doubled:
+        raise ValueError(
+            f'parameter {name} {shape} with logical axes {axes} puts two dimensions on {", ".join(doubled)}'
+        )
+    return P(*(part[0] if len(part) == 1 else (part or None) for part in parts))
+
+
+def _checked(
+    name: str, shape: tuple[int, ...], dim: int, axis: str | None, size: int, used: tuple[str, ...], rules: Rules
+) -> tuple[str, ...]:
+    """The mesh axes of one dimension, or none where it is replicated by rule; raises where they do not divide it."""
+    over = math.prod(rules.sizes[mesh_axis] for mesh_axis in used)
+    pieces = getattr(rules.units, axis, size) if axis in Units._fields else size
+    if axis == 'kv_heads' and pieces % over:
+        return ()
+    if pieces % over or size % over:
+        shown = ' * '.join(f'{mesh_axis}={rules.sizes[mesh_axis]}' for mesh_axis in used)
+        raise ValueError(
+            f'parameter {name} {shape}: dimension {dim} ({axis}, {pieces} pieces) is not a multiple of {shown}'
+        )
+    return used
+
+
+def param_specs(params: Any, rules: Rules) -> Any:
+    """The PartitionSpec of every leaf of a parameter tree (arrays or ShapeDtypeStructs), in the tree's own shape.
+
+    Raises:
+        ValueError: see `leaf_spec`.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf_spec(path_keys(path), leaf.shape, rules), params)
+
+
+def state_specs(state: Any, params: Any, specs: Any, sizes: Mapping[str, int]) -> Any:
+    """The PartitionSpec of every leaf of an optimizer state (or of any tree that holds copies of the parameter tree).
+
+    A leaf that stands where a parameter stands takes its spec, dimension by dimension where it divides; all others
+    (counters, statistics of another rank) are replicated.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    spec_leaves = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    known = {path_keys(path): spec for (path, _), spec in zip(flat, spec_leaves, strict=True)}
+
+    def spec_of(path: tuple[Any, ...], leaf: Any) -> P:
+        spec = _spec_at(path_keys(path), known)
+        if spec is None or len(spec) != leaf.ndim:
+            return P()
+        return P(
+            *(part if size % _ways(part, sizes) == 0 else None for part, size in zip(spec, leaf.shape, strict=True))
+        )
+
+    return jax.tree_util.tree_map_with_path(spec_of, state)
+
+
+def _spec_at(keys: Keys, known: Mapping[Keys, P]) -> P | None:
+    for start in range(len(keys)):
+        for end in range(len(keys), start, -1):
+            if keys[start:end] in known:
+                return known[keys[start:end]]
+    return None
+
+
+def _ways(part: Any, sizes: Mapping[str, int]) -> int:
+    axes = () if part is None else (part,) if isinstance(part, str) else part
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """NamedShardings for a tree of PartitionSpecs."""
+    return map_specs(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def map_specs(function: Callable[..., Any], specs: Any, *rest: Any) -> Any:
+    """jax.tree.map over a tree of PartitionSpecs (and others of its shape)."""
+    return jax.tree.map(function, specs, *rest, is_leaf=lambda leaf: isinstance(leaf, P))
+
+
+def keep_axes(spec: P, axes: frozenset[str]) -> P:
+    """The same spec with every mesh axis outside `axes` left out (what shard_map wants to hear of its manual axes)."""
+
+    def part(entry: Any) -> Any:
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        kept = tuple(name for name in names if name in axes)
+        return kept[0] if len(kept) == 1 else (kept or None)
+
+    return P(*(part(entry) for entry in spec))
+
+
+def used_axes(spec: P) -> frozenset[str]:
+    """The mesh axes that a spec mentions."""
+    return frozenset(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
