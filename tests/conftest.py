@@ -3,7 +3,9 @@
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# The programs of the tests are tiny: little optimization, and a cache for the next run of the suite.
+QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8 {QUICK}'
 
 import pathlib  # noqa: E402
 
@@ -11,8 +13,12 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+jax.config.update('jax_compilation_cache_dir', str(ROOT / '.pytest_cache' / 'jax'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+SHARED = ROOT.parent / 'shared'
 
 
 @pytest.fixture(scope='session')
