@@ -15,7 +15,7 @@ from jpt.sharding.layout import Run, run_of, stage_bounds, take_run
 from jpt.sharding.mesh import AXES, TOKEN_AXES, batch_spec, check_batch
 from jpt.sharding.plan import Plan
 from jpt.sharding.rules import keep_axes, map_specs, used_axes
-from jpt.sharding.schedule import timetable
+from jpt.sharding.schedule import Timetable, timetable
 from jpt.sharding.stages import LayerRun, whole_segments
 
 # `tensor` stays automatic: models know no mesh, and the compiler divides their products.
@@ -51,50 +51,81 @@ def loss_and_grads(objective: Objective, params: Tree, frozen: Tree, batch: Tree
     Raises:
         ValueError: a batch that does not divide over the mesh and the microbatches.
     """
+
+    def body(params: Tree, frozen: Tree, batch: Tree, counts: Tree) -> tuple[jax.Array, Tree, Tree]:
+        run = _pipelined if plan.layouts['model'].staged else _accumulated
+        total, grads, sums = run(objective, plan, params, frozen, _microbatches(plan, batch), counts)
+        return (
+            _summed(plan, total),
+            map_specs(functools.partial(_reduced, plan), plan.specs, grads),
+            _summed(plan, sums),
+        )
+
+    return _on_mesh(body, objective, plan, params, frozen, batch, (P(), _manual_specs(plan.specs), P()))
+
+
+def loss_and_sums(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> Tree:
+    """Metrics {name: (sum, count)} of a whole batch, the loss among them, without gradients; as `loss_and_grads`."""
+
+    def body(params: Tree, frozen: Tree, batch: Tree, counts: Tree) -> Tree:
+        micros = _microbatches(plan, batch)
+        if plan.layouts['model'].staged:
+            parts, table, layers = _prepared(objective, plan, params, frozen, counts)
+            sums = pipeline.forward(parts, table, layers, ends_of(params), micros)[1]
+        else:
+            each = jax.lax.map(lambda micro: _composed(objective, plan, params, frozen, micro, counts)[1], micros)
+            sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+        return _summed(plan, sums)
+
+    return _on_mesh(body, objective, plan, params, frozen, batch, P())
+
+
+def _on_mesh(
+    body: Callable[..., Tree], objective: Objective, plan: Plan, params: Tree, frozen: Tree, batch: Tree, out_specs: Any
+) -> Tree:
+    """`body` on local shards and the counts of the whole batch; itself on a single device."""
     leaves = [leaf for leaf in jax.tree.leaves(batch) if leaf.ndim > 1]
     check_batch(plan.mesh, leaves[0].shape[0], leaves[0].shape[1], plan.num_microbatches)
     counts = objective.counts(batch)
-    body = functools.partial(_on_each_device, objective, plan)
-    if plan.mesh.size == 1:
-        return body(params, frozen, batch, counts)
-    local_specs = functools.partial(map_specs, lambda spec: keep_axes(spec, MANUAL))
-    return jax.shard_map(
-        body,
-        mesh=plan.mesh,
-        in_specs=(
-            local_specs(plan.specs),
-            local_specs(plan.frozen_specs),
-            jax.tree.map(lambda leaf: batch_spec(leaf.ndim), batch),
-            P(),
-        ),
-        out_specs=(P(), local_specs(plan.specs), P()),
-        axis_names=MANUAL,
-        check_vma=False,
-    )(params, frozen, batch, counts)
+    if plan.mesh.size > 1:
+        batch_specs = jax.tree.map(lambda leaf: batch_spec(leaf.ndim), batch)
+        in_specs = (_manual_specs(plan.specs), _manual_specs(plan.frozen_specs), batch_specs, P())
+        body = jax.shard_map(
+            body, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs, axis_names=MANUAL, check_vma=False
+        )
+    return body(params, frozen, batch, counts)
 
 
-def _on_each_device(
-    objective: Objective, plan: Plan, params: Tree, frozen: Tree, batch: Tree, counts: Tree
-) -> tuple[jax.Array, Tree, Tree]:
-    """The step on local shards: local sums first, then one sum over the mesh."""
-    micros = jax.tree.map(
-        lambda x: x.reshape(plan.num_microbatches, x.shape[0] // plan.num_microbatches, *x.shape[1:]), batch
-    )
-    if plan.layouts['model'].staged:
-        total, grads, sums = _pipelined(objective, plan, params, frozen, micros, counts)
-    else:
-        total, grads, sums = _accumulated(objective, plan, params, frozen, micros, counts)
-    if plan.mesh.size == 1:
-        return total, grads, sums
-    total, sums = jax.lax.psum((total, sums), TOKEN_AXES)
-    return total, map_specs(_reduced, plan.specs, grads), sums
+def _manual_specs(specs: Tree) -> Tree:
+    return map_specs(lambda spec: keep_axes(spec, MANUAL), specs)
 
 
-def _reduced(spec: P, grad: jax.Array) -> jax.Array:
+def _microbatches(plan: Plan, batch: Tree) -> Tree:
+    count = plan.num_microbatches
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+
+def _summed(plan: Plan, tree: Tree) -> Tree:
+    """Sums over all devices that see other tokens."""
+    return jax.lax.psum(tree, TOKEN_AXES) if plan.mesh.size > 1 else tree
+
+
+def _reduced(plan: Plan, spec: P, grad: jax.Array) -> jax.Array:
     """A gradient summed over the token axes that its parameter is not divided over, and equal on all stages."""
-    axes = tuple(axis for axis in TOKEN_AXES if axis not in used_axes(spec))
-    summed = jax.lax.psum(grad, axes)
+    if plan.mesh.size == 1:
+        return grad
+    summed = jax.lax.psum(grad, tuple(axis for axis in TOKEN_AXES if axis not in used_axes(spec)))
     return summed if pipeline.AXIS in used_axes(spec) else pipeline.equal_on_stages(summed)
+
+
+def _composed(
+    objective: Objective, plan: Plan, params: Tree, frozen: Tree, micro: Tree, counts: Tree
+) -> tuple[jax.Array, Tree]:
+    """Loss and metrics of one microbatch, without a pipeline."""
+    ends, frozen_ends = gather(ends_of(params), plan.dtype), gather(_each(ends_of, frozen), plan.dtype)
+    layers, frozen_layers = _whole_runs(plan, params, frozen)
+    carry = objective.stage(layers, frozen_layers, objective.first(ends, frozen_ends, micro), micro)
+    return objective.last(ends, frozen_ends, carry, micro, counts)
 
 
 def _accumulated(
@@ -103,10 +134,7 @@ def _accumulated(
     """Gradients added up over the microbatches, without a pipeline."""
 
     def loss(params: Tree, micro: Tree) -> tuple[jax.Array, Tree]:
-        ends, frozen_ends = gather(ends_of(params), plan.dtype), gather(_each(ends_of, frozen), plan.dtype)
-        carry = objective.first(ends, frozen_ends, micro)
-        layers, frozen_layers = _whole_runs(plan, params, frozen)
-        return objective.last(ends, frozen_ends, objective.stage(layers, frozen_layers, carry, micro), micro, counts)
+        return _composed(objective, plan, params, frozen, micro, counts)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     micro = jax.tree.map(lambda x: x[0], micros)
@@ -118,8 +146,8 @@ def _accumulated(
         (total, sums), grads = value_and_grad(params, micro)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), result, ((total, sums), grads)), None
 
-    ends_zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss, params, micro))
-    ((total, sums), grads), _ = jax.lax.scan(add, (ends_zeros, pipeline.wide_zeros(params)), micros)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(loss, params, micro))
+    ((total, sums), grads), _ = jax.lax.scan(add, (zeros, pipeline.wide_zeros(params)), micros)
     return total, grads, sums
 
 
@@ -148,18 +176,23 @@ def _whole_runs(plan: Plan, params: Tree, frozen: Tree) -> tuple[LayerRun, dict[
 def _pipelined(
     objective: Objective, plan: Plan, params: Tree, frozen: Tree, micros: Tree, counts: Tree
 ) -> tuple[jax.Array, Tree, Tree]:
-    layout = plan.layouts['model']
-    mine = functools.partial(jax.tree.map, lambda x: x[0])  # this device's [1, chunks, slots, ...]
-    layers, frozen_layers = mine(params['layers']), _each(lambda tree: mine(tree['layers']), frozen)
-    # Gathering the ends is the innermost step of `first` and `last`, so their gradients come back in parts.
-    parts = _parts(objective, plan, frozen, frozen_layers, counts)
+    parts, table, layers = _prepared(objective, plan, params, frozen, counts)
     if plan.schedule == 'gpipe':
         result = pipeline.gpipe(parts, layers, ends_of(params), micros)
     else:
-        table = timetable(layout.pipe, layout.chunks, plan.num_microbatches)
         result = pipeline.one_f_one_b(parts, table, layers, ends_of(params), micros)
     grads = {**result.ends, 'layers': jax.tree.map(lambda x: x[None], result.layers)}
     return result.total, _widened({name: grads[name] for name in params}), result.sums
+
+
+def _prepared(
+    objective: Objective, plan: Plan, params: Tree, frozen: Tree, counts: Tree
+) -> tuple[pipeline.Parts, Timetable, Tree]:
+    """What a pipeline takes: functions, timetable, and this device's layers [chunks, slots, ...]."""
+    mine = functools.partial(jax.tree.map, lambda x: x[0])
+    parts = _parts(objective, plan, frozen, _each(lambda tree: mine(tree['layers']), frozen), counts)
+    layout = plan.layouts['model']
+    return parts, timetable(layout.pipe, layout.chunks, plan.num_microbatches), mine(params['layers'])
 
 
 def _parts(objective: Objective, plan: Plan, frozen: Tree, frozen_layers: Tree, counts: Tree) -> pipeline.Parts:

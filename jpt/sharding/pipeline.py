@@ -32,6 +32,10 @@ class Parts(NamedTuple):
     branch_of: np.ndarray
     last: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (ends, carry, micro) -> (total, sums)
 
+    @property
+    def chunks(self) -> int:
+        return self.branch_of.shape[1]
+
 
 class Result(NamedTuple):
     """Of all microbatches: the loss, the gradients of this device's layers and of the ends, and the metrics' sums."""
@@ -56,7 +60,7 @@ def gpipe(parts: Parts, layers: Tree, ends: Tree, micros: Tree) -> Result:
             carry = _where(me == 0, entered, arrived)
             micro = _at(micros, jnp.clip(t - me, 0, count - 1))
             out = jax.lax.switch(_branch(parts, me, 0), parts.branches, _at(layers, 0), jnp.int32(0), carry, micro)
-            return _pass_on(out, 1, pipe), out
+            return _pass_on(out, 1), out
 
         start = _zeros(jax.eval_shape(parts.first, ends, _at(micros, 0)))
         _, outs = jax.lax.scan(tick, start, jnp.arange(count + pipe - 1))
@@ -66,6 +70,21 @@ def gpipe(parts: Parts, layers: Tree, ends: Tree, micros: Tree) -> Result:
 
     (total, sums), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layers, ends)
     return Result(total, grads[0], grads[1], sums)
+
+
+def forward(parts: Parts, table: Timetable, layers: Tree, ends: Tree, micros: Tree) -> tuple[jax.Array, Tree]:
+    """Loss and metrics' sums alone, by the forward half of a timetable; arguments as for `one_f_one_b`."""
+    carry, total, sums = _empty(parts, ends, micros)
+
+    def tick(state: tuple[Tree, Tree], row: Any) -> tuple[tuple[Tree, Tree], None]:
+        arrived, result = state
+        out = _advance(parts, layers, ends, micros, row, arrived)[1]
+        more = _if(row.head >= 0, lambda: parts.last(ends, _from_last(out), _at(micros, row.head)))
+        return (_pass_on(out, 1, parts.chunks > 1), jax.tree.map(jnp.add, result, more)), None
+
+    used = int(np.flatnonzero(table.rows.head >= 0)[-1]) + 1
+    rows = jax.tree.map(lambda column: jnp.asarray(column[:used]), table.rows)
+    return jax.lax.scan(tick, (carry, (total, sums)), rows)[0][1]
 
 
 class _State(NamedTuple):
@@ -85,24 +104,19 @@ def one_f_one_b(parts: Parts, table: Timetable, layers: Tree, ends: Tree, micros
 
     layers: leaves [chunks, slots, ...]. micros: leaves [microbatches, ...], equal on all stages.
     """
-    pipe, me = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
-    chunks = parts.branch_of.shape[1]
-    carry = _zeros(jax.eval_shape(parts.first, ends, _at(micros, 0)))
-    forward, backward = _stage_functions(parts, me, carry)
+    last = jax.lax.axis_index(AXIS) == jax.lax.axis_size(AXIS) - 1
+    wrap = parts.chunks > 1
+    carry, total, sums = _empty(parts, ends, micros)
 
     def tick(state: _State, row: Any) -> tuple[_State, None]:
-        ahead = jax.tree.map(lambda column: column[me], row.forward)
-        back = jax.tree.map(lambda column: column[me], row.backward)
-
-        entered = _if(row.embed >= 0, lambda: parts.first(ends, _at(micros, row.embed)))
-        here = _where((me == 0) & (ahead.chunk == 0), entered, state.arrived)
-        held = _put(state.held, here, ahead.slot)
-        out = forward(layers, ahead, here, micros)
+        here, out = _advance(parts, layers, ends, micros, row, state.arrived)
+        held = _put(state.held, here, _mine(row.forward).slot)
 
         total, sums, head_grads, cotangent = _if(row.head >= 0, lambda: _head(parts, ends, out, _at(micros, row.head)))
 
-        behind = _where((me == pipe - 1) & (back.chunk == chunks - 1), cotangent, state.returned)
-        grads, cotangent = backward(layers, back, _at(held, back.slot), micros, behind)
+        back = _mine(row.backward)
+        behind = _where(last & (back.chunk == parts.chunks - 1), cotangent, state.returned)
+        grads, cotangent = _retreat(parts, layers, back, _at(held, back.slot), micros, behind)
         embed_grads = _if(row.leave >= 0, lambda: _embed_grads(parts, ends, cotangent, _at(micros, row.leave)))
 
         before = state.result
@@ -112,50 +126,65 @@ def one_f_one_b(parts: Parts, table: Timetable, layers: Tree, ends: Tree, micros
             jax.tree.map(_add, before.ends, head_grads, embed_grads),
             jax.tree.map(jnp.add, before.sums, sums),
         )
-        wrap = chunks > 1
-        return _State(_pass_on(out, 1, pipe, wrap), _pass_on(cotangent, -1, pipe, wrap), held, result), None
+        return _State(_pass_on(out, 1, wrap), _pass_on(cotangent, -1, wrap), held, result), None
 
-    total, sums = jax.eval_shape(parts.last, ends, carry, _at(micros, 0))
     start = _State(
         carry,
         carry,
         jax.tree.map(lambda x: jnp.zeros((table.num_slots, *x.shape), x.dtype), carry),
-        Result(_zeros(total), wide_zeros(layers), wide_zeros(ends), _zeros(sums)),
+        Result(total, wide_zeros(layers), wide_zeros(ends), sums),
     )
     return jax.lax.scan(tick, start, jax.tree.map(jnp.asarray, table.rows))[0].result
 
 
-def _stage_functions(parts: Parts, me: jax.Array, carry: Tree) -> tuple[Callable[..., Tree], Callable[..., Tree]]:
-    """Forward and backward of whatever stage a row of the timetable names; zeros for an idle device."""
+def _empty(parts: Parts, ends: Tree, micros: Tree) -> tuple[Tree, Tree, Tree]:
+    """Zeros in the shape of the carry, of the loss and of the metrics."""
+    carry = jax.eval_shape(parts.first, ends, _at(micros, 0))
+    return _zeros((carry, *jax.eval_shape(parts.last, ends, carry, _at(micros, 0))))
 
-    def choose(work: Any) -> jax.Array:
-        return jnp.where(work.micro >= 0, 1 + _branch(parts, me, jnp.maximum(work.chunk, 0)), 0)
 
-    def forward(layers: Tree, work: Any, here: Tree, micros: Tree) -> Tree:
-        def run(branch: Callable[..., Tree]) -> Callable[[], Tree]:
-            return lambda: branch(_at(layers, work.chunk), work.chunk, here, _at(micros, work.micro))
+def _advance(parts: Parts, layers: Tree, ends: Tree, micros: Tree, row: Any, arrived: Tree) -> tuple[Tree, Tree]:
+    """Input and output of whatever stage this device runs forward in a tick; zeros put out by an idle device."""
+    work = _mine(row.forward)
+    entered = _if(row.embed >= 0, lambda: parts.first(ends, _at(micros, row.embed)))
+    here = _where((jax.lax.axis_index(AXIS) == 0) & (work.chunk == 0), entered, arrived)
 
-        return jax.lax.switch(choose(work), [lambda: carry, *map(run, parts.branches)])
+    def run(branch: Callable[..., Tree]) -> Callable[[], Tree]:
+        return lambda: branch(_at(layers, work.chunk), work.chunk, here, _at(micros, work.micro))
 
-    def backward(layers: Tree, work: Any, here: Tree, micros: Tree, behind: Tree) -> tuple[Tree, Tree]:
-        def run(branch: Callable[..., Tree]) -> Callable[[], tuple[Tree, Tree]]:
-            def pull() -> tuple[Tree, Tree]:
-                chunk, micro = _at(layers, work.chunk), _at(micros, work.micro)
-                return jax.vjp(lambda params, x: branch(params, work.chunk, x, micro), chunk, here)[1](behind)
+    return here, _switch(parts, work, lambda: _zeros(here), [run(branch) for branch in parts.branches])
 
-            return pull
 
-        def idle() -> tuple[Tree, Tree]:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), layers), carry
+def _retreat(parts: Parts, layers: Tree, work: Any, here: Tree, micros: Tree, behind: Tree) -> tuple[Tree, Tree]:
+    """Gradients of a chunk of layers and the cotangent of its input, by recomputing the stage; zeros where idle."""
 
-        return jax.lax.switch(choose(work), [idle, *map(run, parts.branches)])
+    def run(branch: Callable[..., Tree]) -> Callable[[], tuple[Tree, Tree]]:
+        def pull() -> tuple[Tree, Tree]:
+            chunk, micro = _at(layers, work.chunk), _at(micros, work.micro)
+            return jax.vjp(lambda params, x: branch(params, work.chunk, x, micro), chunk, here)[1](behind)
 
-    return forward, backward
+        return pull
+
+    def idle() -> tuple[Tree, Tree]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), layers), _zeros(here)
+
+    return _switch(parts, work, idle, [run(branch) for branch in parts.branches])
+
+
+def _switch(parts: Parts, work: Any, idle: Callable[[], Tree], branches: list[Callable[[], Tree]]) -> Tree:
+    """The branch of the stage that `work` names, or `idle` where it names none."""
+    branch = _branch(parts, jax.lax.axis_index(AXIS), jnp.maximum(work.chunk, 0))
+    return jax.lax.switch(jnp.where(work.micro >= 0, 1 + branch, 0), [idle, *branches])
+
+
+def _mine(work: Any) -> Any:
+    """This device's column of one row of the timetable."""
+    return jax.tree.map(lambda column: column[jax.lax.axis_index(AXIS)], work)
 
 
 def _head(parts: Parts, ends: Tree, out: Tree, micro: Tree) -> tuple[jax.Array, Tree, Tree, Tree]:
     """Loss, metrics and cotangents of what the last stage put out, computed by all stages together."""
-    leaving = _from_stage(out, jax.lax.axis_size(AXIS) - 1)
+    leaving = _from_last(out)
     total, pull, sums = jax.vjp(lambda ends, carry: parts.last(ends, carry, micro), ends, leaving, has_aux=True)
     return total, sums, *pull(jnp.ones_like(total))
 
@@ -169,6 +198,10 @@ def _from_stage(tree: Tree, stage: int) -> Tree:
     """One stage's values on all stages; a sum, of which only that stage's term is not zero."""
     mine = jax.lax.axis_index(AXIS) == stage
     return jax.tree.map(lambda x: jax.lax.psum(jnp.where(mine, x, jnp.zeros_like(x)), AXIS), tree)
+
+
+def _from_last(tree: Tree) -> Tree:
+    return _from_stage(tree, jax.lax.axis_size(AXIS) - 1)
 
 
 def equal_on_stages(tree: Tree) -> Tree:
@@ -188,7 +221,7 @@ _enter.defvjp(lambda carry: (carry, None), lambda _, cotangent: (_from_stage(cot
 @jax.custom_vjp
 def _leave(carry: Tree) -> Tree:
     """The last stage's values on all stages, which use them alike; its cotangent is the one each of them has."""
-    return _from_stage(carry, jax.lax.axis_size(AXIS) - 1)
+    return _from_last(carry)
 
 
 def _leave_backward(_: None, cotangent: Tree) -> tuple[Tree]:
@@ -199,8 +232,9 @@ def _leave_backward(_: None, cotangent: Tree) -> tuple[Tree]:
 _leave.defvjp(lambda carry: (_leave(carry), None), _leave_backward)
 
 
-def _pass_on(tree: Tree, step: int, pipe: int, wrap: bool = False) -> Tree:
+def _pass_on(tree: Tree, step: int, wrap: bool = False) -> Tree:
     """To the next stage (step 1) or the one before (-1); zeros arrive where no stage sends."""
+    pipe = jax.lax.axis_size(AXIS)
     pairs = [(stage, (stage + step) % pipe) for stage in range(pipe) if wrap or 0 <= stage + step < pipe]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, pairs), tree)
 
