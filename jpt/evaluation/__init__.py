@@ -1,0 +1,1 @@
+"""Measuring models: perplexity, agreement with a teacher, multiple choice, exact answers."""
