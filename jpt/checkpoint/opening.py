@@ -1,0 +1,46 @@
+"""Opening a model by its path, whichever of the two kinds of directory it is."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.typing import DTypeLike
+
+from jpt.checkpoint.assets import CONFIG_FILE
+from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
+from jpt.checkpoint.model_dir import StoredSource, find_checkpoint
+from jpt.checkpoint.source import LeafSource
+
+SHIPPED = {'quickstart': Path(__file__).resolve().parents[1] / 'assets' / 'quickstart_teacher'}
+
+
+class Opened(NamedTuple):
+    """A model's weights, and the directory of its tokenizer and companions (None where there are none)."""
+
+    source: LeafSource
+    assets: Path | None
+
+
+def model_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory that a user means: a path, or the name of a model that jpt ships."""
+    return SHIPPED.get(str(path), Path(path))
+
+
+def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Opened:
+    """Opens a Hugging Face directory or a jpt checkpoint (a model, a step of a run, or a run's workdir).
+
+    Raises:
+        FileNotFoundError: neither kind.
+        ValueError: what is there is not a model that jpt computes; see the sources.
+    """
+    directory = model_directory(path)
+    if not directory.is_dir():
+        raise FileNotFoundError(f'{directory}: no such directory')
+    if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
+        return Opened(HuggingFaceSource(directory, dtype), directory)
+    try:
+        find_checkpoint(directory)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no {CONFIG_FILE}') from error
+    stored = StoredSource(directory, dtype)
+    return Opened(stored, stored.assets)

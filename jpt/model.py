@@ -1,0 +1,112 @@
+"""The face of jpt: a checkpoint opened as a model that gives logits and text, and is saved and exported."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
+
+from jpt.checkpoint.assets import open_tokenizer
+from jpt.checkpoint.hf_export import export_hf
+from jpt.checkpoint.model_dir import save_model
+from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.source import load_tree
+from jpt.data.tokenizer import Tokenizer
+from jpt.generation.engine import GenerationResult, generate
+from jpt.models.config import Compute, ModelConfig
+from jpt.models.names import leaves, put
+from jpt.models.transformer import forward, unembed
+from jpt.sharding.rules import Rules, param_specs, shardings, units_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model in memory: what it computes, its weights, and its tokenizer where it has one."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer | None = None
+    assets: Path | None = None  # the directory that tokenizer files and generation_config.json were read from
+    mesh: Mesh | None = None
+
+    @property
+    def compute(self) -> Compute:
+        """How it is run: in the dtype of its weights."""
+        return Compute(dtype=self.params['embed']['embedding'].dtype)
+
+    def logits(
+        self, tokens_BT: ArrayLike, positions_BT: ArrayLike | None = None, segment_ids_BT: ArrayLike | None = None
+    ) -> jax.Array:
+        """Logits [B, T, V], float32 at least, of token ids [B, T].
+
+        Raises:
+            ValueError: not two-dimensional, or an id outside the vocabulary.
+        """
+        tokens = jnp.asarray(tokens_BT, jnp.int32)
+        if tokens.ndim != 2:
+            raise ValueError(f'tokens have shape {tokens.shape}: expected [B, T]')
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(
+                f'token ids from {int(tokens.min())} to {int(tokens.max())}: '
+                f'expected ids from 0 to {self.config.vocab_size - 1}'
+            )
+        places = [None if p is None else jnp.asarray(p, jnp.int32) for p in (positions_BT, segment_ids_BT)]
+        return _logits(self.config, self.compute, self.params, tokens, *places)
+
+    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[GenerationResult]:
+        """Continues prompts (texts or lists of token ids); see `jpt.generation.engine.generate` for the options."""
+        return generate(self, prompts, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a jpt checkpoint."""
+        save_model(path, self.config, self.params, self.assets)
+
+    def export(self, path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> None:
+        """Writes a Hugging Face directory, in the dtype of the weights unless told otherwise."""
+        export_hf(path, self.config, self.params, source_dir=self.assets, dtype=dtype)
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f'Model({self.config.family}, {count:,} parameters, {self.compute.dtype})'
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    cfg: ModelConfig,
+    compute: Compute,
+    params: Any,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segments: jax.Array | None,
+) -> jax.Array:
+    return unembed(cfg, params, forward(cfg, params, tokens, positions, segments, compute=compute).hidden_BTD)
+
+
+def load(path: str | os.PathLike[str], mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Model:
+    """Opens a Hugging Face directory or a jpt checkpoint; 'quickstart' is the small teacher that jpt ships.
+
+    Args:
+        path: the directory.
+        mesh: where the weights go; None: the default device.
+        dtype: cast the weights; None keeps what is stored.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: a model that jpt does not compute, or weights that are not the config's.
+    """
+    opened = open_model(path, dtype)
+    cfg = opened.source.cfg
+    placed = None
+    if mesh is not None:
+        shapes: dict[str, Any] = {}
+        for leaf in leaves(cfg):
+            put(shapes, leaf.path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+        placed = shardings(mesh, param_specs(shapes, Rules(mesh.shape, units_of(cfg), False)))
+    params = load_tree(opened.source, placed)
+    return Model(cfg, params, open_tokenizer(opened.assets), opened.assets, mesh)
