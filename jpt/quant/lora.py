@@ -1,0 +1,83 @@
+"""LoRA on a parameter tree: wrap kernels with low-rank factors, train the factors, merge them into the kernels.
+
+Hu et al. 2021, arXiv:2106.09685; `rank_stabilized` is Kalajdzievski 2023, arXiv:2312.03732. PEFT's directories are read
+and written by jpt.checkpoint.peft.
+"""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpt.quant.dot import LoraKernel, Weight, dense
+from jpt.quant.paths import map_with_path, matches, paths, select
+
+# For jpt.training.freeze.partition: train the factors alone.
+FREEZE_ALL_BUT_LORA = ('**', '!**/kernel/{a,b}')
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a parameter tree is a weight type, to be taken whole in tree maps (`is_leaf`)."""
+    return isinstance(leaf, LoraKernel)
+
+
+def lora_scale(rank: int, alpha: float, rank_stabilized: bool = False) -> float:
+    """The factor on b a: alpha / rank, or alpha / sqrt(rank)."""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
+
+
+def add_lora(
+    params: Any,
+    key: jax.Array,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    rank_stabilized: bool = False,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    place: str = 'lora.targets',
+) -> Any:
+    """Wraps the layers' kernels that the path patterns `targets` cover; the model computes what it did before.
+
+    a [R, rank, in] is uniform in +-1/sqrt(in), b [R, out, rank] is zero (PEFT's default), both float32. `ranks` and
+    `alphas` give other values by path pattern, the first that matches.
+
+    Raises:
+        ValueError: a pattern that covers no kernel, a kernel that has an adapter, a rank that is not in
+            [1, min(out, in)].
+    """
+    kernels = [path for path in paths(params, is_weight) if path.startswith('layers/') and path.endswith('/kernel')]
+    chosen = select(targets, kernels, place)
+    for pattern in (*(ranks or {}), *(alphas or {})):
+        select([pattern], sorted(chosen), place)
+
+    def wrap(path: str, kernel: Weight) -> Weight:
+        if path not in chosen:
+            return kernel
+        if isinstance(kernel, LoraKernel):
+            raise ValueError(f'{place}: {path} has an adapter already: merge it first')
+        own_rank = _first(ranks, path, rank)
+        own_alpha = _first(alphas, path, alpha)
+        *lead, out, inner = kernel.shape
+        if not 1 <= own_rank <= min(out, inner):
+            raise ValueError(f'{place}: rank={own_rank} for {path} [{out}, {inner}]: expected 1 to {min(out, inner)}')
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        bound = inner**-0.5
+        a = jax.random.uniform(own_key, (*lead, own_rank, inner), jnp.float32, -bound, bound)
+        b = jnp.zeros((*lead, out, own_rank), jnp.float32)
+        return LoraKernel(kernel, a, b, lora_scale(own_rank, own_alpha, rank_stabilized))
+
+    return map_with_path(wrap, params, is_leaf=is_weight)
+
+
+def merge_lora(params: Any) -> Any:
+    """Replaces every adapted kernel by base + scale * b a, in the dtype of the base."""
+    return jax.tree.map(lambda leaf: dense(leaf) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
+
+
+def _first(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    return next((value for pattern, value in (table or {}).items() if matches(pattern, path)), default)
