@@ -1,0 +1,233 @@
+"""The last linear layer and the loss on its logits, in one: logits exist for one chunk of tokens at a time.
+
+A scan over chunks computes the logits, the loss and, when the result is differentiated, both gradients at once (the
+scheme of Liger Kernel: Hsu et al. 2024): 6 N D V operations, nothing of size [N, V], no softmax kept. The vocabulary
+may be cut over mesh axes: then only per-token scalars and, once after the scan, gradients are summed over shards. What
+is computed from a chunk of logits is a token loss (token_losses.py).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jpt.kernels.local import auto, auto_size, axis_size, local, platform, psum
+from jpt.kernels.parallel_attention import ROWS, SEQUENCE
+from jpt.kernels.token_losses import TokenLoss, VocabShard
+
+VOCAB = ('pipe', 'tensor')
+
+
+class _Rule(NamedTuple):
+    """What is fixed when the program is traced."""
+
+    token_loss: TokenLoss
+    vocab_size: int
+    soft_cap: float | None
+    chunk: int | None
+    vocab_axes: tuple[str, ...]
+
+
+def linear_loss(
+    hidden,
+    kernel_VD,
+    weights,
+    args,
+    token_loss: TokenLoss,
+    *,
+    vocab_size: int,
+    shared=None,
+    soft_cap: float | None = None,
+    chunk: int | None = None,
+    vocab_axes: tuple[str, ...] = VOCAB,
+):
+    """Weighted sum over tokens of a loss on logits = hidden @ kernel^T -> (total, {name: (sum, weight)}).
+
+    Differentiable in hidden and kernel. Products are made in hidden's dtype; logits, statistics and the kernel's
+    gradient are held in at least float32. Padded columns of the vocabulary never count.
+
+    Args:
+      hidden: [N, D] or [B, T, D].
+      kernel_VD: [V, D], any float dtype; the gradient has the same. V may be padded above `vocab_size`.
+      weights: [N] or [B, T], at least float32; already divided by the global count. All zeros give 0 and no gradient.
+      args: pytree of [N, ...] or [B, T, ...] that the token loss reads (targets, a teacher's hidden states, ...).
+      token_loss: see token_losses.py; hashable.
+      shared: pytree of tables [V, ...] that the token loss reads, cut over the vocabulary as the kernel (a teacher's
+        head), or None. Not differentiated, nor are args.
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
+      chunk: tokens per step of the scan; None picks by platform. The result does not depend on it but by rounding.
+      vocab_axes: mesh axes over which the vocabulary is cut. Where an outer shard_map holds one of them manual, kernel
+        and shared are this shard's rows already and hidden is the same on all of them.
+
+    Returns:
+      total: scalar; every metric of the token loss as (weighted sum, sum of weights). Over axes that are manual outside
+      (data, context) these and the kernel's gradient are this shard's part, to be summed there.
+
+    Raises:
+      ValueError: a vocabulary that does not divide over its axes or is smaller than `vocab_size`.
+    """
+    rows = kernel_VD.shape[0]
+    if rows % auto_size(vocab_axes):
+        sizes = ' x '.join(f'{name}={auto_size([name])}' for name in vocab_axes)
+        raise ValueError(f'linear_loss: a vocabulary of {rows} rows does not divide over {sizes}: pad it')
+    if rows * axis_size(vocab_axes) < vocab_size:
+        raise ValueError(
+            f'linear_loss: vocab_size={vocab_size}: the kernel has {rows * axis_size(vocab_axes)} rows in all'
+        )
+    rule = _Rule(token_loss, vocab_size, soft_cap, chunk, tuple(vocab_axes))
+    return _linear_loss(rule, hidden, kernel_VD, weights, args, shared)
+
+
+def choose_chunk(tokens: int, vocab: int) -> int:
+    """Tokens per step, measured by benchmarks/head_loss.py.
+
+    A small chunk keeps logits in cache (CPU) or memory low (GPU); a large one passes over the kernel's gradient fewer
+    times. The logits of a chunk take 8 MiB on CPU and 512 MiB on GPU.
+    """
+    budget = (8 if platform() == 'cpu' else 512) * 2**20 // 4
+    chunk = max(128, 2 ** int(math.log2(max(budget // vocab, 1))))
+    return min(chunk, tokens)
+
+
+class _Layout(NamedTuple):
+    """How operands are split over the automatic axes: specs and the axes that tokens and columns go over."""
+
+    tokens: P
+    kernel: P
+    dkernel: P
+    token_axes: tuple[str, ...]
+    vocab_axes: tuple[str, ...]
+    scatter: str | None  # the axis over which the kernel's gradient comes out cut by width
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return (*self.token_axes, *self.vocab_axes)
+
+
+def _layout(rule: _Rule, hidden) -> _Layout:
+    rows = auto(ROWS) if hidden.shape[0] % auto_size(ROWS) == 0 else ()
+    sequence = auto([SEQUENCE]) if hidden.ndim == 3 and hidden.shape[1] % auto_size([SEQUENCE]) == 0 else ()
+    vocab = auto(rule.vocab_axes)
+    # Parameters lie cut over fsdp: sum straight into that layout (half of what an all-reduce moves).
+    scatter = 'fsdp' if 'fsdp' in rows and hidden.shape[-1] % auto_size(['fsdp']) == 0 else None
+    return _Layout(
+        tokens=P(rows, sequence) if hidden.ndim == 3 else P(rows),
+        kernel=P(vocab, None),
+        dkernel=P(vocab, scatter),
+        token_axes=(*rows, *sequence),
+        vocab_axes=vocab,
+        scatter=scatter,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_loss(rule: _Rule, hidden, kernel_VD, weights, args, shared):
+    layout = _layout(rule, hidden)
+
+    def shard(hidden, kernel, weights, args, shared):
+        total, sums, _ = _scan(rule, hidden, kernel, weights, args, shared, with_gradients=False)
+        return psum((total, sums), layout.token_axes)
+
+    specs = (layout.tokens, layout.kernel, layout.tokens, layout.tokens, layout.kernel)
+    return local(shard, specs, P(), layout.axes)(hidden, kernel_VD, weights, args, shared)
+
+
+def _linear_loss_fwd(rule: _Rule, hidden, kernel_VD, weights, args, shared):
+    layout = _layout(rule, hidden)
+
+    def shard(hidden, kernel, weights, args, shared):
+        total, sums, (dhidden, dkernel) = _scan(rule, hidden, kernel, weights, args, shared, with_gradients=True)
+        if layout.scatter:
+            dkernel = lax.psum_scatter(dkernel, layout.scatter, scatter_dimension=1, tiled=True)
+        others = tuple(name for name in layout.token_axes if name != layout.scatter)
+        dkernel = psum(dkernel, others).astype(kernel.dtype)
+        dhidden = psum(dhidden, rule.vocab_axes).astype(hidden.dtype)
+        return psum((total, sums), layout.token_axes), (dhidden, dkernel)
+
+    specs = (layout.tokens, layout.kernel, layout.tokens, layout.tokens, layout.kernel)
+    run = local(shard, specs, (P(), (layout.tokens, layout.dkernel)), layout.axes)
+    return run(hidden, kernel_VD, weights, args, shared)
+
+
+def _linear_loss_bwd(rule: _Rule, gradients, cotangents):
+    del rule
+    slope, _ = cotangents
+    dhidden, dkernel = ((x.astype(slope.dtype) * slope).astype(x.dtype) for x in gradients)
+    return dhidden, dkernel, None, None, None
+
+
+_linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd)
+
+
+def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, with_gradients: bool):
+    """(total, sums, gradients) of the local tokens over the local columns: (dhidden, dkernel), not yet summed."""
+    shape, width = hidden.shape, hidden.shape[-1]
+    stats = jnp.promote_types(hidden.dtype, jnp.float32)
+    vocab = VocabShard(rule.vocab_axes, kernel_VD.shape[0], rule.vocab_size)
+    hidden, weights, args = _flat((hidden, weights, args), weights.ndim)
+    tokens = hidden.shape[0]
+    chunk = min(rule.chunk or choose_chunk(tokens, kernel_VD.shape[0]), tokens)
+    weights = weights.astype(stats)
+    kernel = kernel_VD.astype(hidden.dtype)
+    # One shard's part of dhidden is rounded to hidden's dtype only after the parts are added.
+    part = stats if axis_size(rule.vocab_axes) > 1 else hidden.dtype
+
+    def step(carry, chunked):
+        total, sums, dkernel = carry
+        h_CD, weight_C, args_C = chunked
+        logits_CV, slope = _logits(h_CD, kernel, vocab, rule.soft_cap, stats)
+        loss_C, dlogits_CV, metrics = rule.token_loss(logits_CV, args_C, shared, vocab)
+        used = weight_C != 0
+        weigh = partial(_weighted_sum, weight_C, used)
+        total = total + weigh(loss_C)
+        metrics = jax.tree.map(weigh, metrics)
+        sums = {name: sums.get(name, 0) + value for name, value in metrics.items()}
+        if not with_gradients:
+            return (total, sums, dkernel), None
+        factor = weight_C[:, None] if slope is None else weight_C[:, None] * slope
+        dlogits = jnp.where(used[:, None], dlogits_CV * factor, 0).astype(h_CD.dtype)
+        dkernel = dkernel + lax.dot_general(dlogits, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=stats)
+        dh = lax.dot_general(dlogits, kernel, (((1,), (0,)), ((), ())), preferred_element_type=stats)
+        return (total, sums, dkernel), dh.astype(part)
+
+    zero = jnp.zeros((), stats)
+    sums = dict.fromkeys(rule.token_loss.metrics, zero)
+    start = zero, sums, jnp.zeros((kernel.shape[0], width), stats) if with_gradients else None
+    (total, sums, dkernel), dh = lax.scan(step, start, jax.tree.map(partial(_chunked, chunk), (hidden, weights, args)))
+    metrics = {name: (value, jnp.sum(weights)) for name, value in sums.items()}
+    if not with_gradients:
+        return total, metrics, None
+    return total, metrics, (dh.reshape(-1, width)[:tokens].reshape(shape), dkernel)
+
+
+def _flat(tree, leading: int):
+    """Every leaf with its first `leading` axes made one."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), tree)
+
+
+def _chunked(chunk: int, x):
+    """[N, ...] -> [chunks, chunk, ...], padded with zeros (so with weight 0)."""
+    missing = -x.shape[0] % chunk
+    if missing:
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+def _weighted_sum(weight_C, used_C, value_C):
+    return jnp.sum(jnp.where(used_C, weight_C * value_C, 0))
+
+
+def _logits(h_CD, kernel_VD, vocab: VocabShard, soft_cap: float | None, stats):
+    """Logits [C, V] of the local columns, padding masked, and the slope of the soft cap (None without one)."""
+    logits = lax.dot_general(h_CD, kernel_VD, (((1,), (1,)), ((), ())), preferred_element_type=stats)
+    slope = None
+    if soft_cap is not None:
+        capped = jnp.tanh(logits / soft_cap)
+        logits, slope = soft_cap * capped, 1 - capped * capped
+    return vocab.mask(logits), slope
