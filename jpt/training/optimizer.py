@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jpt.config import require
 from jpt.quant.paths import map_with_path, matches
@@ -145,31 +144,6 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> Optimizer:
         return params, state, {'grad_norm': norm, 'lr': step.lr, 'accepted': accept}
 
     return Optimizer(init, update)
-
-
-def state_specs(specs: Any, state: OptimizerState, axis_sizes: Mapping[str, int]) -> OptimizerState:
-    """PartitionSpecs for an optimizer state (arrays or shapes), from the tree of the params' specs.
-
-    A moment is sharded as its param; the scales of an 8-bit one likewise, except that their last axis is replicated
-    where it does not divide into whole blocks per device.
-    """
-
-    def place(spec: PartitionSpec, moment: Any) -> Any:
-        if not isinstance(moment, low_bit.Blocks8):
-            return None if moment is None else spec
-        axes = tuple(spec) + (None,) * (len(moment.codes.shape) - len(spec))
-        names = axes[-1] if isinstance(axes[-1], tuple) else (axes[-1],)
-        shards = 1
-        for name in names:
-            shards *= 1 if name is None else axis_sizes[name]
-        last = axes[-1] if moment.scale.shape[-1] % shards == 0 else None
-        return jax.tree.unflatten(jax.tree.structure(moment), [spec, PartitionSpec(*axes[:-1], last)])
-
-    def over(moments: Any) -> Any:
-        return jax.tree.map(place, specs, moments, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-
-    updates: Any = PartitionSpec()
-    return OptimizerState(updates, over(state.mu), over(state.nu))
 
 
 class _Updated(NamedTuple):
