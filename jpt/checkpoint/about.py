@@ -1,0 +1,113 @@
+"""What a checkpoint says of itself: which model, which leaves, which tokenizer, written by which version.
+
+Layout of a jpt checkpoint, the same for a step of a training run and for a model on its own:
+
+    model/model.json        this description
+    state/                  the tree, by Orbax: params/..., and for a training step opt_state/..., step, key, ...
+    assets/                 tokenizer files, generation_config.json, config.json of the source
+    config/config.json      the run's configuration (training)
+    data/data.json          the state of the data iterator (training)
+    manifest/manifest.json  checksums of all of the above
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jpt
+from jpt.checkpoint.manifest import MANIFEST_FILE
+from jpt.checkpoint.tree import LeafSpec
+from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
+
+FORMAT = 1
+STATE, MODEL, ASSETS, CONFIG, DATA, MANIFEST = 'state', 'model', 'assets', 'config', 'data', 'manifest'
+MODEL_FILE, CONFIG_FILE, DATA_FILE = 'model.json', 'config.json', 'data.json'
+
+
+class About(NamedTuple):
+    """The description of a checkpoint; `model` is None where a run trains something that is no ModelConfig."""
+
+    kind: Literal['model', 'training']
+    leaves: dict[str, LeafSpec]
+    model: ModelConfig | None
+    tokenizer: str | None  # the tokenizer's fingerprint
+    version: str = jpt.__version__
+
+
+def to_json(about: About) -> dict[str, Any]:
+    """The JSON form of a description."""
+    return {
+        'format': FORMAT,
+        'jpt': about.version,
+        'kind': about.kind,
+        'model': None if about.model is None else model_to_json(about.model),
+        'tokenizer': about.tokenizer,
+        'leaves': {name: [spec.dtype, list(spec.shape)] for name, spec in about.leaves.items()},
+    }
+
+
+def read_about(directory: Path) -> About:
+    """The description of the checkpoint in `directory`.
+
+    Raises:
+        FileNotFoundError: it is no jpt checkpoint.
+        ValueError: damaged, or of a format that this version does not read.
+    """
+    path = directory / MODEL / MODEL_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f'{directory} is not a jpt checkpoint: it has no {MODEL}/{MODEL_FILE}')
+    try:
+        content = json.loads(path.read_text('utf-8'))
+        if content['format'] != FORMAT:
+            raise ValueError(f'format {content["format"]} (written by jpt {content.get("jpt")}): expected {FORMAT}')
+        leaves = {name: LeafSpec(dtype, tuple(shape)) for name, (dtype, shape) in content['leaves'].items()}
+        model = None if content['model'] is None else model_from_json(content['model'])
+        return About(content['kind'], leaves, model, content['tokenizer'], content['jpt'])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path}: cannot be read as the description of a checkpoint: {error}') from error
+
+
+def model_to_json(cfg: ModelConfig) -> dict[str, Any]:
+    """Every field of a ModelConfig."""
+    return dataclasses.asdict(cfg)
+
+
+def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig that `model_to_json` wrote.
+
+    Raises:
+        ValueError: a field that this version does not know: it may change the computation.
+    """
+    fields = dict(content)
+    fields['segments'] = tuple(_segment(segment) for segment in fields['segments'])
+    return _build(ModelConfig, fields)
+
+
+def _segment(content: Mapping[str, Any]) -> Segment:
+    kinds = []
+    for kind in content['kinds']:
+        rope = None if kind.get('rope') is None else _build(Rope, kind['rope'])
+        kinds.append(_build(LayerKind, dict(kind) | {'rope': rope}))
+    return _build(Segment, dict(content) | {'kinds': tuple(kinds)})
+
+
+def _build(cls: Any, fields: Mapping[str, Any]) -> Any:
+    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f'{cls.__name__} has fields that this version of jpt does not know: {", ".join(unknown)}')
+    return cls(**fields)
+
+
+def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """One line per field in which two model configs differ."""
+    pairs = (
+        (field.name, getattr(stored, field.name), getattr(wanted, field.name)) for field in dataclasses.fields(stored)
+    )
+    return [f'model.{name}: {old!r} in the checkpoint, expected {new!r}' for name, old, new in pairs if old != new]
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a finished jpt checkpoint: a model, or one step of a training run."""
+    return (directory / MODEL / MODEL_FILE).is_file() and (directory / MANIFEST / MANIFEST_FILE).is_file()

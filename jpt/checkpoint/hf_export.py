@@ -1,0 +1,190 @@
+"""Writing Hugging Face directories that transformers, vLLM and SGLang load: weights, config, tokenizer, model card."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jpt import __version__
+from jpt.checkpoint.assets import CONFIG_FILE, GENERATION_FILE, copy_assets
+from jpt.checkpoint.directories import check_absent, new_directory
+from jpt.checkpoint.hf_import import read_config
+from jpt.checkpoint.safetensors import TensorSpec
+from jpt.checkpoint.shards import ShardedWriter
+from jpt.checkpoint.source import Index, LeafSource, TreeSource, row_blocks, whole
+from jpt.data.tokenizer import TOKENIZER_FILES
+from jpt.models.config import ModelConfig
+from jpt.models.families import config_to_hf
+from jpt.models.fields import HARMLESS
+from jpt.models.names import Leaf, Source, leaves
+
+# Of the fields that leave the computation alone, these are about the weights or the file and are written anew.
+_WRITTEN_ANEW = frozenset(['model_type', 'architectures', 'torch_dtype', 'dtype', '_name_or_path', 'name_or_path'])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A layer of a leaf, as a part of a tensor."""
+
+    leaf: Leaf
+    repeat: int | None
+    source: Source
+
+    def index(self, rows: slice | None = None) -> Index:
+        """Where in the leaf the part is; `rows` narrows it on the first axis of the layer."""
+        full = whole(self.leaf)
+        if self.repeat is None:
+            return full if rows is None else (rows, *full[1:])
+        return (slice(self.repeat, self.repeat + 1), *(full[1:] if rows is None else (rows, *full[2:])))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.shape if self.repeat is None else self.leaf.shape[1:]
+
+
+def tensors_of(cfg: ModelConfig) -> dict[str, list[_Part]]:
+    """The parts of every tensor of the model, by Hugging Face name, grouped by leaf."""
+    tensors: dict[str, list[_Part]] = {}
+    for leaf in leaves(cfg):
+        for number, source in enumerate(leaf.sources):
+            tensors.setdefault(source.name, []).append(_Part(leaf, number if leaf.stacked else None, source))
+    return {name: sorted(parts, key=lambda part: part.source.part) for name, parts in tensors.items()}
+
+
+def _layer_order(cfg: ModelConfig, tensors: dict[str, list[_Part]]) -> list[str]:
+    """Names in the order of the network, so that a shard holds neighbouring layers."""
+
+    def layer(name: str) -> int:
+        part = tensors[name][0]
+        if part.repeat is None:
+            return -1 if part.leaf.path[0] in ('embed', 'positions') else cfg.num_layers
+        return cfg.layer_index(int(part.leaf.path[1]), int(part.leaf.path[2]), part.repeat)
+
+    return sorted(tensors, key=layer)
+
+
+def write_hf(
+    source: LeafSource,
+    path: str | os.PathLike[str],
+    *,
+    source_dir: str | os.PathLike[str] | None = None,
+    max_shard_size: str | int = '5GB',
+    report: Callable[[str, int], Any] = lambda name, size: None,
+) -> list[Path]:
+    """Writes a model as a Hugging Face directory, a part of a tensor in memory at a time; returns the weight files.
+
+    Args:
+        source: the model.
+        path: the directory to make; it appears when it is complete. It must not exist, or be empty.
+        source_dir: where tokenizer files, generation_config.json and the remaining fields of config.json come from.
+        max_shard_size: such as '5GB'.
+        report: called with the name and the bytes of what has been written.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        ValueError: a dtype that safetensors does not have.
+    """
+    tensors = tensors_of(source.cfg)
+    specs = {}
+    for name in _layer_order(source.cfg, tensors):
+        parts = tensors[name]
+        dtypes = {source.dtype(part.leaf) for part in parts}
+        if len(dtypes) > 1:
+            raise ValueError(f'{name}: its parts have different dtypes: {", ".join(sorted(map(str, dtypes)))}')
+        specs[name] = TensorSpec(dtypes.pop(), parts[0].source.stored_shape(parts[0].shape))
+    origin = None if source_dir is None else Path(source_dir)
+    with new_directory(path) as directory:
+        with ShardedWriter(directory, specs, max_shard_size) as writer:
+            for name, parts in tensors.items():
+                _write_tensor(writer, name, parts, source)
+                report(name, specs[name].nbytes)
+        dtype = str(specs[next(iter(specs))].dtype)
+        _write_json(directory / CONFIG_FILE, hf_config(source.cfg, dtype, origin))
+        if origin is not None:
+            copy_assets(origin, directory, (*TOKENIZER_FILES, GENERATION_FILE))
+        (directory / 'README.md').write_text(model_card(source.cfg, dtype, specs), 'utf-8')
+        files = list(writer.shards)
+    return [Path(path) / file for file in files]
+
+
+def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: LeafSource) -> None:
+    if parts[0].source.transposed:  # the parts lie side by side in every row of the file
+        values = [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]
+        writer.write(name, np.concatenate(values).T)
+        return
+    for part in parts:
+        size = part.shape[0]
+        for rows in row_blocks(part.shape, source.dtype(part.leaf).itemsize):
+            block = _squeeze(part, source.read(part.leaf, part.index(rows)))
+            writer.write(name, block, part.source.part * size + rows.start)
+
+
+def _squeeze(part: _Part, array: np.ndarray) -> np.ndarray:
+    return array if part.repeat is None else array[0]
+
+
+def export_hf(
+    path: str | os.PathLike[str],
+    cfg: ModelConfig,
+    params: Any,
+    *,
+    source_dir: str | os.PathLike[str] | None = None,
+    dtype: DTypeLike | None = None,
+    max_shard_size: str | int = '5GB',
+) -> None:
+    """Writes parameters in memory as a Hugging Face directory; `dtype` None keeps the dtype of each leaf.
+
+    With several processes all of them call this; process 0 writes. Rows that pad the vocabulary for a mesh are left
+    out. Other arguments and errors as `write_hf`.
+    """
+    check_absent(path)
+    source = TreeSource(cfg, params, dtype)
+    if jax.process_index() == 0:
+        write_hf(source, path, source_dir=source_dir, max_shard_size=max_shard_size)
+        return
+    for parts in tensors_of(cfg).values():  # takes part in gathering the arrays, in the same order
+        for part in parts:
+            source.read(part.leaf, part.index(slice(0, 0)))
+
+
+def hf_config(cfg: ModelConfig, dtype: str, source_dir: Path | None = None) -> dict[str, Any]:
+    """config.json: what the model computes, and the harmless fields (special token ids and the like) of its source."""
+    carried = {}
+    if source_dir is not None and (source_dir / CONFIG_FILE).is_file():
+        content = read_config(source_dir)
+        carried = {key: value for key, value in content.items() if key in HARMLESS - _WRITTEN_ANEW}
+    return carried | config_to_hf(cfg, dtype)
+
+
+def model_card(cfg: ModelConfig, dtype: str, specs: dict[str, TensorSpec]) -> str:
+    """README.md of an exported model: the metadata that the Hub reads, and what the model is."""
+    count = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in specs.values())
+    kinds = 'layers' if cfg.num_layers > 1 else 'layer'
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- jpt
+---
+
+# {cfg.family} with {count:,} parameters
+
+Exported by jpt {__version__}: {cfg.num_layers} {kinds}, width {cfg.width}, {cfg.num_heads} query heads,
+{cfg.num_kv_heads} key and value heads, vocabulary {cfg.vocab_size:,}, up to {cfg.max_length:,} positions, weights in
+{dtype}.
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained('.', dtype='auto')
+```
+"""
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n', 'utf-8')

@@ -1,0 +1,191 @@
+"""jpt checkpoints as models: saving one, loading one, and taking the model out of a training run."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jpt.checkpoint import about as layout
+from jpt.checkpoint.array_store import Streamed, open_array, write_state
+from jpt.checkpoint.assets import copy_assets, has_tokenizer, tokenizer_fingerprint
+from jpt.checkpoint.directories import check_absent, new_directory
+from jpt.checkpoint.dtypes import cast, cast_target, is_floating
+from jpt.checkpoint.manifest import MANIFEST_FILE, verify, write_manifest
+from jpt.checkpoint.source import Index, LeafSource, TreeSource, load_tree, whole
+from jpt.checkpoint.tree import LeafSpec, differences, listing, name_of, specs_of
+from jpt.models.config import ModelConfig
+from jpt.models.names import Leaf, leaves
+
+PARAMS, FROZEN = 'params/', 'frozen/model/'
+STEPS = 'checkpoints'  # where a training run keeps its steps, under its workdir
+
+
+def is_jpt_directory(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a jpt checkpoint: a model, a step of a training run, or a run with a finished step."""
+    try:
+        find_checkpoint(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a path means: itself, or the newest finished step of a training run or its workdir.
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    directory = Path(path)
+    if layout.is_checkpoint(directory):
+        return directory
+    for parent in (directory / STEPS, directory):
+        steps = [child for child in parent.glob('*') if child.name.isdecimal() and layout.is_checkpoint(child)]
+        if steps:
+            return max(steps, key=lambda step: int(step.name))
+    raise FileNotFoundError(
+        f'{directory} is not a jpt checkpoint: expected {layout.MODEL}/{layout.MODEL_FILE} in it, or steps of a '
+        f'training run in it or in {STEPS}/'
+    )
+
+
+class StoredSource:
+    """The model in a jpt checkpoint as a source of leaves; trainable and frozen leaves of a training step alike.
+
+    Args:
+        path: as `find_checkpoint` takes it.
+        dtype: cast floating-point weights; None keeps what is stored.
+        check_files: compare the files with their checksums first.
+
+    Raises:
+        FileNotFoundError: no jpt checkpoint.
+        DamagedCheckpoint: names files that are not what was saved.
+        ValueError: it does not hold a whole model; the message names the leaves.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, check_files: bool = True
+    ) -> None:
+        self.directory = find_checkpoint(path)
+        self._target = cast_target(dtype)
+        if check_files:
+            verify(self.directory, self.directory / layout.MANIFEST / MANIFEST_FILE)
+        about = layout.read_about(self.directory)
+        if about.model is None:
+            raise ValueError(f'{self.directory}: it names no model config, so it cannot be loaded as a model')
+        self.cfg = about.model
+        self._leaves: dict[str, tuple[str, LeafSpec]] = {}
+        for prefix in (FROZEN, PARAMS):
+            found = {name: spec for name, spec in about.leaves.items() if name.startswith(prefix)}
+            self._leaves |= {name.removeprefix(prefix): (name, spec) for name, spec in found.items()}
+        stored = {name: spec for name, (_, spec) in self._leaves.items()}
+        wanted = {}
+        for leaf in leaves(self.cfg):
+            name = name_of(leaf.path)
+            wanted[name] = LeafSpec(stored[name].dtype if name in stored else 'an array', leaf.shape)
+        lines = differences(stored, wanted)
+        if lines:
+            raise ValueError(f'{self.directory}: not the weights of its {self.cfg.family} model:\n  {listing(lines)}')
+        self._open: tuple[str, Any] = ('', None)
+
+    @property
+    def assets(self) -> Path | None:
+        """The directory with tokenizer files and companions; None where there are none."""
+        directory = self.directory / layout.ASSETS
+        return directory if directory.is_dir() else None
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        stored = np.dtype(self._leaves[name_of(leaf.path)][1].dtype)
+        return self._target if self._target is not None and is_floating(stored) else stored
+
+    def read(self, leaf: Leaf, index: Index) -> np.ndarray:
+        name, _ = self._leaves[name_of(leaf.path)]
+        if self._open[0] != name:
+            self._open = (name, open_array(self.directory / layout.STATE, name))
+        return cast(np.asarray(self._open[1][index].read().result()), self._target)
+
+
+def load_model(
+    path: str | os.PathLike[str], dtype: DTypeLike | None = None, shardings: Any = None, *, check_files: bool = True
+) -> tuple[ModelConfig, dict[str, Any], Path | None]:
+    """Loads the model of a jpt checkpoint: (cfg, params, directory of the tokenizer or None).
+
+    Args:
+        path: a model, a step of a training run, or a run's workdir (its newest step).
+        dtype, shardings: as `load_tree` and `StoredSource` take them.
+        check_files: compare the files with their checksums first.
+
+    Raises:
+        FileNotFoundError, ValueError: as `StoredSource` and `load_tree`.
+    """
+    source = StoredSource(path, dtype, check_files=check_files)
+    assets = source.assets
+    tokenizer = assets if assets is not None and has_tokenizer(assets) else None
+    return source.cfg, load_tree(source, shardings), tokenizer
+
+
+def save_model(
+    path: str | os.PathLike[str], cfg: ModelConfig, params: Any, assets: str | os.PathLike[str] | None = None
+) -> None:
+    """Saves parameters, sharded as they may be, as a jpt checkpoint; every process of a job calls this.
+
+    Args:
+        path: the directory to make; it appears when it is complete.
+        cfg, params: the model.
+        assets: a directory whose tokenizer files, generation_config.json and config.json travel along.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+        ValueError: the parameters are not those of `cfg`. Rows that pad the vocabulary for a mesh are left out.
+    """
+    import orbax.checkpoint as ocp
+
+    from jpt.checkpoint.orbax_items import handler_registry, save_args
+
+    target = check_absent(path).absolute()
+    source = TreeSource(cfg, params)
+    named = {PARAMS + name_of(leaf.path): source.array(leaf) for leaf in leaves(cfg)}
+    directory = None if assets is None else Path(assets)
+    about = layout.About('model', specs_of(named), cfg, tokenizer_fingerprint(directory))
+    if target.is_dir() and jax.process_index() == 0:
+        target.rmdir()
+    handler = ocp.CompositeCheckpointHandler(handler_registry=handler_registry())
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(target, args=save_args(about, named, assets=directory))
+
+
+def write_model(
+    source: LeafSource,
+    path: str | os.PathLike[str],
+    *,
+    assets: str | os.PathLike[str] | None = None,
+    report: Callable[[str, int], Any] = lambda name, size: None,
+) -> None:
+    """Writes a model as a jpt checkpoint with a block of one leaf in memory at a time; in a single process.
+
+    Arguments and errors as `save_model`; `report` is called with the name and bytes of each block.
+    """
+    directory = None if assets is None else Path(assets)
+    streamed, specs = {}, {}
+    for leaf in leaves(source.cfg):
+        name, dtype = PARAMS + name_of(leaf.path), source.dtype(leaf)
+        streamed[name] = Streamed(leaf.shape, dtype, _rows_of(source, leaf))
+        specs[name] = LeafSpec(str(dtype), leaf.shape)
+    about = layout.About('model', specs, source.cfg, tokenizer_fingerprint(directory))
+    items = [layout.STATE, layout.MODEL] + ([] if directory is None else [layout.ASSETS])
+    with new_directory(path) as target:
+        write_state(target, streamed, report)
+        for item in (*items, layout.MANIFEST):
+            (target / item).mkdir(exist_ok=True)
+        (target / layout.MODEL / layout.MODEL_FILE).write_text(json.dumps(layout.to_json(about)), 'utf-8')
+        if directory is not None:
+            copy_assets(directory, target / layout.ASSETS)
+        write_manifest(target, target / layout.MANIFEST, items)
+
+
+def _rows_of(source: LeafSource, leaf: Leaf) -> Callable[[slice], np.ndarray]:
+    return lambda rows: source.read(leaf, (rows, *whole(leaf)[1:]))

@@ -1,0 +1,138 @@
+"""Where a model's weights come from, leaf by leaf and part by part, and how they are put on devices.
+
+Hugging Face directories, jpt checkpoints and trees in memory are all read through `LeafSource`, so that loading,
+converting, exporting and resizing are written once and never need more memory than the part that they ask for.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jpt.checkpoint.dtypes import cast, cast_target, is_floating
+from jpt.checkpoint.tree import LeafSpec, differences, listing, name_of, named_leaves, specs_of
+from jpt.models.config import ModelConfig
+from jpt.models.names import Leaf, get, leaves, put
+
+Index = tuple[slice, ...]
+BLOCK_BYTES = 64 * 2**20
+
+
+class LeafSource(Protocol):
+    """A model whose weights can be read in parts."""
+
+    @property
+    def cfg(self) -> ModelConfig: ...
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        """The dtype that `read` gives for a leaf."""
+
+    def read(self, leaf: Leaf, index: Index) -> np.ndarray:
+        """A part of a leaf; `index` has a slice per axis of leaf.shape."""
+
+
+class TreeSource:
+    """A parameter tree in memory, numpy or jax, also where rows beyond the vocabulary pad it for a mesh.
+
+    Raises:
+        ValueError: the tree does not have the leaves of `cfg`; the message names them.
+    """
+
+    def __init__(self, cfg: ModelConfig, params: Any, dtype: DTypeLike | None = None) -> None:
+        self.cfg, self._params, self._target = cfg, params, cast_target(dtype)
+        found = specs_of(named_leaves(params))
+        wanted = {}
+        for leaf in leaves(cfg):
+            name = name_of(leaf.path)
+            have = found.get(name, LeafSpec('', leaf.shape))
+            padded = is_vocabulary(leaf) and have.shape[1:] == leaf.shape[1:] and have.shape[0] >= leaf.shape[0]
+            wanted[name] = LeafSpec(have.dtype, have.shape if padded else leaf.shape)
+        lines = [line.replace('in the checkpoint', 'in the tree') for line in differences(found, wanted)]
+        if lines:
+            raise ValueError(f'the parameters are not those of the {cfg.family} model config:\n  {listing(lines)}')
+        self._held: tuple[Any, np.ndarray | None] = ((), None)
+
+    def array(self, leaf: Leaf) -> Any:
+        """The leaf as it lies in the tree, less the rows that pad it."""
+        array = get(self._params, leaf.path)
+        return array if array.shape == leaf.shape else array[: leaf.shape[0]]
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        stored = np.dtype(self.array(leaf).dtype)
+        return self._target if self._target is not None and is_floating(stored) else stored
+
+    def read(self, leaf: Leaf, index: Index) -> np.ndarray:
+        path, array = self._held
+        if path != leaf.path or array is None:
+            array = to_host(self.array(leaf))
+            self._held = (leaf.path, array)
+        return cast(array[index], self._target)
+
+
+def is_vocabulary(leaf: Leaf) -> bool:
+    """Whether a leaf has a row per token of the vocabulary."""
+    return leaf.path in (('embed', 'embedding'), ('lm_head', 'kernel'))
+
+
+def to_host(array: Any) -> np.ndarray:
+    """A whole array on the host; with several processes every one of them must call this, and gets it all."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def whole(leaf: Leaf) -> Index:
+    """The index of all of a leaf."""
+    return tuple(slice(0, size) for size in leaf.shape)
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
+    """Slices of the leading axis, each of about BLOCK_BYTES at most, or of one row where a row is larger."""
+    row_bytes = itemsize * math.prod(shape[1:])
+    rows = max(1, min(shape[0], BLOCK_BYTES // max(row_bytes, 1)))
+    for first in range(0, shape[0], rows):
+        yield slice(first, min(first + rows, shape[0]))
+
+
+def load_tree(source: LeafSource, shardings: Any = None) -> dict[str, Any]:
+    """The parameter tree as jax arrays.
+
+    Args:
+        source: where the weights are.
+        shardings: a tree like the parameters, of jax shardings: each process then reads the parts that its devices
+            hold and nothing else. None puts everything on the default device.
+
+    Raises:
+        ValueError: a dtype that JAX would cast (64 bits without jax_enable_x64).
+    """
+    params: dict[str, Any] = {}
+    for leaf in leaves(source.cfg):
+        dtype = source.dtype(leaf)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f'{name_of(leaf.path)} is stored as {dtype}, which a jax.Array holds only with jax_enable_x64; '
+                f"nothing is cast silently: set it, or ask for a dtype such as 'float32'"
+            )
+        if shardings is None:
+            put(params, leaf.path, jax.device_put(source.read(leaf, whole(leaf))))
+        else:
+            put(params, leaf.path, _place(source, leaf, get(shardings, leaf.path)))
+    return params
+
+
+def _place(source: LeafSource, leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+    parts: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        # Devices that hold the same part ask for it one by one.
+        bounds = tuple(s.indices(size) for s, size in zip(index, leaf.shape, strict=True))
+        if bounds not in parts:
+            parts[bounds] = source.read(leaf, tuple(slice(*bound) for bound in bounds))
+        return parts[bounds]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)

@@ -1,0 +1,220 @@
+"""python -m jpt.convert --input=DIR --output=DIR --to=hf|jpt: a Hugging Face directory to a jpt checkpoint, and back.
+
+Weights stream from files to files a part of a tensor at a time, so a model larger than memory is converted too. The
+values are those that are stored, bit for bit, unless --dtype or --resize_vocab asks for others.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags, logging
+
+from jpt.checkpoint.assets import open_tokenizer
+from jpt.checkpoint.directories import check_absent
+from jpt.checkpoint.dtypes import CAST_TARGETS
+from jpt.checkpoint.hf_export import write_hf
+from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
+from jpt.checkpoint.model_dir import StoredSource, find_checkpoint, write_model
+from jpt.checkpoint.resize import ResizedSource
+from jpt.checkpoint.shards import parse_size
+from jpt.checkpoint.source import LeafSource
+from jpt.models.names import leaves
+
+FORMATS = ('hf', 'jpt')
+Report = Callable[[str, int], Any]
+
+
+class Conversion(NamedTuple):
+    """What was converted, for the table at the end."""
+
+    family: str
+    parameters: int
+    bytes: int
+    dtypes: str
+    vocabulary: int
+    files: int
+    largest_file: int
+    seconds: float
+
+
+def convert(
+    input_dir: str | Path,
+    output_dir: str | Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str | int = '5GB',
+    resize_vocab: int | None = None,
+    allow_cut: bool = False,
+    report: Callable[[str, int, int], Any] = lambda name, done, total: None,
+) -> Conversion:
+    """Converts a model directory; the output appears when it is complete.
+
+    Args:
+        input_dir: a Hugging Face directory, a jpt checkpoint, or the workdir of a training run (its newest step).
+        output_dir: does not exist, or is empty.
+        to: 'hf' or 'jpt'.
+        dtype: cast floating-point weights to this; None keeps what is stored.
+        max_shard_size: of the safetensors files, such as '5GB'.
+        resize_vocab: rows of the embedding and unembedding wanted.
+        allow_cut: with resize_vocab, let rows go that the tokenizer uses.
+        report: called with a tensor's name, bytes written so far, and bytes in all.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: with what is wrong, and where.
+    """
+    if to not in FORMATS:
+        raise ValueError(f'--to={to!r}: expected hf or jpt')
+    parse_size(max_shard_size)
+    check_absent(output_dir)
+    start = time.perf_counter()
+    source, assets = open_source(input_dir, dtype)
+    if resize_vocab is not None:
+        tokenizer = open_tokenizer(assets)
+        used = None if tokenizer is None else tokenizer.vocab_size
+        source = ResizedSource(source, resize_vocab, used=used, allow_cut=allow_cut)
+    sizes = {leaf.path: _elements(leaf.shape) * source.dtype(leaf).itemsize for leaf in leaves(source.cfg)}
+    total, done = sum(sizes.values()), 0
+
+    def count(name: str, size: int) -> None:
+        nonlocal done
+        done += size
+        report(name, done, total)
+
+    if to == 'hf':
+        write_hf(source, output_dir, source_dir=assets, max_shard_size=max_shard_size, report=count)
+    else:
+        write_model(source, output_dir, assets=assets, report=count)
+    weights = list(Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*'))
+    return Conversion(
+        source.cfg.family,
+        sum(_elements(leaf.shape) for leaf in leaves(source.cfg)),
+        total,
+        ', '.join(sorted({str(source.dtype(leaf)) for leaf in leaves(source.cfg)})),
+        source.cfg.vocab_size,
+        len(weights),
+        max(path.stat().st_size for path in weights),
+        time.perf_counter() - start,
+    )
+
+
+def open_source(directory: str | Path, dtype: str | None) -> tuple[LeafSource, Path | None]:
+    """A model directory of either kind, and where its tokenizer and companions lie.
+
+    Raises:
+        FileNotFoundError: neither kind.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise FileNotFoundError(f'--input={directory}: no such directory')
+    if (path / 'config.json').is_file() or is_hf_directory(path):
+        return HuggingFaceSource(path, dtype), path
+    try:
+        find_checkpoint(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no config.json') from error
+    stored = StoredSource(path, dtype)
+    return stored, stored.assets
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held resident, in bytes."""
+    status = Path('/proc/self/status')
+    if status.is_file():  # getrusage would count what the parent held when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith('VmHWM'))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def _size(count: float) -> str:
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if count < 1000:
+            return f'{count:.0f} {unit}' if unit in ('B', 'kB') else f'{count:.2f} {unit}'
+        count /= 1000
+    return f'{count:.2f} TB'
+
+
+def _print_table(result: Conversion, output: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f'Converted to {output}', show_header=False)
+    rows = (
+        ('model', f'{result.family}, {result.parameters:,} parameters, vocabulary {result.vocabulary:,}'),
+        ('weights', f'{_size(result.bytes)} in {result.dtypes}'),
+        ('files', f'{result.files}, the largest {_size(result.largest_file)}'),
+        ('time', f'{result.seconds:.1f} s, {_size(result.bytes / max(result.seconds, 1e-9))}/s'),
+        ('peak memory', _size(peak_memory())),
+    )
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    """Prints a line at every tenth of the way."""
+    told = -1
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal told
+        tenth = 10 * done // max(total, 1)
+        if tenth > told:
+            told = tenth
+            print(f'{100 * done / max(total, 1):5.1f} %  {_size(done)} of {_size(total)}  {name}', flush=True)
+
+    return show
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string('input', None, 'A Hugging Face directory, a jpt checkpoint, or the workdir of a training run.')
+    flags.DEFINE_string('output', None, 'The directory to make.')
+    flags.DEFINE_enum('to', None, FORMATS, 'Hugging Face directory or jpt checkpoint.')
+    flags.DEFINE_enum(
+        'dtype', None, list(CAST_TARGETS), 'Cast floating-point weights; by default they stay as they are.'
+    )
+    flags.DEFINE_string('max_shard_size', '5GB', 'Largest safetensors file, such as 5GB or 512MiB.')
+    flags.DEFINE_integer('resize_vocab', None, 'Rows of embedding and unembedding; new ones are the mean of the old.')
+    flags.DEFINE_boolean('allow_cut', False, 'With --resize_vocab: let rows go that the tokenizer uses.')
+    flags.mark_flags_as_required(['input', 'output', 'to'])
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments {argv[1:]}')
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its every step
+    jax.config.update('jax_platforms', 'cpu')  # nothing is computed here, and another job may hold the GPU
+    args = flags.FLAGS
+    try:
+        result = convert(
+            args.input,
+            args.output,
+            args.to,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            resize_vocab=args.resize_vocab,
+            allow_cut=args.allow_cut,
+            report=_progress(),
+        )
+    except (OSError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(1)
+    _print_table(result, args.output)
+
+
+if __name__ == '__main__':
+    _define_flags()
+    app.run(main)
