@@ -11,7 +11,7 @@ from jpt.models.config import Compute, ModelConfig
 from jpt.models.transformer import embed, final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
-from jpt.training.objective import Objective, Sums, Tree, token_counts, token_weights
+from jpt.training.objective import Objective, Sums, Tree, in_tokens, token_counts, token_weights
 
 
 def logit_distillation(
@@ -55,18 +55,17 @@ def logit_distillation(
         params: Tree, frozen: Tree, carry: dict[str, jax.Array], micro: Batch, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
         both = models(params, frozen)
-        hidden = {
-            name: final_norm(cfg, both[name], carry[name]).reshape(-1, cfg.width) for name, cfg in configs.items()
-        }
-        return linear_loss(
+        hidden = {name: final_norm(cfg, both[name], carry[name]) for name, cfg in configs.items()}
+        result = linear_loss(
             hidden['student'],
             head_kernel(student, both['student']),
             token_weights(micro, counts),
-            {'targets': micro.targets.reshape(-1), 'teacher_hidden': hidden['teacher']},
+            {'targets': micro.targets, 'teacher_hidden': hidden['teacher']},
             distillation(alpha=alpha, temperature=temperature, soft_cap=teacher.logit_soft_cap),
             shared={'teacher_kernel': head_kernel(teacher, both['teacher'])},
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,
         )
+        return in_tokens(result, counts)
 
     return Objective(token_counts, first, stage, last)

@@ -43,9 +43,15 @@ def token_counts(batch: Batch) -> dict[str, jax.Array]:
 
 
 def token_weights(micro: Batch, counts: dict[str, jax.Array]) -> jax.Array:
-    """The weight [N] of every token of a microbatch in the loss of the whole batch; zeros where the batch is empty."""
+    """The weight [B, T] of every token of a microbatch in the loss of the whole batch; zeros where that is empty."""
     total = counts['tokens']
-    return (micro.loss_mask / jnp.where(total > 0, total, 1)).reshape(-1)
+    return micro.loss_mask / jnp.where(total > 0, total, 1)
+
+
+def in_tokens(result: tuple[jax.Array, Sums], counts: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
+    """The same loss, with metrics as sums over tokens, so that they can be added over batches of different size."""
+    total, sums = result
+    return total, {name: (part * counts['tokens'], weight * counts['tokens']) for name, (part, weight) in sums.items()}
 
 
 def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
@@ -62,14 +68,15 @@ def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
         params: Tree, frozen: Tree, hidden: jax.Array, micro: Batch, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
         model = merge(params, frozen['model'])
-        return linear_loss(
-            final_norm(cfg, model, hidden).reshape(-1, cfg.width),
+        result = linear_loss(
+            final_norm(cfg, model, hidden),
             head_kernel(cfg, model),
             token_weights(micro, counts),
-            {'targets': micro.targets.reshape(-1)},
+            {'targets': micro.targets},
             cross_entropy(),
             vocab_size=cfg.vocab_size,
             soft_cap=cfg.logit_soft_cap,
         )
+        return in_tokens(result, counts)
 
     return Objective(token_counts, first, stage, last)

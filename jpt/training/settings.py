@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jpt.config import require
-from jpt.data.settings import DataConfig
+from jpt.data.config import DataConfig
 from jpt.models.block import remat_policy
 from jpt.sharding.mesh import MeshConfig
 from jpt.sharding.multihost import MultihostConfig

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jpt.data.batch import Batch
-from jpt.sharding.grads import Plan, loss_and_grads, loss_and_sums
+from jpt.sharding.grads import loss_and_grads, loss_and_sums
+from jpt.sharding.plan import Plan
 from jpt.training.ema import update_ema
 from jpt.training.objective import Objective, Sums
 from jpt.training.optimizer import Optimizer

@@ -1,0 +1,47 @@
+"""Every training job: `python -m jpt.train --config=configs/quickstart.py --workdir=out/quickstart`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from jpt.config import from_config_dict
+from jpt.sharding.multihost import describe_process, join_processes
+from jpt.training.settings import TrainConfig
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with a function get_config().')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Checkpoints, metrics and results; out/<name of the config> by default.')
+
+
+def main(argv: list[str]) -> None:
+    """Reads the config, joins the other processes, and runs the job."""
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+    config = from_config_dict(TrainConfig, CONFIG.value, 'config')
+    name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
+    workdir = Path(WORKDIR.value or f'out/{name}')
+    try:
+        run(config, workdir)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f'jpt.train: {error}')
+
+
+def run(config: TrainConfig, workdir: Path) -> Any:
+    """Runs one job in a folder of its own and returns the trained model; see `jpt.training.run`."""
+    join_processes(config.multihost)
+    from jpt.training.run import run_job
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    jax.config.update('jax_compilation_cache_dir', str((workdir / 'compilation_cache').absolute()))
+    if jax.process_count() > 1:
+        print(describe_process(), flush=True)
+    return run_job(dataclasses.replace(config), workdir)
+
+
+if __name__ == '__main__':
+    flags.mark_flag_as_required('config')
+    app.run(main)

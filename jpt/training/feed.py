@@ -1,0 +1,76 @@
+"""Batches of a pipeline as arrays on the mesh, with a place to resume from."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jpt.data.batch import Batch
+from jpt.data.config import DataConfig
+from jpt.data.pipeline import Pipeline, make_pipeline
+from jpt.data.tokenizer import Tokenizer
+
+
+class Feed:
+    """An iterator of global batches [B, T] on devices.
+
+    Each process makes only its own rows where rows are divided evenly over processes, and all rows where several
+    processes hold the same ones (tensor or pipeline parallelism across hosts).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        shardings: Batch,
+        shape: tuple[int, int],
+        *,
+        seed: int = 0,
+        evaluate: bool = False,
+    ) -> None:
+        self._shardings, self._shape = shardings, shape
+        rows = rows_of_process(shardings.tokens, shape)
+        count = jax.process_count()
+        self._own = rows == slice(*(shape[0] // count * (jax.process_index() + side) for side in (0, 1)))
+        self.pipeline: Pipeline = make_pipeline(
+            config,
+            tokenizer,
+            batch_size=shape[0],
+            seq_len=shape[1],
+            seed=seed,
+            process_index=jax.process_index() if self._own else 0,
+            process_count=count if self._own else 1,
+            evaluate=evaluate,
+        )
+
+    def __iter__(self) -> 'Feed':
+        return self
+
+    def __next__(self) -> Batch:
+        return Batch(
+            *(self._place(leaf, where) for leaf, where in zip(next(self.pipeline), self._shardings, strict=True))
+        )
+
+    def _place(self, leaf: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+        if self._own:
+            return jax.make_array_from_process_local_data(where, leaf, self._shape)
+        return jax.make_array_from_callback(self._shape, where, lambda index: leaf[index])
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch comes from; the same on every process."""
+        return self.pipeline.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a saved place."""
+        self.pipeline.set_state(state)
+
+    def close(self) -> None:
+        """Ends the background threads."""
+        self.pipeline.close()
+
+
+def rows_of_process(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> slice:
+    """The first and last row of a batch that this process's devices hold."""
+    places = sharding.addressable_devices_indices_map(shape).values()
+    held = [index[0].indices(shape[0]) for index in places if index is not None]
+    return slice(min(first for first, _, _ in held), max(last for _, last, _ in held))

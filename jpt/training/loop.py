@@ -1,0 +1,215 @@
+"""The training loop: batch, step, metrics, evaluation, checkpoint; stops when asked, and goes on where it stopped."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jpt.checkpoint.manager import CheckpointManager
+from jpt.data.batch import Batch
+from jpt.data.tokenizer import Tokenizer
+from jpt.metrics import Metrics, Run, make_writers
+from jpt.sharding.watchdog import Watchdog
+from jpt.training.feed import Feed
+from jpt.training.flops import flops_per_token
+from jpt.training.interrupt import Interrupt
+from jpt.training.job import Job, canonical, canonical_shapes, first_state, from_canonical
+from jpt.training.settings import TrainConfig
+from jpt.training.state import TrainState
+
+BEST = 'eval_loss'
+
+
+class NotFiniteError(FloatingPointError):
+    """A step whose loss or gradient was not finite."""
+
+
+class StoppedError(SystemExit):
+    """The run was asked to stop and saved its state first."""
+
+
+def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None) -> TrainState:
+    """Trains from the newest checkpoint in workdir/checkpoints, or from the start, to the last step.
+
+    Raises:
+        StoppedError: on SIGTERM or SIGINT, after saving; the same command goes on from there.
+        NotFiniteError: naming the batch, which is saved under workdir.
+    """
+    config = job.config
+    shape = (config.batch.size, config.batch.length)
+    feed = Feed(config.data, tokenizer, job.batch_shardings, shape, seed=config.seed)
+    with contextlib.ExitStack() as stack:
+        stack.callback(feed.close)
+        manager = stack.enter_context(open_manager(job, workdir, assets))
+        state, step = restore_or_begin(job, manager, feed)
+        metrics = make_metrics(job, workdir, step)
+        stack.callback(metrics.close)
+        metrics.say(f'resuming at step {step}' if step else 'starting at step 0')
+        dog = stack.enter_context(make_watchdog(config, workdir))
+        asked = stack.enter_context(Interrupt())
+        saver = _Saver(job, manager, feed, metrics)
+        previous: tuple[int, Batch] | None = None
+        while step < config.steps:
+            dog.beat(step)
+            with metrics.timed('data'):
+                batch = next(feed)
+            state, sums = _first_or_next(job, metrics, state, batch)
+            step += 1
+            check_finite(metrics.push(step, sums), previous, workdir)
+            previous = (step, batch)
+            last = step == config.steps
+            if last or (config.eval.every and step % config.eval.every == 0):
+                check_finite(metrics.flush(), previous, workdir)
+                saver.scores = evaluate(job, state, tokenizer, metrics, step, dog)
+            stop = _asked_to_stop(asked, step)
+            if last or stop or step % config.checkpoint.every == 0:
+                check_finite(metrics.flush(), previous, workdir)
+                dog.beat(step, 'checkpoint')
+                saver.save(step, state)
+            if stop and not last:
+                manager.wait()
+                metrics.say(f'asked to stop ({stop}): saved step {step}; the same command goes on from here')
+                raise StoppedError(128 + 15)
+        manager.wait()
+    return state
+
+
+class _Saver:
+    """Saves the state, with the scores of the last evaluation where they belong to the same step."""
+
+    def __init__(self, job: Job, manager: CheckpointManager, feed: Feed, metrics: Metrics) -> None:
+        self._job, self._manager, self._feed, self._metrics = job, manager, feed, metrics
+        self.scores: dict[str, float] | None = None
+
+    def save(self, step: int, state: TrainState) -> None:
+        with self._metrics.timed('checkpoint'):
+            self._manager.save(step, canonical(self._job, state), data=self._feed.get_state(), metrics=self.scores)
+        self.scores = None
+
+
+def _first_or_next(job: Job, metrics: Metrics, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+    """A step, announced where it is compiled."""
+    if job.step._cache_size():
+        return job.step(state, batch)
+    with metrics.compiling():
+        return jax.block_until_ready(job.step(state, batch))
+
+
+def _asked_to_stop(asked: Interrupt, step: int) -> str | None:
+    """The signal that this job should stop at, in agreement with all other processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return 'SIGTERM' if multihost_utils.reached_preemption_sync_point(step) else None
+    return asked.asked.name if asked.asked else None
+
+
+def check_finite(values: dict[str, float] | None, batch: tuple[int, Batch] | None, workdir: Path) -> None:
+    """Raises NotFiniteError, after saving the batch, where a step was refused."""
+    if values is None or batch is None or values['accepted'] == 1:
+        return
+    step, arrays = batch
+    path = workdir / f'refused_batch_{step}_process_{jax.process_index()}.npz'
+    local: dict[str, Any] = {name: _local_rows(leaf) for name, leaf in arrays._asdict().items()}
+    np.savez(path, **local)
+    raise NotFiniteError(
+        f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}: not finite. The update was refused; '
+        f'the batch is in {path}, and the newest checkpoint is from before this step.'
+    )
+
+
+def _local_rows(leaf: jax.Array) -> np.ndarray:
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    shards = {shard.index: np.asarray(shard.data) for shard in leaf.addressable_shards}
+    return np.concatenate([shards[index] for index in sorted(shards, key=str)])
+
+
+def evaluate(
+    job: Job, state: TrainState, tokenizer: Tokenizer, metrics: Metrics, step: int, dog: Watchdog
+) -> dict[str, float] | None:
+    """Means over the held-out text, written as eval_*; None where there is none."""
+    settings, config = job.config.eval, job.config
+    if settings.data is None:
+        return None
+    sums: dict[str, tuple[float, float]] = {}
+    shape = (config.batch.size, config.batch.length)
+    with metrics.timed('eval'):
+        feed = Feed(settings.data, tokenizer, job.batch_shardings, shape, evaluate=True)
+        with contextlib.closing(feed):
+            for number, batch in enumerate(feed):
+                if settings.batches and number == settings.batches:
+                    break
+                dog.beat(step, f'evaluation, batch {number}')
+                for name, (total, count) in jax.device_get(job.eval_step(state, batch)).items():
+                    before = sums.get(name, (0.0, 0.0))
+                    sums[name] = before[0] + float(total), before[1] + float(count)
+    scores = {f'eval_{name}': total / count for name, (total, count) in sums.items() if count}
+    metrics.record(step, scores)
+    return scores
+
+
+def open_manager(job: Job, workdir: Path, assets: Path | None) -> CheckpointManager:
+    """The checkpoints of a run."""
+    settings = job.config.checkpoint
+    return CheckpointManager(
+        workdir / 'checkpoints',
+        max_to_keep=settings.keep,
+        best_metric=BEST if job.config.eval.data is not None else None,
+        model=job.models['model'].cfg,
+        assets=assets,
+        config=json.loads(json.dumps(dataclasses.asdict(job.config))),
+    )
+
+
+def restore_or_begin(job: Job, manager: CheckpointManager, feed: Feed) -> tuple[TrainState, int]:
+    """The newest checkpoint's state with the data at its place, or the first state."""
+    if manager.latest_step() is None:
+        return first_state(job), 0
+    restored = manager.restore(canonical_shapes(job))
+    if restored.data is not None:
+        feed.set_state(restored.data)
+    return from_canonical(job, restored.state), restored.step
+
+
+def make_metrics(job: Job, workdir: Path, step: int) -> Metrics:
+    """Console, JSON lines and whatever else the run asks for."""
+    config = job.config
+    writers = make_writers(
+        workdir,
+        config.steps,
+        step,
+        tensorboard=config.log.tensorboard,
+        wandb_project=config.log.wandb,
+        config=dataclasses.asdict(config),
+    )
+    run = Run(
+        total_steps=config.steps,
+        tokens_per_step=config.batch.size * config.batch.length,
+        flops_per_token=flops_per_token(job.models['model'].cfg, config.batch.length, job.state.params).training,
+        devices=job.mesh.size,
+        device_kind=jax.devices()[0].device_kind,
+        log_every=config.log.every,
+        first_step=step,
+    )
+    return Metrics(run, writers)
+
+
+@contextlib.contextmanager
+def make_watchdog(config: TrainConfig, workdir: Path) -> Iterator[Watchdog]:
+    """A watchdog over all processes of the job."""
+    settings = config.multihost
+    with Watchdog(
+        os.fspath(workdir),
+        jax.process_index(),
+        jax.process_count(),
+        lost_after=settings.lost_after,
+        stuck_after=settings.stuck_after,
+    ) as dog:
+        yield dog
