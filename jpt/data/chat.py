@@ -24,6 +24,19 @@ class ChatTokens(NamedTuple):
     loss: np.ndarray
 
 
+class RenderedChat(NamedTuple):
+    """A conversation as text.
+
+    answers: the characters [start, end) of each answer, and its loss weight. marked: whether the template says where
+    they are. ends_with_answer: whether the last message is the assistant's.
+    """
+
+    text: str
+    answers: list[tuple[tuple[int, int], float]]
+    marked: bool
+    ends_with_answer: bool
+
+
 def check_messages(messages: Any) -> None:
     """Raises ValueError unless `messages` is a list of OpenAI messages with at least one by the assistant."""
     if not isinstance(messages, list) or not messages:
@@ -58,14 +71,25 @@ def encode_chat(
     Raises ValueError for messages that are not OpenAI messages; TemplateError where the template refuses them or does
     not show where an answer begins and ends.
     """
+    return encode_rendered(tokenizer, [render_chat(tokenizer, template, messages, tools=tools, **variables)])[0]
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> RenderedChat:
+    """The first half of `encode_chat`: the text, and where its answers are."""
     messages = list(messages)
     check_messages(messages)
     weights = [float(m.get('weight', 1)) for m in messages if m['role'] == 'assistant']
     text, spans = template.render_spans(messages, tools=tools, **variables)
     if not template.marks_generation:
         render = functools.partial(template.render, tools=tools, **variables)
-        special_texts = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
-        spans = answer_spans(render, messages, text, special_texts, template.name)
+        spans = answer_spans(render, messages, text, tokenizer.special_texts, template.name)
     elif len(spans) != len(weights):
         if set(weights) != {1.0}:
             raise TemplateError(
@@ -73,18 +97,33 @@ def encode_chat(
                 'messages, so their "weight" cannot be told apart'
             )
         weights = [1.0] * len(spans)
-    ids, offsets = tokenizer.encode_with_offsets(text)
+    last = messages[-1]['role'] == 'assistant'
+    return RenderedChat(text, list(zip(spans, weights, strict=True)), template.marks_generation, last)
+
+
+def encode_rendered(tokenizer: Tokenizer, chats: Sequence[RenderedChat]) -> list[ChatTokens]:
+    """The second half of `encode_chat`, for many conversations on all cores."""
+    encoded = tokenizer.encode_with_offsets([chat.text for chat in chats])
+    return [_mask(tokenizer, chat, ids, offsets) for chat, (ids, offsets) in zip(chats, encoded, strict=True)]
+
+
+def _mask(tokenizer: Tokenizer, chat: RenderedChat, ids: list[int], offsets: list[tuple[int, int]]) -> ChatTokens:
     first, last = np.array(offsets, np.int64).reshape(-1, 2).T
     last = np.maximum(last, first + 1)  # a token of no character (a byte, a prefix) counts with the one it stands at
-    answers = [np.flatnonzero((first < end) & (last > start)) for start, end in spans]
-    if template.marks_generation:
-        answers = _with_ends(tokenizer, messages, ids, answers)
+    answers = [np.flatnonzero((first < end) & (last > start)) for (start, end), _ in chat.answers]
+    if chat.marked:
+        answers = _with_ends(tokenizer, chat, ids, answers)
     else:
-        answers = [_without_space(tokenizer, ids, answer, text, offsets) for answer in answers]
+        answers = [_without_space(tokenizer, ids, answer, chat.text, offsets) for answer in answers]
     loss = np.zeros(len(ids), np.float32)
-    for answer, weight in zip(answers, weights, strict=True):
+    for answer, (_, weight) in zip(answers, chat.answers, strict=True):
         loss[answer] = weight
-    return _end_with_eos(tokenizer, messages, ids, loss, weights)
+    if chat.ends_with_answer and answers and chat.answers[-1][1]:
+        ended = len(answers[-1]) and ids[answers[-1][-1]] in tokenizer.special_ids
+        if not ended:
+            ids = [*ids, tokenizer.required_id('eos_token')]
+            loss = np.append(loss, np.float32(chat.answers[-1][1]))
+    return ChatTokens(np.array(ids, np.int32), loss)
 
 
 def answer_spans(
@@ -147,16 +186,14 @@ def _end_of_turn(
     return len(text) - len(after) + max(ends)
 
 
-def _with_ends(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], ids: list[int], answers: list[np.ndarray]
-) -> list[np.ndarray]:
+def _with_ends(tokenizer: Tokenizer, chat: RenderedChat, ids: list[int], answers: list[np.ndarray]) -> list[np.ndarray]:
     """Adds the end-of-turn token to generation blocks that were closed just before it."""
 
     def following(answer: np.ndarray) -> list[int]:
         return ids[answer[-1] + 1 : answer[-1] + 2] if len(answer) else []
 
     ends = {tokenizer.eos_id}
-    if messages[-1]['role'] == 'assistant' and answers:
+    if chat.ends_with_answer and answers:
         ends.update(following(answers[-1]))  # nothing but an end of turn can follow the last answer
     ends &= tokenizer.special_ids
     closed = []
@@ -179,19 +216,6 @@ def _without_space(
         if text[start:end].strip():
             break
     return answer
-
-
-def _end_with_eos(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], ids: list[int], loss: np.ndarray, weights: list[float]
-) -> ChatTokens:
-    learned = np.flatnonzero(loss)
-    open_end = messages[-1]['role'] == 'assistant' and (
-        not len(learned) or ids[learned[-1]] not in tokenizer.special_ids
-    )
-    if open_end and weights and weights[-1] > 0:
-        ids = [*ids, tokenizer.required_id('eos_token')]
-        loss = np.append(loss, np.float32(weights[-1]))
-    return ChatTokens(np.array(ids, np.int32), loss)
 
 
 def _common(a: str, b: str) -> int:

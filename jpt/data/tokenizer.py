@@ -79,8 +79,13 @@ class Tokenizer:
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids of all added tokens (special or not) that mark structure: bos, eos, ends of turns."""
+        """The ids of all added tokens: bos, eos, ends of turns, marks of roles, whether flagged special or not."""
         return frozenset(self.backend.get_added_tokens_decoder())
+
+    @functools.cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The added tokens as text."""
+        return tuple(token.content for token in self.backend.get_added_tokens_decoder().values())
 
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of the canonical JSON of the vocabulary: equal where ids mean the same."""
@@ -97,10 +102,10 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [before + encoding.ids + after for encoding in encodings]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text, and for each the characters [start, end) that it stands for."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """For each text its ids, and for each id the characters [start, end) that it stands for."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of ids; skip_special leaves out tokens such as bos and ends of turns.

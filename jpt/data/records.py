@@ -1,0 +1,73 @@
+"""What a source gives: a text, a conversation, or token ids; and the errors that say which line is malformed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jpt.data.chat import check_messages
+
+
+class DataError(ValueError):
+    """A record that cannot be used: `place` names the file and line, `reason` what is wrong with it."""
+
+    def __init__(self, place: str, reason: str):
+        super().__init__(f'{place}: {reason}')
+        self.place, self.reason = place, reason
+
+
+class Chat(NamedTuple):
+    """A conversation, and the tools that its template may show."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+Record = str | Chat | np.ndarray
+
+
+class Fields(NamedTuple):
+    """Which keys of a JSON object or parquet row make a record.
+
+    text: of a document. messages: of a conversation. prompt, completion: of a conversation of one question and answer,
+    if both are given.
+    """
+
+    text: str = 'text'
+    messages: str = 'messages'
+    prompt: str = ''
+    completion: str = ''
+
+
+def make_record(row: Any, fields: Fields, chat: bool, place: str) -> Record:
+    """A text or a conversation from a JSON object. Raises DataError naming the place and what is missing."""
+    if not isinstance(row, Mapping):
+        raise DataError(place, f'expected a JSON object, found {type(row).__name__}')
+    for key in record_keys(fields, chat):
+        if key not in row:
+            raise DataError(place, f'no key {key!r}; there are {", ".join(map(str, row)) or "none"}')
+    texts = [row[key] for key in record_keys(fields, chat)]
+    if chat and not fields.prompt:
+        check_chat(row[fields.messages], place)
+        return Chat(row[fields.messages], row.get('tools'))
+    for key, text in zip(record_keys(fields, chat), texts, strict=True):
+        if not isinstance(text, str):
+            raise DataError(place, f'{key!r}: expected a string, found {type(text).__name__}')
+    if chat:
+        return Chat([{'role': 'user', 'content': texts[0]}, {'role': 'assistant', 'content': texts[1]}])
+    return texts[0]
+
+
+def record_keys(fields: Fields, chat: bool) -> tuple[str, ...]:
+    """The keys that a row must have."""
+    if not chat:
+        return (fields.text,)
+    return (fields.prompt, fields.completion) if fields.prompt else (fields.messages,)
+
+
+def check_chat(messages: Any, place: str) -> None:
+    """Raises DataError at `place` unless these are messages that can be learned from."""
+    try:
+        check_messages(messages)
+    except ValueError as error:
+        raise DataError(place, str(error)) from error

@@ -1,0 +1,199 @@
+"""Windows: the next stretch of the global order, read, tokenized and packed into rows.
+
+Every host computes every window, so that all agree on the rows without talking; it makes arrays of its own rows only.
+Of indexed token files a window reads the index alone; text is tokenized on every host.
+"""
+
+import collections
+import dataclasses
+import datetime
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jpt.data.blend import Order, derive_seed, shuffled
+from jpt.data.chat import ChatTokens, RenderedChat, encode_rendered, render_chat
+from jpt.data.config import DataConfig
+from jpt.data.packing import PACKINGS, Row
+from jpt.data.records import Chat, DataError, Record
+from jpt.data.sources import Source
+from jpt.data.template import ChatTemplate, TemplateError
+from jpt.data.tokenizer import Tokenizer
+
+BLOCK = 256  # documents whose sizes are looked up at once
+MOST_DOCUMENTS = 1 << 16  # in a window, however short they are
+FORMAT = 1  # counts up when a change of this package changes which token stands where
+# What happens to documents; counted, and reported by Pipeline.progress().
+COUNTS = ('skipped', 'empty', 'split', 'truncated', 'dropped')
+
+
+class Window(NamedTuple):
+    """Packed rows, and the documents that their pieces point into.
+
+    end, taken: where the next window begins (see Order). counts: how many documents each of COUNTS happened to.
+    """
+
+    rows: list[Row]
+    documents: list[ChatTokens]
+    places: list[tuple[int, int]]  # of each document: source, and index in it
+    end: int
+    taken: list[int]
+    counts: dict[str, int]
+
+
+class WindowReader:
+    """Reads any window of the global order, given where it begins."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        sources: Sequence[Source],
+        *,
+        seq_len: int,
+        seed: int,
+        evaluate: bool = False,
+    ):
+        """evaluate: the order of the files, without weights.
+
+        Raises ValueError where a source is empty, weights do not match, or the tokenizer lacks what the config wants.
+        """
+        empty = [source.name for source in sources if not len(source)]
+        if empty and (config.weights or len(empty) == len(sources)):
+            raise ValueError(f'data: {", ".join(empty)} has no records')
+        if not sources:
+            raise ValueError('DataConfig.paths is empty: name at least one file')
+        if config.weights and len(config.weights) != len(sources):
+            raise ValueError(f'DataConfig.weights={config.weights!r}: expected one for each of {len(sources)} sources')
+        self.config, self.tokenizer, self.sources, self.seq_len = config, tokenizer, sources, seq_len
+        self._shuffle, self._seed = config.shuffle and not evaluate, seed
+        weights = None if evaluate else config.weights or None
+        self.order = Order([len(source) for source in sources], weights, seed, self._shuffle)
+        self._bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
+        day = datetime.datetime.fromisoformat(config.chat_date)
+        self._template = tokenizer.chat_template(now=day) if config.is_chat else None
+
+    def read(self, position: int, taken: Sequence[int]) -> Window:
+        """The window that begins at `position` of the order, in which source i gave taken[i] documents before."""
+        source, index = self._extent(position, taken)
+        counts: collections.Counter[str] = collections.Counter(dict.fromkeys(COUNTS, 0))
+        documents, places = self._documents(source, index, counts)
+        lengths = [self._length(document, place, counts) for document, place in zip(documents, places, strict=True)]
+        rows = PACKINGS[self.config.packing](lengths, self.seq_len)
+        if self._shuffle:  # best fit puts long documents first
+            order = shuffled(range(len(rows)), len(rows), derive_seed('rows', self._seed, position)) if rows else ()
+            rows = [rows[i] for i in order]
+        given = np.asarray(taken) + np.bincount(source, minlength=len(self.sources))
+        return Window(rows, documents, places, position + len(source), given.tolist(), dict(counts))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Whatever decides which token stands where; equal for pipelines that give the same rows."""
+        config = dataclasses.asdict(self.config)
+        for name in ('paths', 'prefetch'):  # content counts, not where it lies
+            del config[name]
+        template = hashlib.sha256(self._template.source.encode()).hexdigest()[:16] if self._template else ''
+        return {
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
+            'sources': [source.fingerprint() for source in self.sources],
+            'tokenizer': self.tokenizer.fingerprint(),
+            'chat_template': template,
+            'format': FORMAT,
+            'seq_len': self.seq_len,
+            'seed': self._seed,
+            'shuffle': self._shuffle,
+            'weights': list(self.order.weights or ()),
+        }
+
+    def _extent(self, position: int, taken: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The documents from `position` on whose estimated tokens make window_rows rows, within the epoch."""
+        budget = self.config.window_rows * self.seq_len
+        left = min(self.order.epoch_length - position % self.order.epoch_length, MOST_DOCUMENTS)
+        given = np.asarray(taken)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        while left and budget > 0:
+            source, index = self.order.block(position, min(left, BLOCK), given.tolist())
+            sizes = np.zeros(len(source), np.int64)
+            for s in np.unique(source):
+                sizes[source == s] = self.sources[s].sizes(index[source == s])
+            before = np.cumsum(sizes) - sizes
+            count = int(np.searchsorted(before, budget))  # at least one, as before[0] is 0
+            source, index = source[:count], index[:count]
+            parts.append((source, index))
+            budget -= int(sizes[:count].sum())
+            given = given + np.bincount(source, minlength=len(given))
+            position, left = position + count, left - count
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _documents(
+        self, source: np.ndarray, index: np.ndarray, counts: collections.Counter[str]
+    ) -> tuple[list[ChatTokens], list[tuple[int, int]]]:
+        records: list[str | RenderedChat | np.ndarray] = []
+        places: list[tuple[int, int]] = []
+        for s, i in zip(source.tolist(), index.tolist(), strict=True):
+            try:
+                record = self.sources[s][i]
+                place = self.sources[s].place(i) if self._template else ''
+                records.append(record if self._template is None else self._render(self._template, record, place))
+                places.append((s, i))
+            except DataError as error:
+                if self.config.malformed == 'error':
+                    raise
+                counts['skipped'] += 1
+                _report(error)
+        # Encoded together, on all cores.
+        chats = encode_rendered(self.tokenizer, [record for record in records if isinstance(record, RenderedChat)])
+        texts = [record for record in records if isinstance(record, str)]
+        encoded = self.tokenizer.encode_batch(texts, bos=self._bos, eos=self.config.add_eos)
+        next_chat, next_text = iter(chats), iter(encoded)
+        documents = []
+        for record in records:
+            if isinstance(record, RenderedChat):
+                documents.append(next(next_chat))
+            else:
+                documents.append(_all_learned(next(next_text) if isinstance(record, str) else record))
+        return documents, places
+
+    def _render(self, template: ChatTemplate, record: Record, place: str) -> RenderedChat:
+        if not isinstance(record, Chat):
+            raise DataError(place, "not a conversation, which kind='chat' needs")
+        try:
+            return render_chat(self.tokenizer, template, record.messages, tools=record.tools)
+        except TemplateError as error:
+            raise DataError(place, str(error)) from error
+
+    def _length(self, document: ChatTokens, place: tuple[int, int], counts: collections.Counter[str]) -> int:
+        """How many positions of the document are packed; 0 leaves it out."""
+        length = len(document.ids) - 1
+        if length < 1 or not document.loss[1:].any():
+            counts['empty'] += 1
+            return 0
+        policy = self.config.long_policy
+        if length <= self.seq_len:
+            return length
+        if policy == 'error':
+            raise DataError(
+                self.sources[place[0]].place(place[1]),
+                f'{length + 1} tokens do not fit a row of seq_len={self.seq_len}; '
+                "DataConfig.long_documents='truncate', 'drop' or 'split' would go on",
+            )
+        if policy == 'split':
+            counts['split'] += 1
+            return length
+        if policy == 'truncate' and document.loss[1 : self.seq_len + 1].any():
+            counts['truncated'] += 1
+            return self.seq_len
+        counts['dropped'] += 1  # by policy, or because nothing that is learned would remain
+        return 0
+
+
+def _report(error: DataError) -> None:
+    from absl import logging  # takes a while to import, and few need it
+
+    logging.log_first_n(logging.WARNING, 'skipped: %s', 10, error)
+
+
+def _all_learned(ids: Any) -> ChatTokens:
+    ids = ids if isinstance(ids, np.ndarray) else np.array(ids, np.int32)  # a file's tokens stay where they are
+    return ChatTokens(ids, np.broadcast_to(np.float32(1), ids.shape))
