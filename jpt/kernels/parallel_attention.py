@@ -108,7 +108,8 @@ def _directions(options: Options, q, k):
         'ring': (context.ring_forward, context.ring_backward),
         'gather': (context.gather_forward, context.gather_backward),
     }
-    forward, backward = ways[options.context]
+    # In a tick only some devices run a pipeline stage: a ring's permutation would wait for all, a gather does not.
+    forward, backward = ways['gather' if manual(['pipe']) else options.context]
     return (
         partial(forward, scores=rule, tile=tile, axis=SEQUENCE),
         partial(backward, scores=rule, tile=tile, axis=SEQUENCE),
