@@ -88,14 +88,15 @@ class Metrics:
             self._spent[part] = self._spent.get(part, 0.0) + self._clock() - start
 
     @contextlib.contextmanager
-    def compiling(self, what: str = 'the training step') -> Iterator[None]:
-        """Announces a compilation, says how long it took, and leaves it out of the rates."""
+    def compiling(self, what: str = 'the training step', steps: int = 1) -> Iterator[None]:
+        """Announces a compilation, says how long it took, and leaves it and the `steps` run inside out of the rates."""
         self.say(f'compiling {what} (once; later runs find it in the compilation cache)')
         start = self._clock()
         yield
         elapsed = self._clock() - start
         self.say(f'compiled {what} in {duration(elapsed)}')
         self._start += elapsed
+        self._uncounted += steps
 
     def close(self) -> None:
         """Writes what is pending and closes the writers."""
@@ -104,29 +105,36 @@ class Metrics:
             writer.close()
 
     def _write_window(self, step: int) -> None:
-        run = self._run
         seconds = max(self._clock() - self._start, 1e-9)
-        steps = step - self._last_written
-        training = max(seconds - self._spent.get('eval', 0.0) - self._spent.get('checkpoint', 0.0), 1e-9)
-        rate = steps * run.tokens_per_step / training
         row = _means(self._window) | {
-            'tokens': float(step * run.tokens_per_step),
-            'tokens_per_second': rate,
-            'seconds_per_step': seconds / max(steps, 1),
-            'eta_seconds': (run.total_steps - step) * seconds / max(steps, 1),
+            'tokens': float(step * self._run.tokens_per_step),
             'memory_gib': peak_memory() / 2**30,
             'seconds_step': seconds - sum(self._spent.values()),
         }
         row |= {f'seconds_{part}': spent for part, spent in self._spent.items()}
-        utilization = mfu(run.flops_per_token, rate, run.devices, run.device_kind)
-        if utilization is not None:
-            row['mfu'] = utilization
+        row |= self._rates(step, seconds)
         for writer in self._writers:
             writer.write(step, row)
         self._last_written = step
         self._reset()
 
+    def _rates(self, step: int, seconds: float) -> dict[str, float]:
+        """Speed and time left; nothing where the only step of the row was the one that compiled."""
+        run = self._run
+        steps = step - self._last_written - self._uncounted
+        if steps < 1:
+            return {}
+        training = max(seconds - self._spent.get('eval', 0.0) - self._spent.get('checkpoint', 0.0), 1e-9)
+        rates = {
+            'tokens_per_second': steps * run.tokens_per_step / training,
+            'seconds_per_step': seconds / steps,
+            'eta_seconds': (run.total_steps - step) * seconds / steps,
+        }
+        utilization = mfu(run.flops_per_token, rates['tokens_per_second'], run.devices, run.device_kind)
+        return rates if utilization is None else rates | {'mfu': utilization}
+
     def _reset(self) -> None:
+        self._uncounted = 0
         self._window: dict[str, tuple[float, float]] = {}
         self._spent: dict[str, float] = {}
         self._start = self._clock()

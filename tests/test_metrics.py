@@ -84,14 +84,18 @@ def test_values_come_one_step_late_and_rows_are_sums_over_counts():
 
 def test_a_resumed_run_counts_its_own_steps_only():
     writer, clock = Memory(), Clock()
-    metrics = _metrics(writer, clock, first_step=3, device_kind='cpu')
+    metrics = _metrics(writer, clock, first_step=3, device_kind='cpu', total_steps=9, log_every=1)
     with metrics.compiling():
         clock.now += 60
-    clock.now += 2
     metrics.push(4, {'loss': (1.0, 1.0)})
     metrics.flush()
-    ((step, row),) = writer.rows
-    assert (step, row['tokens'], row['tokens_per_second'], row['eta_seconds']) == (4, 4000, 500, 2)
+    clock.now += 2
+    metrics.push(5, {'loss': (1.0, 1.0)})
+    metrics.flush()
+    (_, first), (step, row) = writer.rows
+    assert (first['tokens'], first['loss'], first['seconds_step']) == (4000, 1.0, pytest.approx(0, abs=1e-6))
+    assert 'tokens_per_second' not in first  # its only step was the one that compiled
+    assert (step, row['tokens'], row['tokens_per_second'], row['eta_seconds']) == (5, 5000, 500, 8)
     assert 'mfu' not in row
 
 
