@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jpt.config import from_config_dict
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     """Reads the config, joins the other processes, and runs the job."""
     if len(argv) > 1:
         raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+    logging.set_verbosity(logging.WARNING)  # of the libraries; what a user should see is printed
     config = from_config_dict(TrainConfig, CONFIG.value, 'config')
     name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
     workdir = Path(WORKDIR.value or f'out/{name}')

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jpt import report
+from jpt.training import report
 
 TEACHER = report.Scores('teacher', 5_401_856, 3.0, 0.0, 1.0)
 DISTILLED = report.Scores('distilled', 1_275_680, 4.0, 0.75, 0.625)

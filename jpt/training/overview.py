@@ -1,0 +1,56 @@
+"""What a run is about to do, in a few lines: models, data, mesh, bytes."""
+
+import math
+from typing import Any
+
+import jax
+
+from jpt.sharding.plan import bytes_per_device
+from jpt.training.flops import flops_per_token
+from jpt.training.job import Job
+
+
+def count_parameters(tree: Any) -> int:
+    """Number of elements in all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def bytes_by_part(job: Job) -> dict[str, int]:
+    """Bytes that one device holds between steps, by part of the state."""
+    plan, state = job.plan, job.state
+    parts = {
+        'parameters': bytes_per_device(job.mesh, state.params, plan.specs),
+        'frozen': bytes_per_device(job.mesh, state.frozen, plan.frozen_specs),
+    }
+    for name, tree in (('optimizer', state.opt_state), ('average', state.ema)):
+        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
+        parts[name] = bytes_per_device(job.mesh, tree, specs)
+    return {name: size for name, size in parts.items() if size}
+
+
+def overview(job: Job) -> str:
+    """The plan of a run, for its first lines."""
+    config, model = job.config, job.models['model'].cfg
+    trained, frozen = count_parameters(job.state.params), count_parameters(job.state.frozen['model'])
+    flops = flops_per_token(model, config.batch.length, job.state.params)
+    start = 'random weights' if job.models['model'].source is None else f'from {config.model.path}'
+    lines = [f'task     {config.task}', f'model    {model.family}, {trained + frozen:,} parameters, {start}']
+    if frozen:
+        lines.append(f'trained  {trained:,} parameters; {frozen:,} are frozen')
+    if 'teacher' in job.models and config.teacher is not None:
+        count = count_parameters(job.state.frozen['teacher'])
+        lines.append(f'teacher  {job.models["teacher"].cfg.family}, {count:,} parameters, from {config.teacher.path}')
+    tokens = config.batch.size * config.batch.length
+    split = f', {config.batch.microbatches} microbatches' if config.batch.microbatches > 1 else ''
+    lines.append(
+        f'batch    {config.batch.size} x {config.batch.length} = {tokens:,} tokens{split}; '
+        f'{config.steps:,} steps, {tokens * config.steps:,} tokens'
+    )
+    axes = {axis: size for axis, size in job.mesh.shape.items() if size > 1}
+    kind = job.mesh.devices.flat[0].device_kind
+    shape = ', '.join(f'{axis}={size}' for axis, size in axes.items()) or 'one device'
+    lines.append(f'mesh     {shape} ({job.mesh.size} x {kind})')
+    sizes = ', '.join(f'{name} {size / 2**20:,.1f} MiB' for name, size in bytes_by_part(job).items())
+    lines.append(f'memory   per device between steps: {sizes}')
+    lines.append(f'work     {flops.training / 1e9:.3f} GFLOP per token, forward and backward')
+    return '\n'.join(lines)
