@@ -4,6 +4,7 @@ Weights stream from files to files a part of a tensor at a time, so a model larg
 values are those that are stored, bit for bit, unless --dtype or --resize_vocab asks for others.
 """
 
+import math
 import resource
 import sys
 import time
@@ -18,8 +19,8 @@ from jpt.checkpoint.assets import open_tokenizer
 from jpt.checkpoint.directories import check_absent
 from jpt.checkpoint.dtypes import CAST_TARGETS
 from jpt.checkpoint.hf_export import write_hf
-from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
-from jpt.checkpoint.model_dir import StoredSource, find_checkpoint, write_model
+from jpt.checkpoint.model_dir import write_model
+from jpt.checkpoint.opening import open_model
 from jpt.checkpoint.resize import ResizedSource
 from jpt.checkpoint.shards import parse_size
 from jpt.checkpoint.source import LeafSource
@@ -73,12 +74,13 @@ def convert(
     parse_size(max_shard_size)
     check_absent(output_dir)
     start = time.perf_counter()
-    source, assets = open_source(input_dir, dtype)
+    opened = open_model(input_dir, dtype)
+    source: LeafSource = opened.source
     if resize_vocab is not None:
-        tokenizer = open_tokenizer(assets)
+        tokenizer = open_tokenizer(opened.assets)
         used = None if tokenizer is None else tokenizer.vocab_size
         source = ResizedSource(source, resize_vocab, used=used, allow_cut=allow_cut)
-    sizes = {leaf.path: _elements(leaf.shape) * source.dtype(leaf).itemsize for leaf in leaves(source.cfg)}
+    sizes = {leaf.path: math.prod(leaf.shape) * source.dtype(leaf).itemsize for leaf in leaves(source.cfg)}
     total, done = sum(sizes.values()), 0
 
     def count(name: str, size: int) -> None:
@@ -87,13 +89,13 @@ def convert(
         report(name, done, total)
 
     if to == 'hf':
-        write_hf(source, output_dir, source_dir=assets, max_shard_size=max_shard_size, report=count)
+        write_hf(source, output_dir, source_dir=opened.assets, max_shard_size=max_shard_size, report=count)
     else:
-        write_model(source, output_dir, assets=assets, report=count)
+        write_model(source, output_dir, assets=opened.assets, report=count)
     weights = list(Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*'))
     return Conversion(
         source.cfg.family,
-        sum(_elements(leaf.shape) for leaf in leaves(source.cfg)),
+        sum(math.prod(leaf.shape) for leaf in leaves(source.cfg)),
         total,
         ', '.join(sorted({str(source.dtype(leaf)) for leaf in leaves(source.cfg)})),
         source.cfg.vocab_size,
@@ -101,32 +103,6 @@ def convert(
         max(path.stat().st_size for path in weights),
         time.perf_counter() - start,
     )
-
-
-def open_source(directory: str | Path, dtype: str | None) -> tuple[LeafSource, Path | None]:
-    """A model directory of either kind, and where its tokenizer and companions lie.
-
-    Raises:
-        FileNotFoundError: neither kind.
-    """
-    path = Path(directory)
-    if not path.is_dir():
-        raise FileNotFoundError(f'--input={directory}: no such directory')
-    if (path / 'config.json').is_file() or is_hf_directory(path):
-        return HuggingFaceSource(path, dtype), path
-    try:
-        find_checkpoint(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no config.json') from error
-    stored = StoredSource(path, dtype)
-    return stored, stored.assets
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def peak_memory() -> int:

@@ -33,6 +33,7 @@ class About(NamedTuple):
     leaves: dict[str, LeafSpec]
     model: ModelConfig | None
     tokenizer: str | None  # the tokenizer's fingerprint
+    statics: dict[str, Any] = {}  # noqa: RUF012 (never changed): static fields of weight types, see tree.statics_of
     version: str = jpt.__version__
 
 
@@ -45,6 +46,7 @@ def to_json(about: About) -> dict[str, Any]:
         'model': None if about.model is None else model_to_json(about.model),
         'tokenizer': about.tokenizer,
         'leaves': {name: [spec.dtype, list(spec.shape)] for name, spec in about.leaves.items()},
+        'statics': about.statics,
     }
 
 
@@ -64,7 +66,7 @@ def read_about(directory: Path) -> About:
             raise ValueError(f'format {content["format"]} (written by jpt {content.get("jpt")}): expected {FORMAT}')
         leaves = {name: LeafSpec(dtype, tuple(shape)) for name, (dtype, shape) in content['leaves'].items()}
         model = None if content['model'] is None else model_from_json(content['model'])
-        return About(content['kind'], leaves, model, content['tokenizer'], content['jpt'])
+        return About(content['kind'], leaves, model, content['tokenizer'], content['statics'], content['jpt'])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path}: cannot be read as the description of a checkpoint: {error}') from error
 

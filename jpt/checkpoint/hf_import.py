@@ -163,8 +163,9 @@ def resolve_names(cfg: ModelConfig, found: Mapping[str, TensorSpec], place: str)
     extra = [name for name in found if name not in known and not RECOMPUTED.fullmatch(name)]
     lines += [f'{name}: unexpected, {found[name].dtype}{list(found[name].shape)}' for name in extra]
     if lines:
+        hint = '; it looks quantized, which is not read' if any('scale' in name for name in extra) else ''
         raise ValueError(
-            f'{place}: the tensors are not those of the {cfg.family} model in config.json:\n  {listing(lines)}'
+            f'{place}: not the tensors of the {cfg.family} model in config.json{hint}:\n  {listing(lines)}'
         )
     return names
 

@@ -17,7 +17,15 @@ from jpt.checkpoint import about as layout
 from jpt.checkpoint.assets import tokenizer_fingerprint
 from jpt.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, verify
 from jpt.checkpoint.orbax_items import METRICS, handler_registry, restore_leaves, save_args
-from jpt.checkpoint.tree import differences, listing, named_leaves, nest, specs_of
+from jpt.checkpoint.tree import (
+    differences,
+    listing,
+    named_leaves,
+    nest,
+    specs_of,
+    static_differences,
+    statics_of,
+)
 from jpt.models.config import ModelConfig
 
 
@@ -124,7 +132,7 @@ class CheckpointManager:
         if metrics is not None and self.best_metric is not None and self.best_metric not in metrics:
             raise ValueError(f'metrics {sorted(metrics)}: expected {self.best_metric!r}, which chooses the best')
         leaves = named_leaves(state)
-        about = layout.About('training', specs_of(leaves), self._model, self._tokenizer)
+        about = layout.About('training', specs_of(leaves), self._model, self._tokenizer, statics_of(state))
         args = save_args(about, leaves, assets=self._assets, config=self._config, data=data, with_metrics=True)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         self._orbax.save(step, args=args, metrics=numbers, force=True)
@@ -172,9 +180,8 @@ class CheckpointManager:
         while True:
             number = self.latest_step() if step is None else step
             if number is None or number not in self.all_steps():
-                raise FileNotFoundError(
-                    f'{self.directory}: no checkpoint of step {number}; there are {self.all_steps()}'
-                )
+                wanted = 'no checkpoint' if number is None else f'no checkpoint of step {number}'
+                raise FileNotFoundError(f'{self.directory}: {wanted}; there are {self.all_steps()}')
             try:
                 if check_files:
                     self._verify(self.step_directory(number))
@@ -192,6 +199,7 @@ class CheckpointManager:
         wanted = dict.fromkeys(about.leaves) if target is None else named_leaves(target)
         if target is not None:
             lines = differences(about.leaves, specs_of(wanted))
+            lines += static_differences(about.statics, statics_of(target))
             if lines:
                 raise CheckpointMismatch(f'{directory} does not fit the state to restore:\n  {listing(lines)}')
         leaves = restore_leaves(directory, about.leaves, wanted)

@@ -54,7 +54,9 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 
 
 class StoredSource:
-    """The model in a jpt checkpoint as a source of leaves; trainable and frozen leaves of a training step alike.
+    """The model in a jpt checkpoint as a source of leaves.
+
+    Of a training step it takes trainable and frozen leaves alike, and merges LoRA adapters into their kernels.
 
     Args:
         path: as `find_checkpoint` takes it.
@@ -78,19 +80,27 @@ class StoredSource:
         if about.model is None:
             raise ValueError(f'{self.directory}: it names no model config, so it cannot be loaded as a model')
         self.cfg = about.model
-        self._leaves: dict[str, tuple[str, LeafSpec]] = {}
+        self._names: dict[str, str] = {}  # of a leaf of the model -> in the state
         for prefix in (FROZEN, PARAMS):
-            found = {name: spec for name, spec in about.leaves.items() if name.startswith(prefix)}
-            self._leaves |= {name.removeprefix(prefix): (name, spec) for name, spec in found.items()}
-        stored = {name: spec for name, (_, spec) in self._leaves.items()}
-        wanted = {}
+            self._names |= {name.removeprefix(prefix): name for name in about.leaves if name.startswith(prefix)}
+        self._specs, self._statics = about.leaves, about.statics
+        self._check_leaves()
+        self._stores: dict[str, Any] = {}
+
+    def _check_leaves(self) -> None:
+        """Every leaf of the model, as an array or as a kernel with an adapter, and no other."""
+        stored = {name: self._specs[whole] for name, whole in self._names.items()}
+        wanted: dict[str, LeafSpec] = {}
         for leaf in leaves(self.cfg):
             name = name_of(leaf.path)
+            if name + '/base' in stored:
+                factors = [stored.get(f'{name}/{factor}', LeafSpec('float32', ())) for factor in 'ab']
+                wanted |= dict(zip([f'{name}/a', f'{name}/b'], factors, strict=True))
+                name += '/base'
             wanted[name] = LeafSpec(stored[name].dtype if name in stored else 'an array', leaf.shape)
         lines = differences(stored, wanted)
         if lines:
             raise ValueError(f'{self.directory}: not the weights of its {self.cfg.family} model:\n  {listing(lines)}')
-        self._open: tuple[str, Any] = ('', None)
 
     @property
     def assets(self) -> Path | None:
@@ -99,14 +109,33 @@ class StoredSource:
         return directory if directory.is_dir() else None
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        stored = np.dtype(self._leaves[name_of(leaf.path)][1].dtype)
+        name = name_of(leaf.path)
+        stored = np.dtype(self._specs[self._names.get(name) or self._names[f'{name}/base']].dtype)
         return self._target if self._target is not None and is_floating(stored) else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
-        name, _ = self._leaves[name_of(leaf.path)]
-        if self._open[0] != name:
-            self._open = (name, open_array(self.directory / layout.STATE, name))
-        return cast(np.asarray(self._open[1][index].read().result()), self._target)
+        name = name_of(leaf.path)
+        array = self._part(name, index) if name in self._names else self._merged(name, index)
+        return cast(array, self._target)
+
+    def _part(self, name: str, index: Index) -> np.ndarray:
+        stored = self._names[name]
+        if stored not in self._stores:
+            if len(self._stores) > 8:  # leaves are asked for one after another
+                self._stores.clear()
+            self._stores[stored] = open_array(self.directory / layout.STATE, stored)
+        return np.asarray(self._stores[stored][index].read().result())
+
+    def _merged(self, name: str, index: Index) -> np.ndarray:
+        """A kernel with its LoRA adapter merged into it, as jpt.quant.dot.dense does."""
+        repeats, rows, columns = index
+        base = self._part(f'{name}/base', index)
+        wide = np.promote_types(np.float32, base.dtype) if base.dtype == np.float64 else np.dtype(np.float32)
+        rank = slice(None)
+        a = self._part(f'{name}/a', (repeats, rank, columns)).astype(wide)
+        b = self._part(f'{name}/b', (repeats, rows, rank)).astype(wide)
+        scale = self._statics[f'{self._names[name + "/base"].removesuffix("/base")}/scale']
+        return (base.astype(wide) + scale * (b @ a)).astype(base.dtype)
 
 
 def load_model(

@@ -33,10 +33,8 @@ class ResizedSource:
         if vocab_size < 1:
             raise ValueError(f'vocab_size={vocab_size}: expected at least 1')
         if not allow_cut and vocab_size < (old if used is None else used):
-            known = f'the tokenizer has {used} ids' if used is not None else f'any of its {old} rows may be in use'
-            raise ValueError(
-                f'vocab_size={vocab_size} would cut rows of the model: {known}; ask for more or allow the cut'
-            )
+            known = f'the tokenizer has {used} ids' if used is not None else f'any of the {old} rows may be in use'
+            raise ValueError(f'vocab_size={vocab_size} is too small: {known}; ask for more, or allow the cut')
         self.cfg = dataclasses.replace(source.cfg, vocab_size=vocab_size)
         self._source = source
         self._averaged = min(old, used or old)

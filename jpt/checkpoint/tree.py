@@ -4,6 +4,8 @@ A name is the path of `jpt.quant.paths` ('params/layers/0.0/attn/q/kernel'), wha
 that a checkpoint outlives a change of container. None is no leaf. Typed random keys are stored as their bits.
 """
 
+import dataclasses
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -45,11 +47,35 @@ def named_leaves(tree: Any) -> dict[str, Any]:
         for key in keys:
             text = next(str(getattr(key, field)) for field in ('key', 'name', 'idx') if hasattr(key, field))
             if not text or '/' in text or '.' in text:
-                raise ValueError(f'{path_of(keys)}: key {text!r}: a checkpoint holds no key that is empty or has / or .')
+                raise ValueError(f'{path_of(keys)}: key {text!r}: a checkpoint has no key that is empty or has / or .')
         name = path_of(keys)
         if name in found:
             raise ValueError(f'{name}: two leaves of the tree have this name')
         found[name] = leaf
+    return found
+
+
+def statics_of(tree: Any) -> dict[str, Any]:
+    """The static fields of the dataclasses in a tree, by name: a LoRA scale, whether 8-bit codes are signed.
+
+    They are no leaves, but a leaf means something else where they differ. Values are as JSON gives them back.
+    """
+    found: dict[str, Any] = {}
+
+    def walk(above: tuple[Any, ...], node: Any) -> None:
+        def inside(other: Any) -> bool:
+            return other is not node and dataclasses.is_dataclass(other)
+
+        for keys, item in jax.tree_util.tree_leaves_with_path(node, is_leaf=inside):
+            if item is node or not dataclasses.is_dataclass(item):
+                continue
+            for field in dataclasses.fields(item):
+                if field.metadata.get('static'):
+                    name = path_of([*above, *keys, jax.tree_util.GetAttrKey(field.name)])
+                    found[name] = json.loads(json.dumps(getattr(item, field.name), default=str))
+            walk((*above, *keys), item)
+
+    walk((), tree)
     return found
 
 
@@ -107,6 +133,12 @@ def differences(stored: Mapping[str, LeafSpec], wanted: Mapping[str, LeafSpec]) 
         if name in stored and stored[name] != spec:
             lines.append(f'{name}: {stored[name]} in the checkpoint, expected {spec}')
     return lines
+
+
+def static_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One line per static field of both trees that differs; fields of one tree alone show as leaves of it alone."""
+    names = [name for name in wanted if name in stored and stored[name] != wanted[name]]
+    return [f'{name}: {stored[name]!r} in the checkpoint, expected {wanted[name]!r}' for name in names]
 
 
 def listing(lines: list[str]) -> str:

@@ -58,7 +58,7 @@ def test_nest_makes_plain_dicts() -> None:
 
 @pytest.mark.parametrize('key', ['x/y', 'x.y', ''])
 def test_keys_that_cannot_be_named_are_refused(key: str) -> None:
-    with pytest.raises(ValueError, match='a checkpoint holds no key that is empty or has / or'):
+    with pytest.raises(ValueError, match='a checkpoint has no key that is empty or has / or'):
         named_leaves({'a': {key: 1}})
 
 

@@ -25,7 +25,8 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
             (directory / 'a').write_text('x')
             raise KeyError
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
