@@ -30,16 +30,20 @@ def blend_order(weights: Sequence[float], count: int, taken: Sequence[int] | Non
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 32-bit seed that differs for any different parts: sums such as seed + epoch would repeat orders."""
+    """A 64-bit seed that differs for any different parts: sums such as seed + epoch would repeat orders."""
     text = '/'.join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'little')
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'little')
 
 
-def shuffled(indices: Sequence[int] | np.ndarray, length: int, seed: int) -> np.ndarray:
-    """Where a permutation of range(length), given by the 32-bit seed, sends each index; no memory of size length."""
-    from grain.experimental import index_shuffle
+def permutation(length: int, seed: int) -> np.ndarray:
+    """A random order of range(length) (int64), the same on every machine and for every version of every library.
 
-    return np.array([index_shuffle(int(i), max_index=length - 1, seed=seed, rounds=4) for i in indices], np.int64)
+    Sorts by a hash of (seed, index): the finalizer of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    x = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return np.argsort(x ^ (x >> np.uint64(31)), kind='stable')
 
 
 class Order:
@@ -55,6 +59,7 @@ class Order:
         self.lengths, self.weights, self.seed, self.shuffle = tuple(lengths), weights, seed, shuffle
         self.epoch_length = sum(lengths)
         self._ends = np.cumsum(lengths)
+        self._permutations: dict[str, tuple[int, np.ndarray]] = {}  # of the current epoch
 
     def block(self, position: int, count: int, taken: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Documents position .. position + count of the order, as source and index within the source (int64 [count]).
@@ -69,7 +74,7 @@ class Order:
             return self._blended(count, taken)
         flat = np.arange(offset, offset + count)
         if self.shuffle:
-            flat = shuffled(flat, self.epoch_length, derive_seed('documents', self.seed, epoch))
+            flat = self._permutation('all', epoch, self.epoch_length)[flat]
         source = np.searchsorted(self._ends, flat, side='right')
         return source, flat - (self._ends[source] - np.take(self.lengths, source))
 
@@ -83,6 +88,13 @@ class Order:
                 inside = ranks // length == epoch
                 found = ranks[inside] % length
                 if self.shuffle:
-                    found = shuffled(found, length, derive_seed('source', self.seed, s, int(epoch)))
+                    found = self._permutation(f'source {s}', int(epoch), length)[found]
                 index[where[inside]] = found
         return source, index
+
+    def _permutation(self, name: str, epoch: int, length: int) -> np.ndarray:
+        cached = self._permutations.get(name)
+        if cached is None or cached[0] != epoch:
+            cached = (epoch, permutation(length, derive_seed(name, self.seed, epoch)))
+            self._permutations[name] = cached
+        return cached[1]

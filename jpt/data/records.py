@@ -53,6 +53,7 @@ def make_record(row: Any, fields: Fields, chat: bool, place: str) -> Record:
     for key, text in zip(record_keys(fields, chat), texts, strict=True):
         if not isinstance(text, str):
             raise DataError(place, f'{key!r}: expected a string, found {type(text).__name__}')
+        check_unicode(text, place)
     if chat:
         return Chat([{'role': 'user', 'content': texts[0]}, {'role': 'assistant', 'content': texts[1]}])
     return texts[0]
@@ -71,3 +72,11 @@ def check_chat(messages: Any, place: str) -> None:
         check_messages(messages)
     except ValueError as error:
         raise DataError(place, str(error)) from error
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raises DataError for half a surrogate pair, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode('utf-8')
+    except UnicodeEncodeError as error:
+        raise DataError(place, f'not Unicode text: {error}') from error

@@ -79,8 +79,7 @@ class MemorySource(Source):
         return f'{self.name}[{i}]'
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
-        records = (self._records[i] for i in indices)
-        return np.array([_guess_tokens(len(str(r[0]) if isinstance(r, Chat) else r)) for r in records], np.int64)
+        return np.array([_size(self._records[i]) for i in indices], np.int64)
 
 
 class TextSource(Source):
@@ -127,7 +126,7 @@ class JsonlSource(Source):
         text = _decode(self._data[self._starts[i] : self._ends[i]], self.place(i))
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(self.place(i), f'not JSON: {error}') from error
         return make_record(row, self._fields, self._chat, self.place(i))
 
@@ -303,6 +302,12 @@ def _decode(raw: bytes, place: str) -> str:
         return raw.decode('utf-8')
     except UnicodeDecodeError as error:
         raise DataError(place, f'not UTF-8: {error}') from error
+
+
+def _size(record: Record) -> int:
+    if isinstance(record, np.ndarray):
+        return len(record)
+    return _guess_tokens(len(record if isinstance(record, str) else str(record.messages)))
 
 
 def _guess_tokens(size: Any) -> Any:

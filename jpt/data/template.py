@@ -75,7 +75,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise TemplateError(f'chat template of {self.name}: {error}') from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program that others wrote, it may fail in any way
             kind = type(error).__name__
             raise TemplateError(f'chat template of {self.name} fails on these messages: {kind}: {error}') from error
         return _take_marks_out(marked, self.name)

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpt.data.blend import Order, derive_seed, shuffled
+from jpt.data.blend import Order, derive_seed, permutation
 from jpt.data.chat import ChatTokens, RenderedChat, encode_rendered, render_chat
 from jpt.data.config import DataConfig
 from jpt.data.packing import PACKINGS, Row
-from jpt.data.records import Chat, DataError, Record
+from jpt.data.records import Chat, DataError, Record, check_unicode
 from jpt.data.sources import Source
 from jpt.data.template import ChatTemplate, TemplateError
 from jpt.data.tokenizer import Tokenizer
@@ -83,8 +83,7 @@ class WindowReader:
         lengths = [self._length(document, place, counts) for document, place in zip(documents, places, strict=True)]
         rows = PACKINGS[self.config.packing](lengths, self.seq_len)
         if self._shuffle:  # best fit puts long documents first
-            order = shuffled(range(len(rows)), len(rows), derive_seed('rows', self._seed, position)) if rows else ()
-            rows = [rows[i] for i in order]
+            rows = [rows[i] for i in permutation(len(rows), derive_seed('rows', self._seed, position))]
         given = np.asarray(taken) + np.bincount(source, minlength=len(self.sources))
         return Window(rows, documents, places, position + len(source), given.tolist(), dict(counts))
 
@@ -159,9 +158,11 @@ class WindowReader:
         if not isinstance(record, Chat):
             raise DataError(place, "not a conversation, which kind='chat' needs")
         try:
-            return render_chat(self.tokenizer, template, record.messages, tools=record.tools)
+            chat = render_chat(self.tokenizer, template, record.messages, tools=record.tools)
         except TemplateError as error:
             raise DataError(place, str(error)) from error
+        check_unicode(chat.text, place)
+        return chat
 
     def _length(self, document: ChatTokens, place: tuple[int, int], counts: collections.Counter[str]) -> int:
         """How many positions of the document are packed; 0 leaves it out."""
