@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jpt.generation.layout import decoding_cache, one_by_one
 from jpt.generation.sampling import Logps, Sampling, draw
 from jpt.models.cache import KVCache, init_cache
 from jpt.models.config import Compute, ModelConfig
@@ -25,6 +26,7 @@ class Program:
     compute: Compute
     with_logps: bool = False
     with_penalty: bool = False  # whether any row has a repetition penalty
+    own_layout: bool = False  # whether `decode` gets the parameters that layout.decoding_params makes
 
 
 class Request(NamedTuple):
@@ -86,7 +88,8 @@ def prefill(
         seen_BV = jnp.zeros((batch, rows), bool).at[jnp.arange(batch)[:, None], tokens_BT].max(real_BT)
     last_BD = jnp.take_along_axis(result.hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     none_B = jnp.zeros_like(lengths_B)
-    before = Rows(result.cache, none_B, lengths_B - 1, none_B, request.budget_B > 0, seen_BV)
+    cache = decoding_cache(cfg, result.cache) if program.own_layout else result.cache
+    before = Rows(cache, none_B, lengths_B - 1, none_B, request.budget_B > 0, seen_BV)
     after, tokens_B, logps = _next(program, params, request, before, last_BD)
     return after, jax.tree.map(lambda leaf: leaf[:, None], Drawn(tokens_B, logps))
 
@@ -105,6 +108,8 @@ def decode(
 
     going_B: bool, False ends a row (it met a stop string). The cache must have that many slots left.
     """
+    if program.own_layout:
+        program = dataclasses.replace(program, cfg=one_by_one(program.cfg))
     batch = rows.tokens_B.shape[0]
     logp_BC = jnp.zeros((batch, width), jnp.float32)
     nothing = Drawn(jnp.full((batch, width), -1), Logps(logp_BC, logp_BC) if program.with_logps else None)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpt.generation.decode import Drawn, Program, Request, bucket, decode, prefill
+from jpt.generation.layout import decoding_params, wants_own_layout
 from jpt.generation.prompts import LoadedModel, Prompts, check_lengths, default_eos_ids, encode_prompts, text_decoder
 from jpt.generation.result import Continuation, GenerationResult
 from jpt.generation.sampling import SamplingConfig, stack
 from jpt.generation.text import StopScanner
+from jpt.models.transformer import Params
 
 Stream = Callable[[int, str], None]
 
@@ -76,11 +78,13 @@ def generate(
         Continuation(i, ids[i], budgets[i], samplings[i], StopScanner(decoder, ids[i], stop) if decoder else None)
         for i in range(count)
     ]
+    own_layout = wants_own_layout(model.params, model.mesh)
+    params = decoding_params(model.config, model.params) if own_layout else model.params
     order = sorted(rows, key=lambda row: -len(row.prompt))
     with jax.set_mesh(model.mesh) if model.mesh is not None else contextlib.nullcontext():
         for start in range(0, count, batch_size):
             batch = order[start : start + batch_size]
-            for part in _run(model, batch, eos, logprobs, chunk if live else None):
+            for part in _run(model, params, batch, eos, logprobs, chunk if live else None):
                 for row, text in part:
                     if stream is not None and text:
                         stream(row.index, text)
@@ -93,12 +97,18 @@ def _samplings(count: int, **settings: Any) -> list[SamplingConfig]:
 
 
 def _run(
-    model: LoadedModel, batch: list[Continuation], eos: frozenset[int], with_logps: bool, chunk: int | None
+    model: LoadedModel,
+    params: Params,
+    batch: list[Continuation],
+    eos: frozenset[int],
+    with_logps: bool,
+    chunk: int | None,
 ) -> Iterator[list[tuple[Continuation, str]]]:
     """Generates for one batch; yields after every chunk what each row can show."""
     padded = bucket(len(batch), least=1)
     settings = [row.sampling for row in batch] + [SamplingConfig()] * (padded - len(batch))
-    program = Program(model.config, model.compute, with_logps, any(s.repetition_penalty != 1 for s in settings))
+    with_penalty = any(config.repetition_penalty != 1 for config in settings)
+    program = Program(model.config, model.compute, with_logps, with_penalty, params is not model.params)
     width = bucket(max(row.budget for row in batch))
     length = bucket(max(len(row.prompt) for row in batch))
     tokens_BT = np.zeros((padded, length), np.int32)
@@ -111,7 +121,7 @@ def _run(
     yield _taken(batch, drawn, eos)
     while any(row.finish is None for row in batch):
         going_B = np.array([row.finish is None for row in batch] + [False] * (padded - len(batch)))
-        state, drawn = decode(program, width, model.params, request, state, going_B, chunk or width)
+        state, drawn = decode(program, width, params, request, state, going_B, chunk or width)
         yield _taken(batch, drawn, eos)
 
 

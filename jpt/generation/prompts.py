@@ -1,6 +1,7 @@
 """Prompts as checked token ids, and what the model's own files say about where a text ends."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,11 +57,15 @@ def encode_prompts(model: LoadedModel, prompts: Prompts) -> list[list[int]]:
 
 
 def check_lengths(cfg: ModelConfig, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> None:
-    """Raises ValueError where a prompt and what is to follow it exceed the positions the model was trained for."""
+    """Raises ValueError where a prompt and what is to follow it exceed the positions the model was trained for.
+
+    Dynamic rotary scaling is made to go beyond them.
+    """
+    limit = math.inf if any(rope.kind == 'dynamic' for rope in cfg.ropes()) else cfg.max_length
     for i, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         if budget < 1 or budget != int(budget):
             raise ValueError(f'max_new_tokens={budget!r} for prompts[{i}]: expected a positive integer')
-        if len(prompt) + budget > cfg.max_length:
+        if len(prompt) + budget > limit:
             raise ValueError(
                 f'prompts[{i}] has {len(prompt)} tokens, and max_new_tokens is {budget}: '
                 f'together at most {cfg.max_length} (the max_length of the model)'

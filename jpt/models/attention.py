@@ -7,6 +7,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.attention import attention
+from jpt.kernels.blockwise_attention import Scores
+from jpt.kernels.cached_attention import FEW_QUERIES, cached_attention
+from jpt.kernels.masks import Mask, Places
 from jpt.models.cache import LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope
 from jpt.models.layers import Linear, RMSNorm
@@ -49,16 +52,31 @@ class Attention(nn.Module):
             cos, sin = where.rope(cfg, kind.rope)
             q_BTNH, k_BTKH = apply_rope(q_BTNH, cos, sin), apply_rope(k_BTKH, cos, sin)
         q_BTNH = checkpoint_name(q_BTNH, 'query')
-        k_BSKH, v_BSKH = checkpoint_name(k_BTKH, 'key'), checkpoint_name(v_BTKH, 'value')
-        k_positions, k_segments = where.positions_BT, where.segments_BT
+        k_BTKH, v_BTKH = checkpoint_name(k_BTKH, 'key'), checkpoint_name(v_BTKH, 'value')
         if cache is not None:
             cache = cache.write(k_BTKH, v_BTKH)
-            k_BSKH, v_BSKH = cache.read()
+        out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, where, cache)
+        out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
+        return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache
+
+    def _attend(
+        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, where: Where, cache: LayerCache | None
+    ) -> jax.Array:
+        """Attention [B, T, N, H] of the tokens to themselves, or to all of a cache that holds them."""
+        cfg, kind, implementation = self.cfg, self.kind, self.compute.attention
+        k_positions, k_segments = where.positions_BT, where.segments_BT
+        if cache is not None:
             k_positions, k_segments = cache.positions_BS, cache.segments_BS
-        out_BTNH = attention(
+            k_BKHS, v_BKSH = cache.read()
+            if implementation == 'auto' and q_BTNH.shape[1] <= FEW_QUERIES:
+                places = Places(where.positions_BT, k_positions, where.segments_BT, k_segments)
+                rule = Scores(Mask(window=kind.window), cfg.scale, cfg.attention_soft_cap)
+                return cached_attention(q_BTNH, k_BKHS, v_BKSH, places, rule)
+            k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
+        return attention(
             q_BTNH,
-            k_BSKH.astype(q_BTNH.dtype),
-            v_BSKH.astype(q_BTNH.dtype),
+            k_BTKH.astype(q_BTNH.dtype),
+            v_BTKH.astype(q_BTNH.dtype),
             q_positions_BT=where.positions_BT,
             k_positions_BS=k_positions,
             q_segments_BT=where.segments_BT,
@@ -66,7 +84,5 @@ class Attention(nn.Module):
             window=kind.window,
             soft_cap=cfg.attention_soft_cap,
             scale=cfg.scale,
-            implementation=self.compute.attention,
+            implementation=implementation,
         )
-        out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache

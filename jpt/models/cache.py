@@ -1,5 +1,6 @@
 """Keys and values of the tokens a model has read; the type of the cache is its precision.
 
+Keys lie as [B, K, H, S] and values as [B, K, S, H], as the products with them read memory (see cached_attention.py).
 All rows of a batch write at the same slots. A row's own positions travel beside its keys, and a slot whose segment is
 0 (unused, or the padding of a shorter prompt) is never attended, so rows of different length share one program.
 """
@@ -14,7 +15,10 @@ from jpt.models.config import ModelConfig
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, stacked as the parameters are: `keys[segment][kind]` is [R, B, S, K, H]."""
+    """Keys and values of every layer, stacked as the parameters are.
+
+    `keys[segment][kind]` is [R, B, K, H, S] and `values[segment][kind]` [R, B, K, S, H].
+    """
 
     keys: list[list[jax.Array]]
     values: list[list[jax.Array]]
@@ -26,8 +30,8 @@ class KVCache(NamedTuple):
 class LayerCache(NamedTuple):
     """The stacked keys and values of one layer kind, and which layer of the stack is meant."""
 
-    keys_RBSKH: jax.Array
-    values_RBSKH: jax.Array
+    keys_RBKHS: jax.Array
+    values_RBKSH: jax.Array
     repeat: jax.Array
     slot: jax.Array
     positions_BS: jax.Array
@@ -35,31 +39,31 @@ class LayerCache(NamedTuple):
 
     def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array) -> 'LayerCache':
         """The cache with the new tokens' keys and values at the next slots of this layer."""
-        zero = jnp.zeros((), jnp.int32)
-        start = (self.repeat, zero, self.slot, zero, zero)
-        dtype = self.keys_RBSKH.dtype
+        zero, dtype = jnp.zeros((), jnp.int32), self.keys_RBKHS.dtype
+        keys_RBKHT = keys_BTKH.transpose(0, 2, 3, 1)[None].astype(dtype)
+        values_RBKTH = values_BTKH.transpose(0, 2, 1, 3)[None].astype(dtype)
+        update = jax.lax.dynamic_update_slice
         return self._replace(
-            keys_RBSKH=jax.lax.dynamic_update_slice(self.keys_RBSKH, keys_BTKH[None].astype(dtype), start),
-            values_RBSKH=jax.lax.dynamic_update_slice(self.values_RBSKH, values_BTKH[None].astype(dtype), start),
+            keys_RBKHS=update(self.keys_RBKHS, keys_RBKHT, (self.repeat, zero, zero, zero, self.slot)),
+            values_RBKSH=update(self.values_RBKSH, values_RBKTH, (self.repeat, zero, zero, self.slot, zero)),
         )
 
     def read(self) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, K, H] of this layer."""
-        keys = jax.lax.dynamic_index_in_dim(self.keys_RBSKH, self.repeat, keepdims=False)
-        values = jax.lax.dynamic_index_in_dim(self.values_RBSKH, self.repeat, keepdims=False)
-        return keys, values
+        """Keys [B, K, H, S] and values [B, K, S, H] of this layer."""
+        keys_BKHS = jax.lax.dynamic_index_in_dim(self.keys_RBKHS, self.repeat, keepdims=False)
+        values_BKSH = jax.lax.dynamic_index_in_dim(self.values_RBKSH, self.repeat, keepdims=False)
+        return keys_BKHS, values_BKSH
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for `batch` rows of up to `slots` tokens."""
 
-    def stacks() -> list[list[jax.Array]]:
-        shape = (batch, slots, cfg.num_kv_heads, cfg.head_dim)
-        return [[jnp.zeros((s.repeats, *shape), dtype) for _ in s.kinds] for s in cfg.segments]
+    def stacks(*shape: int) -> list[list[jax.Array]]:
+        return [[jnp.zeros((s.repeats, batch, cfg.num_kv_heads, *shape), dtype) for _ in s.kinds] for s in cfg.segments]
 
     return KVCache(
-        keys=stacks(),
-        values=stacks(),
+        keys=stacks(cfg.head_dim, slots),
+        values=stacks(slots, cfg.head_dim),
         positions_BS=jnp.zeros((batch, slots), jnp.int32),
         segments_BS=jnp.zeros((batch, slots), jnp.int32),
         next_slot=jnp.zeros((), jnp.int32),

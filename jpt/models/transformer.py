@@ -66,8 +66,9 @@ def _init_segment(cfg: ModelConfig, segment: Segment, key: jax.Array) -> list[Pa
 
 def locate(cfg: ModelConfig, positions_BT: jax.Array, segments_BT: jax.Array, dtype: DTypeLike) -> Where:
     """Positions, segments and rotary angles, computed once for all layers."""
-    tables = [rope_table(rope, cfg.head_dim, positions_BT, segments_BT, dtype) for rope in cfg.ropes()]
-    return Where(positions_BT, segments_BT, tuple(tables))
+    tables = tuple(rope_table(rope, cfg.head_dim, positions_BT, segments_BT, dtype) for rope in cfg.ropes())
+    # Without the barrier XLA computes sines and cosines anew inside every layer that is not in a loop.
+    return Where(positions_BT, segments_BT, jax.lax.optimization_barrier(tables))
 
 
 def embed(
@@ -145,7 +146,7 @@ def _run_segment(
             inputs = hidden
             hidden, layer_cache = block(params[kind], hidden, where, layer_cache)
             if layer_cache is not None:
-                keys[kind], values[kind] = layer_cache.keys_RBSKH, layer_cache.values_RBSKH
+                keys[kind], values[kind] = layer_cache.keys_RBKHS, layer_cache.values_RBKSH
             for name in taps:
                 number, place = _parse_tap(name)
                 here = number == cfg.layer_index(index, kind, 0) + repeat * len(blocks)

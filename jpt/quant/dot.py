@@ -40,7 +40,28 @@ class LoraKernel:
         return self.base.dtype
 
 
-Weight = jax.Array | LoraKernel
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A weight [out, in] that lies in memory as [in, out]: on CPU a few rows are multiplied by it in half the time."""
+
+    held: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.held.shape[:-2], self.held.shape[-1], self.held.shape[-2])
+
+    @property
+    def ndim(self) -> int:
+        return self.held.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.held.dtype
+
+
+Weight = jax.Array | LoraKernel | Transposed
+KINDS = 'an array, LoraKernel, Transposed'
 
 
 def dot(x: jax.Array, kernel: Weight) -> jax.Array:
@@ -51,10 +72,12 @@ def dot(x: jax.Array, kernel: Weight) -> jax.Array:
     match kernel:
         case LoraKernel(base, a, b, scale):
             return dot(x, base) + scale * _dot_array(_dot_array(x, a), b)
+        case Transposed(held):
+            return _dot_array(x, held, 0)
         case jax.Array() | np.ndarray():
             return _dot_array(x, kernel)
         case _:
-            raise TypeError(f'kernel of type {type(kernel).__name__}: expected an array or one of LoraKernel')
+            raise TypeError(f'kernel of type {type(kernel).__name__}: expected one of {KINDS}')
 
 
 def dense(kernel: Weight) -> jax.Array:
@@ -64,12 +87,15 @@ def dense(kernel: Weight) -> jax.Array:
             wide = jnp.promote_types(kernel.dtype, jnp.float32)
             delta = jnp.matmul(b.astype(wide), a.astype(wide), precision='highest')
             return (dense(base).astype(wide) + scale * delta).astype(kernel.dtype)
+        case Transposed(held):
+            return jnp.swapaxes(held, -1, -2)
         case jax.Array() | np.ndarray():
             return jnp.asarray(kernel)
         case _:
-            raise TypeError(f'kernel of type {type(kernel).__name__}: expected an array or one of LoraKernel')
+            raise TypeError(f'kernel of type {type(kernel).__name__}: expected one of {KINDS}')
 
 
-def _dot_array(x: jax.Array, kernel: jax.Array | np.ndarray) -> jax.Array:
-    contract = ((x.ndim - 1,), (1,)), ((), ())
+def _dot_array(x: jax.Array, kernel: jax.Array | np.ndarray, axis: int = 1) -> jax.Array:
+    """x[..., in] times a matrix whose `axis` is `in`."""
+    contract = ((x.ndim - 1,), (axis,)), ((), ())
     return jax.lax.dot_general(x, kernel.astype(x.dtype), contract, preferred_element_type=x.dtype)

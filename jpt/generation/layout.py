@@ -1,0 +1,64 @@
+"""How parameters and cache lie while tokens are drawn one by one."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jpt.kernels.local import platform
+from jpt.models.cache import KVCache
+from jpt.models.config import ModelConfig, Segment
+from jpt.models.transformer import Params, head_kernel
+from jpt.quant.dot import Transposed
+
+# A second copy of larger weights costs more memory than a user expects.
+MOST_BYTES = 2**30
+
+
+def wants_own_layout(params: Params, mesh: Mesh | None) -> bool:
+    """Whether decoding should have its own copy of the weights: on CPU, where reading them is what takes the time.
+
+    Layer by layer, because a slice of a stack is copied before it is multiplied; and transposed (see `Transposed`).
+    """
+    count = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return mesh is None and platform() == 'cpu' and count <= MOST_BYTES
+
+
+def one_by_one(cfg: ModelConfig) -> ModelConfig:
+    """The same model with every layer a segment of its own, and a head of its own where it was tied."""
+    return dataclasses.replace(cfg, segments=tuple(Segment((kind,), 1) for kind in cfg.layer_kinds()), tied=False)
+
+
+@partial(jax.jit, static_argnames='cfg')
+def decoding_params(cfg: ModelConfig, params: Params) -> Params:
+    """The parameters for `one_by_one(cfg)`, kernels transposed."""
+    layers = [[transposed(layer)] for layer in _unstacked(cfg, params['layers'])]
+    return params | {'layers': layers, 'lm_head': transposed({'kernel': head_kernel(cfg, params)})}
+
+
+def decoding_cache(cfg: ModelConfig, cache: KVCache) -> KVCache:
+    """The cache for `one_by_one(cfg)`."""
+    keys, values = ([[leaf] for leaf in _unstacked(cfg, stack)] for stack in (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values)
+
+
+def transposed(params: Params) -> Params:
+    """The tree with every array named `kernel` held the other way round; other weight types stay as they are."""
+
+    def turn(path: tuple[Any, ...], leaf: Any) -> Any:
+        is_kernel = getattr(path[-1], 'key', None) == 'kernel'
+        return Transposed(leaf.swapaxes(-1, -2)) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(turn, params)
+
+
+def _unstacked(cfg: ModelConfig, stacks: list[list[Any]]) -> list[Any]:
+    """Trees with a leading repeats axis per segment and kind, as a list of trees per layer, [1, ...] each."""
+    return [
+        jax.tree.map(lambda leaf, at=repeat: leaf[at : at + 1], kinds[kind])
+        for segment, kinds in zip(cfg.segments, stacks, strict=True)
+        for repeat in range(segment.repeats)
+        for kind in range(len(segment.kinds))
+    ]
