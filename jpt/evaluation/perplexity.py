@@ -63,7 +63,7 @@ def perplexity(
         progress(tokens)
     if not tokens:
         raise ValueError('no text has two tokens or more, so there is nothing to predict')
-    log_prob, greedy, kl, agreement = sums / tokens
+    log_prob, greedy, kl, agreement = (sums / tokens).tolist()
     nothing = math.nan
     return Perplexity(
         texts=seen + 1,
