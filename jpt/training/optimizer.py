@@ -2,7 +2,7 @@
 
 Own code and not optax for three things that do not fit there in one pass: moments in 8 and 16 bits, rules by the role
 of a stacked leaf, and leaving everything as it was when a step is refused. In float32 it is AdamW as optax computes it
-(a test), and as fast: 5.5 M parameters on two cores, clipping included, took 41 ms against 52 to 60 ms in optax.
+(a test), and a little faster: 6.9 M parameters, clipping included, take 22 ms of CPU time against 27 ms in optax.
 """
 
 from __future__ import annotations
@@ -168,37 +168,40 @@ def _update_leaf(step: _Step, path: str, param: jax.Array, gradient: jax.Array, 
     """One leaf after the update, or as it was where the step is refused. All elementwise but Muon's products."""
     config, plan, wide = step.config, plan_of(path, step.config), _wide(param)
     gradient = gradient.astype(wide) * step.clip.astype(wide)
-    old = param.astype(wide)
-    mean, lr = low_bit.load(mu, wide), step.lr.astype(wide)
-    square = None
+    before, lr = low_bit.load(mu, wide), step.lr.astype(wide)
+    new_nu = None
     match plan.rule:
         case 'adamw':
-            mean = config.b1 * mean + (1 - config.b1) * gradient
+            new_mu, mean = _written(step, path, config.b1 * before + (1 - config.b1) * gradient, mu)
             square = config.b2 * low_bit.load(nu, wide) + (1 - config.b2) * jnp.square(gradient)
+            new_nu, square = _written(step, f'{path} nu', square, nu)
             made = step.made.astype(wide)
             mean_hat, square_hat = mean / (1 - config.b1**made), square / (1 - config.b2**made)
             direction = mean_hat / (jnp.sqrt(square_hat) + config.eps)
         case 'muon':
-            mean = config.muon_momentum * mean + gradient
+            new_mu, mean = _written(step, path, config.muon_momentum * before + gradient, mu)
             ahead = gradient + config.muon_momentum * mean if config.muon_nesterov else mean
             turned = muon.orthogonalize(ahead, config.muon_steps, jnp.dtype(config.muon_dtype)).astype(wide)
             direction = muon.scale_of(param.shape, config.muon_scale) * turned
             lr = lr * config.muon_lr_multiplier
         case 'sgd':
-            mean = config.b1 * mean + gradient
-            direction = mean
-    new = old - lr * (direction + plan.decay * old)
-
-    def keep(fresh: jax.Array, stale: jax.Array) -> jax.Array:
-        return jnp.where(step.accept, fresh, stale)
-
-    def rounded(purpose: int) -> jax.Array:
-        return low_bit.salt(step.made, zlib.crc32(path.encode()) & 0x7FFFFFFF, purpose)
-
-    new_param = keep(low_bit.round_to(new, param.dtype, rounded(0)), param)
-    new_mu = jax.tree.map(keep, low_bit.store(mean, mu, rounded(1)), mu)
-    new_nu = None if square is None else jax.tree.map(keep, low_bit.store(square, nu, rounded(2)), nu)
+            new_mu, direction = _written(step, path, config.b1 * before + gradient, mu)
+    old = param.astype(wide)
+    new_param, _ = _written(step, f'{path} param', old - lr * (direction + plan.decay * old), param)
     return _Updated(new_param, new_mu, new_nu)
+
+
+def _written(step: _Step, name: str, value: jax.Array, stale: Any) -> tuple[Any, jax.Array]:
+    """The new value in the form of the stale one, or the stale one where the step is refused; and what to go on with.
+
+    That is what was written, where writing is exact: so XLA updates the moment in place, which makes the pass three
+    times as fast on a CPU (seen: 66 to 22 ms), since a reader of the old moment would make it copy that first.
+    """
+    salt = low_bit.salt(step.made, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    fresh = low_bit.store(value, stale, salt)
+    written = jax.tree.map(lambda new, old: jnp.where(step.accept, new, old), fresh, stale)
+    exact = isinstance(written, jax.Array) and written.dtype == value.dtype
+    return written, written if exact else value
 
 
 def _column(leaves: Any, index: int) -> Any:
