@@ -1,0 +1,151 @@
+"""Our attention against float64 numpy, with every option in company of the others, and what it must never do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_attention import attention_and_gradients, packed_places
+
+from jpt.kernels.attention import attention
+from jpt.kernels.blockwise_attention import Scores, Tile
+from jpt.kernels.masks import Mask, Places
+from jpt.kernels.parallel_attention import Options, parallel_attention
+
+B, T, H, Hv, SCALE = 3, 21, 8, 6, 0.4
+TOLERANCE = {'float64': 1e-12, 'float32': 2e-6, 'bfloat16': 1.5e-2}
+
+# Pairwise: mask, soft cap, sinks, heads (query, kv), tile (one row or several, ragged or whole), dtype.
+CASES = {
+    'causal': {'tile': (1, 8, 8), 'heads': (4, 2)},
+    'causal_sinks_one_block': {'tile': (3, 21, 21), 'heads': (4, 4), 'sinks': True},
+    'window_cap': {'mask': {'window': 5}, 'tile': (1, 4, 8), 'heads': (6, 2), 'soft_cap': 1.5},
+    'chunk_sinks': {'mask': {'chunk': 4}, 'tile': (2, 8, 5), 'heads': (3, 1), 'sinks': True},
+    'both_ways_cap': {'mask': {'causal': False}, 'tile': (3, 5, 4), 'heads': (2, 2), 'soft_cap': 2.0},
+    'both_ways_window': {'mask': {'causal': False, 'window': 3}, 'tile': (1, 21, 4), 'heads': (4, 1)},
+    'window_of_one': {'mask': {'window': 1}, 'tile': (1, 8, 16), 'heads': (2, 1), 'sinks': True, 'dtype': 'float32'},
+    'chunk_window_cap': {
+        'mask': {'chunk': 7, 'window': 4},
+        'tile': (1, 6, 6),
+        'heads': (4, 2),
+        'soft_cap': 3.0,
+        'dtype': 'float32',
+    },
+    'bfloat16': {'tile': (1, 8, 8), 'heads': (4, 2), 'sinks': True, 'dtype': 'bfloat16'},
+}
+
+
+def with_gradients(options):
+    """(q, k, v, sinks, places, dout) -> (out, gradients), one program."""
+
+    @jax.jit
+    def run(q, k, v, sinks, places, dout):
+        out, pull = jax.vjp(lambda *args: parallel_attention(options, *args, places), q, k, v, sinks)
+        return out, pull(dout)
+
+    return run
+
+
+def assert_close(found, expected, tolerance):
+    """Relative error by the norm of each tensor."""
+    for name, ours, theirs in zip(('out', 'dq', 'dk', 'dv', 'dsinks'), found, expected, strict=False):
+        error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
+        assert error < tolerance, f'{name}: relative error {error:.1e} against numpy'
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_output_and_gradients_equal_numpy(name):
+    case = {'mask': {}, 'soft_cap': None, 'sinks': False, 'dtype': 'float64', **CASES[name]}
+    dtype, (N, K) = case['dtype'], case['heads']
+    rng = np.random.default_rng(7)
+    positions, segments = packed_places(rng, B, T, segments=3, padding=2)
+    segments[1] = 0  # a row of nothing but padding
+    places = (positions, positions, segments, segments)
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, Hv), (B, T, N, Hv))
+    q, k, v, dout = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
+    sinks = rng.standard_normal(N).astype(jnp.dtype(dtype)) if case['sinks'] else None
+    with jax.enable_x64(True):
+        options = Options(Scores(Mask(**case['mask']), SCALE, case['soft_cap']), tile=Tile(*case['tile']))
+        out, grads = with_gradients(options)(q, k, v, sinks, Places(*places), dout)
+    expected, gradients = attention_and_gradients(q, k, v, dout, places, SCALE, case['soft_cap'], sinks, **case['mask'])
+    count = 4 if case['sinks'] else 3
+    assert {x.dtype for x in (out, *grads[:count])} == {jnp.dtype(dtype)}
+    assert_close([out, *grads[:count]], [expected, *gradients[:count]], TOLERANCE[dtype])
+    assert np.all(np.asarray(out, np.float64)[segments == 0] == 0), 'padding must attend to nothing'
+
+
+def test_numpy_gradients_are_finite_differences():
+    """The yardstick itself: one number of each operand, by central differences in float64."""
+    rng = np.random.default_rng(3)
+    positions, segments = packed_places(rng, 1, 7, segments=2, padding=1)
+    places = (positions, positions, segments, segments)
+    operands = [rng.standard_normal(shape) for shape in ((1, 7, 4, 3), (1, 7, 2, 3), (1, 7, 2, 2), (4,))]
+    dout = rng.standard_normal((1, 7, 4, 2))
+
+    def value(q, k, v, sinks):
+        out, _ = attention_and_gradients(q, k, v, dout, places, 0.7, 1.3, sinks, window=3)
+        return (out * dout).sum()
+
+    q, k, v, sinks = operands
+    _, gradients = attention_and_gradients(q, k, v, dout, places, 0.7, 1.3, sinks, window=3)
+    for index, gradient in enumerate(gradients):
+        at = (*(int(rng.integers(0, size)) for size in gradient.shape[:-1]), 1)
+
+        def moved(by, index=index, at=at):
+            there = [x.copy() for x in operands]
+            there[index][at] += by
+            return value(*there)
+
+        up, down = moved(1e-6), moved(-1e-6)
+        assert gradient[at] == pytest.approx((up - down) / 2e-6, rel=1e-6, abs=1e-9)
+
+
+def test_blocks_that_no_query_sees_are_not_touched():
+    """Values there are NaN: a masked product with them would be NaN too."""
+    length, block = 32, 8
+    positions = np.tile(np.arange(16, dtype=np.int32), 2)[None]
+    segments = np.repeat([1, 2], 16).astype(np.int32)[None]
+    q, k, v = (np.ones((1, length, 1, 4), np.float32) for _ in range(3))
+    v[:, 8:] = np.nan  # behind the first block of queries (causal), and another document
+    options = Options(Scores(Mask(), 1.0), tile=Tile(1, block, block))
+    places = Places(positions, positions, segments, segments)
+    out = np.asarray(jax.jit(lambda: parallel_attention(options, q, k, v, None, places))())
+    np.testing.assert_allclose(out[0, :8], 1, rtol=1e-6)
+    assert np.isnan(out[0, 8:]).all()
+    v[:] = 1
+    v[:, :16] = np.nan  # the second document never reads the first
+    out = np.asarray(jax.jit(lambda: parallel_attention(options, q, k, v, None, places))())
+    np.testing.assert_allclose(out[0, 16:], 1, rtol=1e-6)
+
+
+def sizes_in(jaxpr):
+    """Number of elements of every array in a jaxpr, those inside loops and branches too."""
+    for eqn in jaxpr.eqns:
+        for var in eqn.outvars:
+            yield int(np.prod(getattr(var.aval, 'shape', ())))
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
+            inner = getattr(value, 'jaxpr', value)
+            if hasattr(inner, 'eqns'):
+                yield from sizes_in(inner)
+
+
+def test_no_array_of_all_pairs_at_32k():
+    """Walks the program of loss and gradients at 32,768 tokens without running it."""
+    length, heads = 32768, 2
+    array = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.bfloat16)
+    place = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(q, k, v, positions, segments, implementation):
+        places = {
+            'q_positions_BT': positions,
+            'k_positions_BS': positions,
+            'q_segments_BT': segments,
+            'k_segments_BS': segments,
+        }
+        return attention(q, k, v, **places, scale=1.0, soft_cap=30.0, implementation=implementation).sum()
+
+    def largest(implementation):
+        grad = jax.value_and_grad(lambda *args: loss(*args, implementation), argnums=(0, 1, 2))
+        return max(sizes_in(jax.make_jaxpr(grad)(array, array, array, place, place).jaxpr))
+
+    assert largest('dense') >= heads * length * length, 'the walk must see what it looks for'
+    assert largest('auto') <= 4 * array.size, 'nothing may be larger than a few times the operands'
