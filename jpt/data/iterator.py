@@ -51,12 +51,17 @@ class WindowIterator(grain.DatasetIterator):
         self._position, self._taken = int(state['position']), [int(count) for count in state['taken']]
 
 
+def ahead(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
+    """The same elements, `count` of them made in a background thread before they are asked for."""
+    return ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=count) if count else dataset
+
+
 class Batches(grain.IterDataset):
     """Batches of batch_size rows, of which each host makes its own share; the last one is filled with empty rows."""
 
     def __init__(self, reader: WindowReader, epochs: int | None, batch_size: int, local: slice, prefetch: int):
         """local: which of the batch_size rows this host makes."""
-        super().__init__(ThreadPrefetchIterDataset(Windows(reader, epochs), prefetch_buffer_size=min(prefetch, 1)))
+        super().__init__(ahead(Windows(reader, epochs), min(prefetch, 1)))
         self._reader, self._batch_size, self._local = reader, batch_size, local
 
     def __iter__(self) -> 'BatchIterator':

@@ -97,9 +97,7 @@ def make_pipeline(
         raise ValueError(f'make_pipeline: num_epochs={num_epochs}: expected at least 1, or None for no end')
     if sources is not None and config.paths:
         raise ValueError(f'make_pipeline: sources are given, and DataConfig.paths={config.paths!r} too; expected one')
-    from grain.experimental import ThreadPrefetchIterDataset
-
-    from jpt.data.iterator import Batches
+    from jpt.data.iterator import Batches, ahead  # grain takes a second to import
 
     if sources is None:
         sources = [open_source(path, config.fields, config.is_chat, config.separator) for path in config.paths]
@@ -109,5 +107,4 @@ def make_pipeline(
     share = batch_size // process_count
     local = slice(process_index * share, (process_index + 1) * share)
     batches = Batches(reader, num_epochs, batch_size, local, config.prefetch)
-    ahead = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
-    return Pipeline(iter(ahead), reader)
+    return Pipeline(iter(ahead(batches, config.prefetch)), reader)

@@ -144,9 +144,7 @@ class ParquetSource(Source):
         try:
             import pyarrow.parquet
         except ImportError as error:
-            raise ImportError(
-                f"{path}: parquet needs pyarrow, which the extra brings: pip install 'jpt[parquet]'"
-            ) from error
+            raise ImportError(f"{path}: parquet files need pyarrow: pip install 'jpt[parquet]'") from error
         self.name, self._fields, self._chat = str(path), fields, chat
         columns = pyarrow.parquet.read_schema(path).names
         wanted = [name for name in (*record_keys(fields, chat), 'tools') if name in columns]
