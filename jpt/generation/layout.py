@@ -34,14 +34,25 @@ def one_by_one(cfg: ModelConfig) -> ModelConfig:
 @partial(jax.jit, static_argnames='cfg')
 def decoding_params(cfg: ModelConfig, params: Params) -> Params:
     """The parameters for `one_by_one(cfg)`, kernels transposed."""
-    layers = [[transposed(layer)] for layer in _unstacked(cfg, params['layers'])]
+    layers = []
+    for segment, kinds in zip(cfg.segments, params['layers'], strict=True):
+        for repeat in range(segment.repeats):
+            # A stack of one, as every segment holds its parameters.
+            layers += [[transposed(jax.tree.map(lambda leaf, at=repeat: leaf[at : at + 1], kind))] for kind in kinds]
     return params | {'layers': layers, 'lm_head': transposed({'kernel': head_kernel(cfg, params)})}
 
 
 def decoding_cache(cfg: ModelConfig, cache: KVCache) -> KVCache:
     """The cache for `one_by_one(cfg)`."""
-    keys, values = ([[leaf] for leaf in _unstacked(cfg, stack)] for stack in (cache.keys, cache.values))
-    return cache._replace(keys=keys, values=values)
+
+    def layers(stacks: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        found = []
+        for segment, kinds in zip(cfg.segments, stacks, strict=True):
+            for repeat in range(segment.repeats):
+                found += [[kind[repeat] if segment.repeats > 1 else kind] for kind in kinds]
+        return found
+
+    return cache._replace(keys=layers(cache.keys), values=layers(cache.values))
 
 
 def transposed(params: Params) -> Params:
@@ -52,13 +63,3 @@ def transposed(params: Params) -> Params:
         return Transposed(leaf.swapaxes(-1, -2)) if is_kernel else leaf
 
     return jax.tree_util.tree_map_with_path(turn, params)
-
-
-def _unstacked(cfg: ModelConfig, stacks: list[list[Any]]) -> list[Any]:
-    """Trees with a leading repeats axis per segment and kind, as a list of trees per layer, [1, ...] each."""
-    return [
-        jax.tree.map(lambda leaf, at=repeat: leaf[at : at + 1], kinds[kind])
-        for segment, kinds in zip(cfg.segments, stacks, strict=True)
-        for repeat in range(segment.repeats)
-        for kind in range(len(segment.kinds))
-    ]

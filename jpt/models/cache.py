@@ -17,7 +17,7 @@ from jpt.models.config import ModelConfig
 class KVCache(NamedTuple):
     """Keys and values of every layer, stacked as the parameters are.
 
-    `keys[segment][kind]` is [R, B, K, H, S] and `values[segment][kind]` [R, B, K, S, H].
+    `keys[segment][kind]` is [R, B, K, H, S] and `values[segment][kind]` [R, B, K, S, H]; without R where it is 1.
     """
 
     keys: list[list[jax.Array]]
@@ -28,38 +28,46 @@ class KVCache(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """The stacked keys and values of one layer kind, and which layer of the stack is meant."""
+    """The keys and values of one layer kind, and which layer of the stack is meant (None: there is no stack)."""
 
-    keys_RBKHS: jax.Array
-    values_RBKSH: jax.Array
-    repeat: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    repeat: jax.Array | None
     slot: jax.Array
     positions_BS: jax.Array
     segments_BS: jax.Array
 
     def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array) -> 'LayerCache':
         """The cache with the new tokens' keys and values at the next slots of this layer."""
-        zero, dtype = jnp.zeros((), jnp.int32), self.keys_RBKHS.dtype
-        keys_RBKHT = keys_BTKH.transpose(0, 2, 3, 1)[None].astype(dtype)
-        values_RBKTH = values_BTKH.transpose(0, 2, 1, 3)[None].astype(dtype)
+        zero, dtype = jnp.zeros((), jnp.int32), self.keys.dtype
+        keys_BKHT = keys_BTKH.transpose(0, 2, 3, 1).astype(dtype)
+        values_BKTH = values_BTKH.transpose(0, 2, 1, 3).astype(dtype)
         update = jax.lax.dynamic_update_slice
+        if self.repeat is None:
+            return self._replace(
+                keys=update(self.keys, keys_BKHT, (zero, zero, zero, self.slot)),
+                values=update(self.values, values_BKTH, (zero, zero, self.slot, zero)),
+            )
         return self._replace(
-            keys_RBKHS=update(self.keys_RBKHS, keys_RBKHT, (self.repeat, zero, zero, zero, self.slot)),
-            values_RBKSH=update(self.values_RBKSH, values_RBKTH, (self.repeat, zero, zero, self.slot, zero)),
+            keys=update(self.keys, keys_BKHT[None], (self.repeat, zero, zero, zero, self.slot)),
+            values=update(self.values, values_BKTH[None], (self.repeat, zero, zero, self.slot, zero)),
         )
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Keys [B, K, H, S] and values [B, K, S, H] of this layer."""
-        keys_BKHS = jax.lax.dynamic_index_in_dim(self.keys_RBKHS, self.repeat, keepdims=False)
-        values_BKSH = jax.lax.dynamic_index_in_dim(self.values_RBKSH, self.repeat, keepdims=False)
-        return keys_BKHS, values_BKSH
+        if self.repeat is None:
+            return self.keys, self.values
+        at = jax.lax.dynamic_index_in_dim
+        return at(self.keys, self.repeat, keepdims=False), at(self.values, self.repeat, keepdims=False)
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for `batch` rows of up to `slots` tokens."""
 
     def stacks(*shape: int) -> list[list[jax.Array]]:
-        return [[jnp.zeros((s.repeats, batch, cfg.num_kv_heads, *shape), dtype) for _ in s.kinds] for s in cfg.segments]
+        shape = (batch, cfg.num_kv_heads, *shape)
+        stacked = [(s.repeats, *shape) if s.repeats > 1 else shape for s in cfg.segments]
+        return [[jnp.zeros(whole, dtype) for _ in s.kinds] for s, whole in zip(cfg.segments, stacked, strict=True)]
 
     return KVCache(
         keys=stacks(cfg.head_dim, slots),

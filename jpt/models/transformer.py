@@ -134,7 +134,7 @@ def _run_segment(
 ) -> _Run:
     blocks = [apply_block(cfg, kind, compute) for kind in segment.kinds]
 
-    def period(run: _Run, step: tuple[list[Params], jax.Array]) -> tuple[_Run, None]:
+    def period(run: _Run, step: tuple[list[Params], jax.Array | None]) -> tuple[_Run, None]:
         params, repeat = step
         hidden, keys, values, taps = run.hidden_BTD, list(run.keys), list(run.values), dict(run.taps)
         for kind, block in enumerate(blocks):
@@ -146,13 +146,15 @@ def _run_segment(
             inputs = hidden
             hidden, layer_cache = block(params[kind], hidden, where, layer_cache)
             if layer_cache is not None:
-                keys[kind], values[kind] = layer_cache.keys_RBKHS, layer_cache.values_RBKSH
+                keys[kind], values[kind] = layer_cache.keys, layer_cache.values
             for name in taps:
                 number, place = _parse_tap(name)
-                here = number == cfg.layer_index(index, kind, 0) + repeat * len(blocks)
+                here = number == cfg.layer_index(index, kind, 0) + (0 if repeat is None else repeat) * len(blocks)
                 taps[name] = jnp.where(here, inputs if place == 'input' else hidden, taps[name])
         return _Run(hidden, keys, values, taps), None
 
+    if segment.repeats == 1:  # no loop, and no slices out of a stack of one
+        return period(run, (jax.tree.map(lambda leaf: leaf[0], list(layers)), None))[0]
     steps = (list(layers), jnp.arange(segment.repeats, dtype=jnp.int32))
     run, _ = jax.lax.scan(period, run, steps, unroll=min(compute.unroll, segment.repeats))
     return run

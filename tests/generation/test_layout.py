@@ -47,13 +47,15 @@ def test_the_cache_is_taken_apart_in_the_same_order():
     cache = init_cache(MIXED, 2, 3, 'float32')
 
     def mark(segment, kind, leaf):
-        return leaf + np.array([MIXED.layer_index(segment, kind, r) for r in range(len(leaf))]).reshape(-1, 1, 1, 1, 1)
+        count = MIXED.segments[segment].repeats
+        numbers = np.array([MIXED.layer_index(segment, kind, r) for r in range(count)])
+        return leaf + (numbers.reshape(-1, 1, 1, 1, 1) if count > 1 else numbers[0])
 
     marked = [[mark(s, k, np.asarray(leaf)) for k, leaf in enumerate(kinds)] for s, kinds in enumerate(cache.keys)]
     layers = decoding_cache(MIXED, cache._replace(keys=marked))
     assert [float(kind.mean()) for (kind,) in layers.keys] == [0, 1, 2, 3, 4]
-    assert [kind.shape for (kind,) in layers.values] == [(1, 2, 1, 3, 8)] * 5
-    assert [kind.shape for (kind,) in layers.keys] == [(1, 2, 1, 8, 3)] * 5
+    assert [kind.shape for (kind,) in layers.values] == [(2, 1, 3, 8)] * 5
+    assert [kind.shape for (kind,) in layers.keys] == [(2, 1, 8, 3)] * 5
 
 
 def test_a_turned_weight_multiplies_as_the_weight_does():
