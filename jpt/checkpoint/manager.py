@@ -51,7 +51,7 @@ class CheckpointManager:
     keys; shapes and dtypes are stored as they are, whatever mesh they lie on.
 
     Args:
-        directory: made if absent. Leftovers of saves that were killed are removed.
+        directory: made if absent; of one job alone, since leftovers of saves that were killed are removed.
         max_to_keep: the newest so many are kept; None keeps all.
         best_metric: the checkpoint with the best value of this metric is kept as well.
         best_mode: whether a smaller ('min') or a larger ('max') value is better.

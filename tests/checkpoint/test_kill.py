@@ -70,7 +70,6 @@ def test_the_newest_checkpoint_survives_every_kill(tmp_path: Path) -> None:
         assert restored.state.pop('step') == restored.step
         for leaf in restored.state.values():
             assert np.all(leaf == restored.step)
-        assert not list(tmp_path.glob('*tmp*'))
 
 
 @pytest.mark.parametrize('name', ['2.orbax-checkpoint-tmp', '2.orbax-checkpoint-tmp-17'])
