@@ -1,6 +1,5 @@
 """Every training job: `python -m jpt.train --config=configs/quickstart.py --workdir=out/quickstart`."""
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ml_collections import config_flags
 from jpt.config import from_config_dict
 from jpt.sharding.multihost import describe_process, join_processes
 from jpt.training.settings import TrainConfig
+from jpt.training.xla_flags import set_xla_flags
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with a function get_config().')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Checkpoints, metrics and results; out/<name of the config> by default.')
@@ -27,20 +27,22 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value or f'out/{name}')
     try:
         run(config, workdir)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
         sys.exit(f'jpt.train: {error}')
 
 
 def run(config: TrainConfig, workdir: Path) -> Any:
     """Runs one job in a folder of its own and returns the trained model; see `jpt.training.run`."""
+    if config.compute.xla_flags is not None:
+        print(set_xla_flags(config.compute.xla_flags))
     join_processes(config.multihost)
-    from jpt.training.run import run_job
+    from jpt.training.run import run_job  # after the processes have met: importing models may ask for devices
 
     workdir.mkdir(parents=True, exist_ok=True)
     jax.config.update('jax_compilation_cache_dir', str((workdir / 'compilation_cache').absolute()))
     if jax.process_count() > 1:
         print(describe_process(), flush=True)
-    return run_job(dataclasses.replace(config), workdir)
+    return run_job(config, workdir)
 
 
 if __name__ == '__main__':

@@ -46,6 +46,7 @@ class Job(NamedTuple):
     objective: Objective
     optimizer: Optimizer
     state: Any  # TrainState of shapes in the device layout, with shardings
+    batch: Batch  # shapes
     batch_shardings: Batch
     step: Any  # jitted (state, batch) -> (state, metrics), the state donated
     eval_step: Any  # jitted (state, batch) -> metrics
@@ -86,7 +87,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(config.batch.size, config.batch.length)))
     step = make_step(objective, optimizer, plan, config.ema)
     placed = batch_shardings(mesh, batch)
-    job = Job(config, models, mesh, plan, objective, optimizer, None, placed, None, None)
+    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None)
     state = _abstract_state(job)
     where = places_of(state)
     return job._replace(

@@ -20,6 +20,7 @@ from jpt.training.feed import Feed
 from jpt.training.flops import flops_per_token
 from jpt.training.interrupt import Interrupt
 from jpt.training.job import Job, canonical, canonical_shapes, first_state, from_canonical
+from jpt.training.memory import explain_out_of_memory
 from jpt.training.settings import TrainConfig
 from jpt.training.state import TrainState
 
@@ -95,10 +96,18 @@ class _Saver:
 
 def _first_or_next(job: Job, metrics: Metrics, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
     """A step, announced where it is compiled."""
-    if job.step._cache_size():
-        return job.step(state, batch)
-    with metrics.compiling():
-        return jax.block_until_ready(job.step(state, batch))
+    parts = {
+        'params': job.state.params,
+        'optimizer': job.state.opt_state,
+        'frozen': job.state.frozen,
+        'ema': job.state.ema,
+        'batch': batch,
+    }
+    with explain_out_of_memory(parts):
+        if job.step._cache_size():
+            return job.step(state, batch)
+        with metrics.compiling():
+            return jax.block_until_ready(job.step(state, batch))
 
 
 def _asked_to_stop(asked: Interrupt, step: int) -> str | None:

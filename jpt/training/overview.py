@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from jpt.sharding.plan import bytes_per_device
 from jpt.training.flops import flops_per_token
 from jpt.training.job import Job
+from jpt.training.memory import bytes_per_device, gib
 
 
 def count_parameters(tree: Any) -> int:
@@ -17,15 +17,9 @@ def count_parameters(tree: Any) -> int:
 
 def bytes_by_part(job: Job) -> dict[str, int]:
     """Bytes that one device holds between steps, by part of the state."""
-    plan, state = job.plan, job.state
-    parts = {
-        'parameters': bytes_per_device(job.mesh, state.params, plan.specs),
-        'frozen': bytes_per_device(job.mesh, state.frozen, plan.frozen_specs),
-    }
-    for name, tree in (('optimizer', state.opt_state), ('average', state.ema)):
-        specs = jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
-        parts[name] = bytes_per_device(job.mesh, tree, specs)
-    return {name: size for name, size in parts.items() if size}
+    state = job.state
+    parts = {'params': state.params, 'optimizer': state.opt_state, 'frozen': state.frozen, 'average': state.ema}
+    return {name: size for name, tree in parts.items() if (size := bytes_per_device(tree))}
 
 
 def overview(job: Job) -> str:
@@ -50,7 +44,7 @@ def overview(job: Job) -> str:
     kind = job.mesh.devices.flat[0].device_kind
     shape = ', '.join(f'{axis}={size}' for axis, size in axes.items()) or 'one device'
     lines.append(f'mesh     {shape} ({job.mesh.size} x {kind})')
-    sizes = ', '.join(f'{name} {size / 2**20:,.1f} MiB' for name, size in bytes_by_part(job).items())
+    sizes = ', '.join(f'{name} {gib(size)}' for name, size in bytes_by_part(job).items())
     lines.append(f'memory   per device between steps: {sizes}')
     lines.append(f'work     {flops.training / 1e9:.3f} GFLOP per token, forward and backward')
     return '\n'.join(lines)
