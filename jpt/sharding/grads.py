@@ -15,7 +15,7 @@ from jpt.sharding.layout import Run, run_of, stage_bounds, take_run
 from jpt.sharding.mesh import AXES, TOKEN_AXES, batch_spec, check_batch
 from jpt.sharding.plan import Plan
 from jpt.sharding.rules import keep_axes, map_specs, used_axes
-from jpt.sharding.schedule import Timetable, timetable
+from jpt.sharding.timetable import Timetable, timetable
 from jpt.sharding.stages import LayerRun, whole_segments
 
 # `tensor` stays automatic: models know no mesh, and the compiler divides their products.

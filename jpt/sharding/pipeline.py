@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpt.sharding.schedule import Timetable
+from jpt.sharding.timetable import Timetable
 
 AXIS = 'pipe'
 Tree = Any
