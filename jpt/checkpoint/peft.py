@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jpt.checkpoint.safetensors import load_file
@@ -57,7 +56,9 @@ class _Factors(NamedTuple):
 
 
 def read_adapter(directory: str | Path, cfg: ModelConfig, params: Any) -> Any:
-    """The params with the adapter of a PEFT directory: kernels that it covers become LoraKernel (float32 factors).
+    """The params with the adapter of a PEFT directory: kernels that it covers become LoraKernel.
+
+    Its factors are float32 numpy arrays.
 
     Raises:
         ValueError: a config field that jpt does not compute, a tensor that is missing, unexpected or of another shape.
@@ -169,7 +170,7 @@ def _stack(leaf: Leaf, layers: list[_Factors | None], kernel: Any, directory: Pa
                 f'expected (rank, {inner}) and ({out}, rank)'
             )
         a[index, :own], b[index, :, :own] = factors.a, factors.b * np.float32(factors.scale / scale)
-    return LoraKernel(kernel, jnp.asarray(a), jnp.asarray(b), scale)
+    return LoraKernel(kernel, a, b, scale)
 
 
 def _trim(a: np.ndarray, b: np.ndarray, scale: float) -> _Factors:

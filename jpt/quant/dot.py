@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,8 @@ class LoraKernel:
     """
 
     base: Weight
-    a: jax.Array
-    b: jax.Array
+    a: Array
+    b: Array
     scale: float = dataclasses.field(metadata={'static': True})
 
     @property
@@ -60,7 +62,7 @@ class Transposed:
         return self.held.dtype
 
 
-Weight = jax.Array | LoraKernel | Transposed
+Weight = Array | LoraKernel | Transposed
 KINDS = 'an array, LoraKernel, Transposed'
 
 
@@ -95,7 +97,7 @@ def dense(kernel: Weight) -> jax.Array:
             raise TypeError(f'kernel of type {type(kernel).__name__}: expected one of {KINDS}')
 
 
-def _dot_array(x: jax.Array, kernel: jax.Array | np.ndarray, axis: int = 1) -> jax.Array:
+def _dot_array(x: jax.Array, kernel: Array, axis: int = 1) -> jax.Array:
     """x[..., in] times a matrix whose `axis` is `in`."""
     contract = ((x.ndim - 1,), (axis,)), ((), ())
     return jax.lax.dot_general(x, kernel.astype(x.dtype), contract, preferred_element_type=x.dtype)

@@ -7,7 +7,7 @@ and written by jpt.checkpoint.peft.
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,28 +55,61 @@ def add_lora(
     for pattern in (*(ranks or {}), *(alphas or {})):
         select([pattern], sorted(chosen), place)
 
+    shapes: dict[str, _Shape] = {}
+
+    def check(path: str, kernel: Weight) -> None:
+        if path in chosen:
+            if isinstance(kernel, LoraKernel):
+                raise ValueError(f'{place}: {path} has an adapter already: merge it first')
+            shapes[path] = _Shape(kernel.shape, _first(ranks, path, rank))
+            shapes[path].check(f'{place}: {path}')
+
+    map_with_path(check, params, is_leaf=is_weight)
+    factors = jax.jit(_draw, static_argnums=1)(key, tuple(shapes.items()))
+
     def wrap(path: str, kernel: Weight) -> Weight:
         if path not in chosen:
             return kernel
-        if isinstance(kernel, LoraKernel):
-            raise ValueError(f'{place}: {path} has an adapter already: merge it first')
-        own_rank = _first(ranks, path, rank)
-        own_alpha = _first(alphas, path, alpha)
-        *lead, out, inner = kernel.shape
-        if not 1 <= own_rank <= min(out, inner):
-            raise ValueError(f'{place}: rank={own_rank} for {path} [{out}, {inner}]: expected 1 to {min(out, inner)}')
-        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        bound = inner**-0.5
-        a = jax.random.uniform(own_key, (*lead, own_rank, inner), jnp.float32, -bound, bound)
-        b = jnp.zeros((*lead, out, own_rank), jnp.float32)
-        return LoraKernel(kernel, a, b, lora_scale(own_rank, own_alpha, rank_stabilized))
+        scale = lora_scale(shapes[path].rank, _first(alphas, path, alpha), rank_stabilized)
+        a, b = factors[path]
+        return LoraKernel(kernel, a, b, scale)
 
     return map_with_path(wrap, params, is_leaf=is_weight)
 
 
 def merge_lora(params: Any) -> Any:
     """Replaces every adapted kernel by base + scale * b a, in the dtype of the base."""
-    return jax.tree.map(lambda leaf: dense(leaf) if is_weight(leaf) else leaf, params, is_leaf=is_weight)
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_weight)
+    merged = iter(_dense_all([leaf for leaf in leaves if is_weight(leaf)]))
+    return jax.tree.unflatten(structure, [next(merged) if is_weight(leaf) else leaf for leaf in leaves])
+
+
+class _Shape(NamedTuple):
+    """A kernel [..., out, in] and the rank of its adapter."""
+
+    kernel: tuple[int, ...]
+    rank: int
+
+    def check(self, place: str) -> None:
+        out, inner = self.kernel[-2:]
+        if not 1 <= self.rank <= min(out, inner):
+            raise ValueError(f'{place} [{out}, {inner}]: rank={self.rank}: expected 1 to {min(out, inner)}')
+
+
+def _draw(key: jax.Array, shapes: tuple[tuple[str, _Shape], ...]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The first factors of every adapter, each from a key of its own."""
+    drawn = {}
+    for path, ((*lead, out, inner), rank) in shapes:
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        bound = inner**-0.5
+        a = jax.random.uniform(own_key, (*lead, rank, inner), jnp.float32, -bound, bound)
+        drawn[path] = a, jnp.zeros((*lead, out, rank), jnp.float32)
+    return drawn
+
+
+@jax.jit
+def _dense_all(kernels: list[LoraKernel]) -> list[jax.Array]:
+    return [dense(kernel) for kernel in kernels]
 
 
 def _first(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:

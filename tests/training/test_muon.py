@@ -32,7 +32,7 @@ def test_stacked_matrices_are_each_orthogonalized(shape):
 def test_bfloat16_is_close_and_zeros_stay_zero():
     matrices = np.random.default_rng(1).normal(size=(2, 6, 6)).astype(np.float32)
     matrices[1] = 0
-    got = np.asarray(jax.jit(lambda x: orthogonalize(x, dtype=jnp.bfloat16))(matrices).astype(jnp.float32))
+    got = np.asarray(jax.jit(lambda x: orthogonalize(x, dtype=jnp.bfloat16).astype(jnp.float32))(matrices))
     np.testing.assert_allclose(got[0], _newton_schulz(matrices[0].astype(np.float64)), atol=0.1)
     assert not got[1].any()
 

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,29 +16,46 @@ def _share(form: str, r: float) -> float:
     ]
 
 
+@pytest.fixture(scope='module')
+def learning_rates():
+    """All schedules over their run and beyond, by one compiled program."""
+    schedules = {name: make_schedule(config, steps) for name, (config, steps) in CASES.items()}
+    values = jax.jit(lambda n: {name: jax.vmap(schedule)(n) for name, schedule in schedules.items()})(np.arange(45))
+    return jax.tree.map(np.asarray, values)
+
+
+CASES = {
+    **{
+        f'{kind}_{warmup}': (ScheduleConfig(kind, lr=0.2, min_lr=0.02 * (kind != 'constant'), warmup=warmup), 20)
+        for kind in ('constant', 'linear', 'cosine')
+        for warmup in (0, 4)
+    },
+    **{
+        f'wsd_{form}': (ScheduleConfig('wsd', lr=0.1, min_lr=0.01, warmup=2, decay_steps=5, decay=form), 20)
+        for form in ('linear', 'cosine', 'minus_sqrt')
+    },
+    'wsd_default': (ScheduleConfig('wsd', lr=1.0), 40),
+}
+
+
 @pytest.mark.parametrize('kind', ['constant', 'linear', 'cosine'])
 @pytest.mark.parametrize('warmup', [0, 4])
-def test_warmup_then_decay(kind, warmup):
+def test_warmup_then_decay(kind, warmup, learning_rates):
     low = 0.0 if kind == 'constant' else 0.02
-    schedule = make_schedule(ScheduleConfig(kind, lr=0.2, min_lr=low, warmup=warmup), steps=20)
-    for n in [0, 1, 3, 4, 5, 12, 19, 20, 25]:
+    for n in range(26):
         r = min(max(n - warmup, 0) / (20 - warmup), 1.0)
         expected = 0.2 * (n + 1) / (warmup + 1) if n < warmup else low + (0.2 - low) * _share(kind, r)
-        assert float(schedule(n)) == pytest.approx(expected, rel=1e-5, abs=1e-8), n
+        assert learning_rates[f'{kind}_{warmup}'][n] == pytest.approx(expected, rel=1e-5, abs=1e-7), n
 
 
 @pytest.mark.parametrize('form', ['linear', 'cosine', 'minus_sqrt'])
-def test_wsd_holds_and_then_decays(form):
-    config = ScheduleConfig('wsd', lr=0.1, min_lr=0.01, warmup=2, decay_steps=5, decay=form)
-    schedule = make_schedule(config, steps=20)
-    values = [float(schedule(n)) for n in range(23)]
+def test_wsd_holds_and_then_decays(form, learning_rates):
     expected = [0.1 / 3, 0.2 / 3] + [0.1] * 13 + [0.01 + 0.09 * _share(form, k / 5) for k in range(6)] + [0.01] * 2
-    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(learning_rates[f'wsd_{form}'][:23], expected, rtol=1e-5)
 
 
-def test_wsd_decays_over_a_tenth_unless_told():
-    schedule = make_schedule(ScheduleConfig('wsd', lr=1.0), steps=40)
-    assert [float(schedule(n)) for n in (35, 36, 37, 38)] == pytest.approx([1.0, 1.0, 0.75, 0.5])
+def test_wsd_decays_over_a_tenth_unless_told(learning_rates):
+    assert learning_rates['wsd_default'][35:39].tolist() == pytest.approx([1.0, 1.0, 0.75, 0.5])
 
 
 @pytest.mark.parametrize(
