@@ -34,9 +34,14 @@ def config_of(name):
     return config_from_hf(json.loads((MODELS / name / 'config.json').read_text()))
 
 
+@functools.cache
+def canonical_shapes(cfg):
+    return jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
+
+
 def shapes_of(cfg, **sizes):
     """A family's parameters as they lie in memory (vocabulary padded, layers staged), and whether they are staged."""
-    shapes = jax.eval_shape(functools.partial(init, cfg), jax.random.key(0))
+    shapes = canonical_shapes(cfg)
     layout = make_layout(shapes, SIZES | sizes)
     return jax.eval_shape(functools.partial(to_device_layout, layout), shapes), layout.staged
 
@@ -49,7 +54,7 @@ def rules_for(cfg, staged=False, **sizes):
 @pytest.mark.parametrize('pipe', [1, 2])
 def test_every_leaf_of_every_family_has_a_place(family, pipe):
     cfg = config_of(family)
-    sizes = {'pipe': pipe, 'tensor': 2 if cfg.num_heads % 2 == 0 else 3}
+    sizes = {'pipe': pipe, 'tensor': 2 if cfg.num_heads % 2 == 0 else 1}
     placed, staged = shapes_of(cfg, **sizes)
     specs = param_specs(placed, rules_for(cfg, staged, **sizes))
     assert jax.tree.structure(specs, is_leaf=lambda leaf: isinstance(leaf, P)) == jax.tree.structure(placed)
