@@ -101,7 +101,7 @@ def with_weights(variant: Variant, state: dict[str, torch.Tensor], changes: Json
     return model
 
 
-def greedy(variant: Variant, state: dict[str, torch.Tensor], prompt: np.ndarray, eos: int | None) -> np.ndarray:
+def greedy(variant: Variant, state: dict[str, torch.Tensor], prompt: np.ndarray, eos: list[int] | None) -> np.ndarray:
     """transformers' greedy continuation of one prompt, ids of the new tokens only."""
     model = with_weights(variant, state)
     model.generation_config.eos_token_id = eos
@@ -114,25 +114,30 @@ def greedy(variant: Variant, state: dict[str, torch.Tensor], prompt: np.ndarray,
 
 def prompts_and_continuations(
     variant: Variant, state: dict[str, torch.Tensor]
-) -> tuple[dict[str, np.ndarray], int | None]:
-    """Two prompts whose greedy continuations have no near tie and are not one token for ever; and the end token."""
+) -> tuple[dict[str, np.ndarray], list[int] | None]:
+    """Two prompts whose greedy continuations have no near tie and are not one token for ever; and the end tokens.
+
+    The first continuation meets the first end token, the second neither.
+    """
     vocab = variant.config['vocab_size']
     random = np.random.default_rng(seed_of(variant.name) + 1)
     out: dict[str, np.ndarray] = {}
-    eos = None
+    eos: list[int] | None = None
     for index, length in enumerate(PROMPT_LENGTHS):
         for _ in range(200):
             prompt = random.integers(3, vocab, length)
             new = greedy(variant, state, prompt, None)
             full = logits_of(with_weights(variant, state), np.concatenate([prompt, new])[None])[0]
             top = np.sort(full[length - 1 : -1], axis=-1)
-            ends_well = index > 0 or variant.eos is None or new[variant.eos] not in new[: variant.eos]
+            first = [*new[: variant.eos].tolist(), vocab - 1]
+            ends_well = index > 0 or variant.eos is None or new[variant.eos] not in first
+            ends_well &= index == 0 or eos is None or not set(eos) & set(new.tolist())
             if (top[:, -1] - top[:, -2]).min() > 50 * TOLERANCE and len(set(new.tolist())) > 4 and ends_well:
                 break
         else:
             raise RuntimeError(f'{variant.name}: no prompt of length {length} has a clear greedy continuation')
         if index == 0 and variant.eos is not None:
-            eos = int(new[variant.eos])
+            eos = [int(new[variant.eos]), vocab - 1]  # a list, as Llama 3 has it
         out[f'prompt_{index}'] = prompt
     for index in range(len(PROMPT_LENGTHS)):
         out[f'greedy_{index}'] = greedy(variant, state, out[f'prompt_{index}'], eos)
@@ -193,8 +198,7 @@ def make(variant: Variant) -> str:
     ids, eos = prompts_and_continuations(variant, state)
     golden |= {name: value.astype(np.int32) for name, value in ids.items()}
 
-    # A list, as Llama 3 has it, where a token of the first continuation ends generation.
-    model.generation_config.eos_token_id = None if eos is None else [eos, variant.config['vocab_size'] - 1]
+    model.generation_config.eos_token_id = eos
     model.save_pretrained(directory, max_shard_size=variant.max_shard_size)
     np.savez_compressed(directory / 'golden.npz', **golden)
     write_legacy_config(variant, directory, tokens, logits)
