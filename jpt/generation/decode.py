@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jpt.generation.layout import decoding_cache, one_by_one
+from jpt.generation.placement import everywhere, place_cache, place_rows
 from jpt.generation.sampling import Logps, Sampling, draw
 from jpt.models.cache import KVCache, init_cache
 from jpt.models.config import Compute, ModelConfig
@@ -79,7 +80,8 @@ def prefill(
     real_BT = places_BT < lengths_B[:, None]
     # Padding may lie beyond the last position the model knows; it has segment 0, so any position will do.
     positions_BT = jnp.where(real_BT, places_BT, 0)
-    cache = init_cache(cfg, batch, slots, program.compute.dtype)
+    tokens_BT = place_rows(tokens_BT)
+    cache = place_cache(cfg, init_cache(cfg, batch, slots, program.compute.dtype))
     result = forward(cfg, params, tokens_BT, positions_BT, real_BT.astype(jnp.int32), cache, compute=program.compute)
     assert result.cache is not None
     seen_BV = None
@@ -91,7 +93,7 @@ def prefill(
     cache = decoding_cache(cfg, result.cache) if program.own_layout else result.cache
     before = Rows(cache, none_B, lengths_B - 1, none_B, request.budget_B > 0, seen_BV)
     after, tokens_B, logps = _next(program, params, request, before, last_BD)
-    return after, jax.tree.map(lambda leaf: leaf[:, None], Drawn(tokens_B, logps))
+    return after, everywhere(jax.tree.map(lambda leaf: leaf[:, None], Drawn(tokens_B, logps)))
 
 
 @partial(jax.jit, static_argnames=('program', 'width'), donate_argnames='rows')
@@ -137,7 +139,7 @@ def decode(
         return done + 1, rows, jax.tree.map(place, drawn, Drawn(tokens_B, logps))
 
     _, rows, drawn = jax.lax.while_loop(more, step, (jnp.zeros((), jnp.int32), rows, nothing))
-    return rows, drawn
+    return rows, everywhere(drawn)
 
 
 def _next(
