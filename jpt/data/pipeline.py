@@ -4,6 +4,7 @@ The global batches are the same under any number of hosts, and so is the state: 
 Hosts that hold the same rows (tensor or pipeline parallel across hosts) share one process_index.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,17 @@ class Pipeline:
     """
 
     def __init__(self, iterator: 'grain.DatasetIterator', reader: WindowReader):
-        self.iterator, self._reader = iterator, reader
+        self._reader = reader
+        self._held = [iterator]
+        # At exit too: grain's iterators must be gone before the interpreter takes their modules apart.
+        self._closing = weakref.finalize(self, _let_go, self._held)
+
+    @property
+    def iterator(self) -> 'grain.DatasetIterator':
+        """The grain iterator. Raises ValueError after close()."""
+        if not self._held:
+            raise ValueError('this Pipeline is closed')
+        return self._held[0]
 
     def __iter__(self) -> 'Pipeline':
         return self
@@ -62,7 +73,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Ends the background threads; the iterator cannot be used after."""
-        self.iterator.close()
+        self._closing()
+
+
+def _let_go(held: 'list[grain.DatasetIterator]') -> None:
+    held.pop().close()
 
 
 def make_pipeline(

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -151,6 +153,29 @@ def test_prefetching_changes_nothing(tokenizer):
         assert equal(a, b)
         assert plain.get_state() == ahead.get_state()
     ahead.close()
+
+
+@pytest.mark.parametrize('prefetch', [0, 2])
+def test_closing_ends_it(tokenizer, prefetch):
+    pipeline = make(tokenizer, config={'prefetch': prefetch})
+    next(pipeline)
+    pipeline.close()
+    pipeline.close()  # again does nothing
+    with pytest.raises(ValueError, match='this Pipeline is closed'):
+        next(pipeline)
+
+
+def test_a_program_may_end_without_closing(tokenizer_folder):
+    code = (
+        'from jpt.data.pipeline import *; from jpt.data.tokenizer import Tokenizer\n'
+        'from jpt.data.sources import MemorySource\n'
+        f'tokenizer = Tokenizer.load({str(tokenizer_folder)!r})\n'
+        "sources = [MemorySource(['a few words'] * 100)]\n"
+        'pipeline = make_pipeline(DataConfig(), tokenizer, batch_size=2, seq_len=8, sources=sources)\n'
+        'print(next(pipeline).tokens.shape)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ('(2, 8)\n', '')
 
 
 def test_orbax_saves_and_restores_the_iterator(tokenizer, tmp_path):
