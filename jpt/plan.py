@@ -15,10 +15,9 @@ from ml_collections import config_flags
 from jpt.config import from_config_dict
 from jpt.sharding.audit import Collective, collectives, sent_bytes, table
 from jpt.sharding.topology import CHIPS, Chip, topology_devices
-from jpt.training.flops import flops_per_token
 from jpt.training.job import Job, make_job
 from jpt.training.memory import bytes_per_device, gib
-from jpt.training.overview import overview
+from jpt.training.overview import flops_of, overview
 from jpt.training.settings import TrainConfig
 
 
@@ -80,8 +79,7 @@ def describe(planned: Planned, chip: Chip) -> str:
     """The plan as text."""
     job = planned.job
     tokens = job.config.batch.size * job.config.batch.length
-    work = flops_per_token(job.models['model'].cfg, job.config.batch.length, job.state.params).training
-    flops = work * tokens / job.mesh.size
+    flops = flops_of(job) * tokens / job.mesh.size
     sent = sent_bytes(planned.traffic)
     times = {'products': flops / chip.bfloat16, 'collectives': sent / chip.link}
     bound = max(times.values())

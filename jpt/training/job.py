@@ -231,8 +231,13 @@ def from_canonical(job: Job, kept: TrainState) -> TrainState:
     return jax.jit(make, out_shardings=places_of(job.state))(kept, loaded)
 
 
-def whole_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
-    """The trained model's parameters in the canonical layout, adapters merged; the moving average if asked."""
+def adapted_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
+    """The trained model's parameters in the canonical layout; the moving average if asked, where there is one."""
     params = state.ema if averaged and state.ema is not None else state.params
     kept = canonical(job, state._replace(params=params))
-    return merge_lora(merge(kept.params, kept.frozen['model']))
+    return merge(kept.params, kept.frozen['model'])
+
+
+def whole_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
+    """The same with adapters merged into their kernels."""
+    return merge_lora(adapted_model(job, state, averaged=averaged))

@@ -17,10 +17,10 @@ from jpt.data.tokenizer import Tokenizer
 from jpt.metrics import Metrics, Run, make_writers
 from jpt.sharding.watchdog import Watchdog
 from jpt.training.feed import Feed
-from jpt.training.flops import flops_per_token
 from jpt.training.interrupt import Interrupt
 from jpt.training.job import Job, canonical, canonical_shapes, first_state, from_canonical
 from jpt.training.memory import explain_out_of_memory
+from jpt.training.overview import flops_of
 from jpt.training.settings import TrainConfig
 from jpt.training.state import TrainState
 
@@ -201,7 +201,7 @@ def make_metrics(job: Job, workdir: Path, step: int) -> Metrics:
     run = Run(
         total_steps=config.steps,
         tokens_per_step=config.batch.size * config.batch.length,
-        flops_per_token=flops_per_token(job.models['model'].cfg, config.batch.length, job.state.params).training,
+        flops_per_token=flops_of(job),
         devices=job.mesh.size,
         device_kind=jax.devices()[0].device_kind,
         log_every=config.log.every,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jpt.training.flops import flops_per_token
-from jpt.training.job import Job
+from jpt.training.job import Job, canonical_shapes
 from jpt.training.memory import bytes_per_device, gib
 
 
@@ -22,11 +22,19 @@ def bytes_by_part(job: Job) -> dict[str, int]:
     return {name: size for name, tree in parts.items() if (size := bytes_per_device(tree))}
 
 
+def flops_of(job: Job) -> float:
+    """Operations per token of a training step: the model's, and a forward pass of its teacher."""
+    config = job.config
+    trained = None if not jax.tree.leaves(job.state.frozen['model']) else canonical_shapes(job).params
+    model = flops_per_token(job.models['model'].cfg, config.batch.length, trained).training
+    teachers = [w.cfg for name, w in job.models.items() if name != 'model']
+    return model + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
+
+
 def overview(job: Job) -> str:
     """The plan of a run, for its first lines."""
     config, model = job.config, job.models['model'].cfg
     trained, frozen = count_parameters(job.state.params), count_parameters(job.state.frozen['model'])
-    flops = flops_per_token(model, config.batch.length, job.state.params)
     start = 'random weights' if job.models['model'].source is None else f'from {config.model.path}'
     lines = [f'task     {config.task}', f'model    {model.family}, {trained + frozen:,} parameters, {start}']
     if frozen:
@@ -46,5 +54,5 @@ def overview(job: Job) -> str:
     lines.append(f'mesh     {shape} ({job.mesh.size} x {kind})')
     sizes = ', '.join(f'{name} {gib(size)}' for name, size in bytes_by_part(job).items())
     lines.append(f'memory   per device between steps: {sizes}')
-    lines.append(f'work     {flops.training / 1e9:.3f} GFLOP per token, forward and backward')
+    lines.append(f'work     {flops_of(job) / 1e9:.3f} GFLOP per token of a step')
     return '\n'.join(lines)

@@ -7,10 +7,11 @@ import jax
 
 from jpt.checkpoint.assets import open_tokenizer
 from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.peft import write_adapter
 from jpt.data.tokenizer import Tokenizer
 from jpt.model import Model
 from jpt.training.compare import compare
-from jpt.training.job import Job, make_job, whole_model
+from jpt.training.job import Job, adapted_model, make_job, whole_model
 from jpt.training.loop import train
 from jpt.training.overview import overview
 from jpt.training.settings import TrainConfig
@@ -47,6 +48,11 @@ def train_model(config: TrainConfig, workdir: Path) -> Model:
     state = train(job, workdir, tokenizer, assets)
     cfg = job.models['model'].cfg
     model = Model(cfg, whole_model(job, state, averaged=True), tokenizer, assets)
+    if config.lora is not None:
+        adapter = workdir / 'adapter'
+        if not adapter.exists():
+            write_adapter(adapter, cfg, adapted_model(job, state), config.model.path)
+        say(f'saved    {adapter} (a PEFT adapter)')
     if config.checkpoint.export:
         target = workdir / 'model'
         if not target.exists():
