@@ -1,0 +1,69 @@
+"""Every file of configs/ makes a job that trains; sizes are cut so that two steps take seconds."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from jpt.config import from_config_dict
+from jpt.training.run import run_job
+from jpt.training.settings import TrainConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TEACHER = ROOT / 'jpt' / 'assets' / 'quickstart_teacher'
+CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+SMALL = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2}
+SMALL |= {'num_key_value_heads': 2, 'head_dim': 8, 'vocab_size': 4096}
+TALK = [
+    {'role': 'user', 'content': 'What is 1 + 1?'},
+    {'role': 'assistant', 'content': 'It is 2.'},
+]
+
+
+def get(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def made_small(config, folder):
+    """The same job on a tiny model and two steps, on one device."""
+    config.steps = 2
+    config.batch.size, config.batch.length, config.batch.microbatches = 2, 32, 1
+    config.schedule.warmup = 0
+    config.schedule.decay_steps = None if config.schedule.kind != 'wsd' else 1
+    config.log.every = 1
+    config.model.architecture = dict(config.model.architecture.to_dict()) | SMALL
+    config.mesh.update(dict.fromkeys(('pipe', 'data', 'fsdp', 'tensor'), 1))
+    config.compute.xla_flags = None
+    if config.data.kind == 'chat':
+        path = folder / 'talk.jsonl'
+        path.write_text(''.join(json.dumps({'messages': TALK}) + '\n' for _ in range(8)))
+        config.data.paths = (str(path),)
+        config.tokenizer = str(TEACHER)
+    if config.eval.data is not None:
+        config.eval.batches, config.eval.every = 1, 0
+    if config.compare is not None:
+        config.compare.sample_tokens = 4
+    return from_config_dict(TrainConfig, config, 'config')
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_trains(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
+    config = made_small(get(name), tmp_path)
+    model = run_job(config, tmp_path / 'run')
+    assert np.isfinite(np.asarray(model.logits([[1, 2, 3]]))).all()
+    assert (tmp_path / 'run' / 'model' / 'config.json').is_file()
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows if 'loss' in row] == [1, 2]
+    if config.compare is not None:
+        scores = json.loads((tmp_path / 'run' / 'comparison.json').read_text())
+        assert [row['model'] for row in scores] == ['teacher', 'distilled', 'from scratch']
+        assert scores[0]['kl'] == pytest.approx(0, abs=1e-5)
+        assert (tmp_path / 'run' / 'curves.png').read_bytes().startswith(b'\x89PNG')
