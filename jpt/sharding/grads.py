@@ -1,7 +1,7 @@
 """Loss and gradients of one step on any mesh: microbatches, pipeline, and one reduction over the data axes."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -15,8 +15,8 @@ from jpt.sharding.layout import Run, run_of, stage_bounds, take_run
 from jpt.sharding.mesh import AXES, TOKEN_AXES, batch_spec, check_batch
 from jpt.sharding.plan import Plan
 from jpt.sharding.rules import keep_axes, map_specs, used_axes
-from jpt.sharding.timetable import Timetable, timetable
 from jpt.sharding.stages import LayerRun, whole_segments
+from jpt.sharding.timetable import Timetable, timetable
 
 # `tensor` stays automatic: models know no mesh, and the compiler divides their products.
 MANUAL = frozenset(AXES) - {'tensor'}
@@ -107,15 +107,22 @@ def _microbatches(plan: Plan, batch: Tree) -> Tree:
 
 def _summed(plan: Plan, tree: Tree) -> Tree:
     """Sums over all devices that see other tokens."""
-    return jax.lax.psum(tree, TOKEN_AXES) if plan.mesh.size > 1 else tree
+    axes = _divided(plan, TOKEN_AXES)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def _divided(plan: Plan, axes: Iterable[str]) -> tuple[str, ...]:
+    """Those of the axes that divide anything; XLA refuses a collective over axes of size 1 on a GPU mesh."""
+    return tuple(axis for axis in axes if plan.mesh.shape[axis] > 1)
 
 
 def _reduced(plan: Plan, spec: P, grad: jax.Array) -> jax.Array:
     """A gradient summed over the token axes that its parameter is not divided over, and equal on all stages."""
-    if plan.mesh.size == 1:
-        return grad
-    summed = jax.lax.psum(grad, tuple(axis for axis in TOKEN_AXES if axis not in used_axes(spec)))
-    return summed if pipeline.AXIS in used_axes(spec) else pipeline.equal_on_stages(summed)
+    axes = _divided(plan, (axis for axis in TOKEN_AXES if axis not in used_axes(spec)))
+    summed = jax.lax.psum(grad, axes) if axes else grad
+    if not _divided(plan, [pipeline.AXIS]) or pipeline.AXIS in used_axes(spec):
+        return summed
+    return pipeline.equal_on_stages(summed)
 
 
 def _composed(
