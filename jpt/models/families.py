@@ -278,6 +278,7 @@ def _read_gpt2(fields: Fields) -> ModelConfig:
     fields.expect('scale_attn_by_inverse_layer_idx', (False,))
     fields.expect('add_cross_attention', (False,))
     fields.ignore('reorder_and_upcast_attn', 'n_ctx', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop', 'summary_type')
+    fields.ignore('n_special', 'predict_special_tokens', 'output_past')
     fields.ignore('summary_use_proj', 'summary_activation', 'summary_proj_to_labels', 'summary_first_dropout')
     width, heads = fields.integer('n_embd', 768), fields.integer('n_head', 12)
     kind = LayerKind(mlp_width=fields.optional_integer('n_inner') or 4 * width)

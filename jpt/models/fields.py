@@ -70,6 +70,11 @@ HARMLESS = frozenset(
         'suppress_tokens',
         'begin_suppress_tokens',
         'tf_legacy_loss',
+        '_num_labels',
+        'is_llama_config',
+        'transformers.js_config',
+        'unsloth_fixed',
+        'unsloth_version',
     ]
 )
 
@@ -81,8 +86,10 @@ class Fields:
         self.config = config
         self.family = family
         self._read: set[str] = set(HARMLESS)
-        for name in ('is_decoder', 'cross_attention_hidden_size'):
-            self.expect(name, (None, False, True) if name == 'is_decoder' else (None,))
+        self.expect('is_decoder', (None, False, True))
+        self.expect('cross_attention_hidden_size', (None,))
+        for name in ('rope_interleaved', 'use_mrope'):  # published configs spell out that they are not used
+            self.expect(name, (None, False))
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a field, or the default where it is absent."""

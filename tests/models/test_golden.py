@@ -1,6 +1,7 @@
 """The transformer against transformers: logits and gradients of the tiny models in tests/golden (see README there)."""
 
 import json
+import math
 import pathlib
 
 import jax
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 
 from jpt.models.config import ModelConfig
 from jpt.models.families import config_from_hf, config_to_hf
-from jpt.models.names import from_hf, to_hf
+from jpt.models.names import from_hf, leaves, to_hf
 from jpt.models.transformer import forward, unembed
 
 MODELS = pathlib.Path(__file__).parents[1] / 'golden' / 'models'
@@ -139,6 +140,17 @@ def test_the_names_written_are_exactly_those_of_the_source(name):
     for tensor, values in source.items():
         assert written[tensor].dtype == values.dtype
         np.testing.assert_array_equal(written[tensor], values)
+
+
+PUBLISHED = json.loads((MODELS.parent / 'published_configs.json').read_text())
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_configs_of_published_checkpoints_are_read_and_give_their_number_of_parameters(name):
+    """The fields that real files have, and the parameter counts that the Hub shows for their safetensors."""
+    cfg = config_from_hf(PUBLISHED[name]['config'])
+    assert sum(math.prod(leaf.shape) for leaf in leaves(cfg)) == PUBLISHED[name]['parameters']
+    assert config_from_hf(config_to_hf(cfg)) == cfg
 
 
 FAMILY_OF = {'llama': 'llama', 'mistral_window': 'mistral', 'qwen2': 'qwen2', 'qwen3': 'qwen3', 'gemma': 'gemma'}
