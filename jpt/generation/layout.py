@@ -43,13 +43,15 @@ def decoding_params(cfg: ModelConfig, params: Params) -> Params:
 
 
 def decoding_cache(cfg: ModelConfig, cache: KVCache) -> KVCache:
-    """The cache for `one_by_one(cfg)`."""
+    """The cache for `one_by_one(cfg)`; a single row's is without the batch axis."""
+    alone = cache.positions_BS.shape[0] == 1
 
     def layers(stacks: list[list[jax.Array]]) -> list[list[jax.Array]]:
         found = []
         for segment, kinds in zip(cfg.segments, stacks, strict=True):
             for repeat in range(segment.repeats):
-                found += [[kind[repeat] if segment.repeats > 1 else kind] for kind in kinds]
+                own = [kind[repeat] if segment.repeats > 1 else kind for kind in kinds]
+                found += [[kind[0] if alone else kind] for kind in own]
         return found
 
     return cache._replace(keys=layers(cache.keys), values=layers(cache.values))

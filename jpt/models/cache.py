@@ -17,7 +17,8 @@ from jpt.models.config import ModelConfig
 class KVCache(NamedTuple):
     """Keys and values of every layer, stacked as the parameters are.
 
-    `keys[segment][kind]` is [R, B, K, H, S] and `values[segment][kind]` [R, B, K, S, H]; without R where it is 1.
+    `keys[segment][kind]` is [R, B, K, H, S] and `values[segment][kind]` [R, B, K, S, H]; without R where it is 1. A
+    single row without a stack may leave out B as well: XLA copies what it has to reshape.
     """
 
     keys: list[list[jax.Array]]
@@ -39,26 +40,28 @@ class LayerCache(NamedTuple):
 
     def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array) -> 'LayerCache':
         """The cache with the new tokens' keys and values at the next slots of this layer."""
-        zero, dtype = jnp.zeros((), jnp.int32), self.keys.dtype
-        keys_BKHT = keys_BTKH.transpose(0, 2, 3, 1).astype(dtype)
-        values_BKTH = values_BTKH.transpose(0, 2, 1, 3).astype(dtype)
-        update = jax.lax.dynamic_update_slice
-        if self.repeat is None:
-            return self._replace(
-                keys=update(self.keys, keys_BKHT, (zero, zero, zero, self.slot)),
-                values=update(self.values, values_BKTH, (zero, zero, self.slot, zero)),
-            )
+        keys_BKHT, values_BKTH = keys_BTKH.transpose(0, 2, 3, 1), values_BTKH.transpose(0, 2, 1, 3)
         return self._replace(
-            keys=update(self.keys, keys_BKHT[None], (self.repeat, zero, zero, zero, self.slot)),
-            values=update(self.values, values_BKTH[None], (self.repeat, zero, zero, self.slot, zero)),
+            keys=self._written(self.keys, keys_BKHT, slot_axis=-1),
+            values=self._written(self.values, values_BKTH, slot_axis=-2),
         )
+
+    def _written(self, held: jax.Array, new: jax.Array, slot_axis: int) -> jax.Array:
+        start = [jnp.zeros((), jnp.int32)] * held.ndim
+        start[slot_axis] = self.slot
+        if self.repeat is not None:
+            start[0] = self.repeat
+        shape = (1,) * (held.ndim - new.ndim) + new.shape[max(new.ndim - held.ndim, 0) :]
+        return jax.lax.dynamic_update_slice(held, new.reshape(shape).astype(held.dtype), start)
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """Keys [B, K, H, S] and values [B, K, S, H] of this layer."""
-        if self.repeat is None:
-            return self.keys, self.values
-        at = jax.lax.dynamic_index_in_dim
-        return at(self.keys, self.repeat, keepdims=False), at(self.values, self.repeat, keepdims=False)
+        if self.repeat is not None:
+            at = jax.lax.dynamic_index_in_dim
+            return at(self.keys, self.repeat, keepdims=False), at(self.values, self.repeat, keepdims=False)
+        if self.keys.ndim == 3:
+            return self.keys[None], self.values[None]
+        return self.keys, self.values
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:

@@ -56,6 +56,8 @@ def test_the_cache_is_taken_apart_in_the_same_order():
     assert [float(kind.mean()) for (kind,) in layers.keys] == [0, 1, 2, 3, 4]
     assert [kind.shape for (kind,) in layers.values] == [(2, 1, 3, 8)] * 5
     assert [kind.shape for (kind,) in layers.keys] == [(2, 1, 8, 3)] * 5
+    alone = decoding_cache(MIXED, init_cache(MIXED, 1, 3, 'float32'))
+    assert [kind.shape for (kind,) in alone.keys] == [(1, 8, 3)] * 5, 'a single row has no batch axis'
 
 
 def test_a_turned_weight_multiplies_as_the_weight_does():
