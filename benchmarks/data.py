@@ -2,9 +2,10 @@
 
     python benchmarks/data.py --data=../shared/data --json
 
-For each corpus and row length: documents and tokens per second through make_pipeline, one epoch, prefetch on; beside
-them the tokenizer alone on the same texts (the roofline of text), and the share of positions that hold a token beside
-three others: the least number of rows that could hold the tokens, best-fit decreasing alone, and one document to a row.
+For each corpus and row length: documents and tokens per second through make_pipeline, one epoch, prefetch on, and
+tokens per second of processor time (which a busy machine changes less), beside that of the tokenizer alone on the same
+texts (the roofline of text); and the share of positions that hold a token beside three others: the least number of rows
+that could hold the tokens, best-fit decreasing alone, and one document to a row.
 The standard library is always among the corpora; the others are left out where the folder is missing.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -56,14 +58,14 @@ CORPORA: dict[str, dict[str, Any]] = {
 def measure(name: str, config: DataConfig, tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
     """One epoch through the pipeline, and the same lengths packed in other ways."""
     pipeline = make_pipeline(config, tokenizer, batch_size=8, seq_len=seq_len, num_epochs=1)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     first = 0.0
     lengths: list[int] = []
     for batch in pipeline:
         first = first or time.perf_counter() - started
         for row in batch.segment_ids:
             lengths += np.bincount(row)[1:].tolist()
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     progress = pipeline.progress()
     pipeline.close()
     pieces = cut(lengths, seq_len)
@@ -74,6 +76,7 @@ def measure(name: str, config: DataConfig, tokenizer: Tokenizer, seq_len: int) -
         'tokens': progress['tokens'],
         'documents_per_second': progress['documents'] / seconds,
         'tokens_per_second': progress['tokens'] / seconds,
+        'tokens_per_cpu_second': progress['tokens'] / cpu,
         'first_batch_seconds': first,
         'rows': progress['rows'],
         'least_rows': -(-int(progress['tokens']) // seq_len),
@@ -85,7 +88,7 @@ def measure(name: str, config: DataConfig, tokenizer: Tokenizer, seq_len: int) -
 
 
 def tokenizer_alone(config: DataConfig, tokenizer: Tokenizer) -> float:
-    """Tokens per second of encode_batch on the texts of the corpus, as the pipeline would give them to it."""
+    """Tokens per second of processor time of encode_batch on the texts of the corpus."""
     from jpt.data.sources import open_source
 
     reader = [open_source(path, config.fields, config.is_chat, config.separator) for path in config.paths]
@@ -95,9 +98,9 @@ def tokenizer_alone(config: DataConfig, tokenizer: Tokenizer) -> float:
             record: Any = source[i]
             text = record if isinstance(record, str) else ' '.join(m['content'] for m in record.messages)
             texts.append(text)
-    started = time.perf_counter()
+    started = time.process_time()
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
-    return tokens / (time.perf_counter() - started)
+    return tokens / (time.process_time() - started)
 
 
 def write_indexed(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> DataConfig:
@@ -112,12 +115,13 @@ def write_indexed(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Dat
 
 
 def import_seconds() -> float:
-    """The time of `import jpt.data.pipeline` in a fresh interpreter, the interpreter's own start taken off."""
+    """Processor seconds of `import jpt.data.pipeline` in a fresh interpreter, the interpreter's own start taken off."""
 
     def run(code: str) -> float:
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     return min(run('import jpt.data.pipeline') for _ in range(3)) - min(run('pass') for _ in range(3))
 
@@ -155,13 +159,13 @@ def main() -> None:
                 continue
             alone = None if name == 'indexed' else tokenizer_alone(config, tokenizer)
             for seq_len in options.seq_len:
-                results.append(measure(name, config, tokenizer, seq_len) | {'tokenizer_tokens_per_second': alone})
+                results.append(measure(name, config, tokenizer, seq_len) | {'tokenizer_tokens_per_cpu_second': alone})
     report = {
         'machine': {'cpus': os.cpu_count(), 'load': os.getloadavg()[0], 'python': platform.python_version()},
         'versions': {name: version(name) for name in ('grain', 'tokenizers', 'numpy', 'jinja2')},
         'tokenizer': folder.name,
         'vocab_size': tokenizer.vocab_size,
-        'import_seconds': import_seconds(),
+        'import_cpu_seconds': import_seconds(),
         'results': results,
     }
     show(report)
@@ -174,24 +178,35 @@ def show(report: dict[str, Any]) -> None:
     machine = report['machine']
     title = f'{machine["cpus"]} CPUs (load {machine["load"]:.1f}), Python {machine["python"]}, {report["tokenizer"]}'
     table = Table(title=title)
-    heads = ('corpus', 'row', 'documents', 'documents/s', 'tokens/s', 'tokenizer alone', 'first batch', 'fill')
+    heads = (
+        'corpus',
+        'row',
+        'documents',
+        'documents/s',
+        'tokens/s',
+        'tokens/CPU s',
+        'tokenizer alone',
+        'first batch',
+        'fill',
+    )
     for head in (*heads, 'possible', 'decreasing', 'unpacked'):
         table.add_column(head, justify='left' if head == 'corpus' else 'right')
     for result in report['results']:
-        alone = result['tokenizer_tokens_per_second']
+        alone = result['tokenizer_tokens_per_cpu_second']
         table.add_row(
             result['corpus'],
             str(result['seq_len']),
             f'{result["documents"]:,}',
             f'{result["documents_per_second"]:,.0f}',
             f'{result["tokens_per_second"]:,.0f}',
+            f'{result["tokens_per_cpu_second"]:,.0f}',
             '-' if alone is None else f'{alone:,.0f}',
             f'{result["first_batch_seconds"]:.2f} s',
             *(f'{result[key]:.4f}' for key in ('fill', 'fill_possible', 'fill_best_fit_decreasing', 'fill_unpacked')),
         )
     console = Console(width=150)
     console.print(table)
-    console.print(f'import jpt.data.pipeline: {report["import_seconds"]:.2f} s')
+    console.print(f'import jpt.data.pipeline: {report["import_cpu_seconds"]:.2f} s of processor time')
 
 
 if __name__ == '__main__':

@@ -45,7 +45,9 @@ def make_record(row: Any, fields: Fields, chat: bool, place: str) -> Record:
         raise DataError(place, f'expected a JSON object, found {type(row).__name__}')
     for key in record_keys(fields, chat):
         if key not in row:
-            raise DataError(place, f'no key {key!r}; there are {", ".join(map(str, row)) or "none"}')
+            other = fields.text if chat else fields.messages
+            hint = f" (kind='{'text' if chat else 'chat'}' reads {other!r})" if other in row else ''
+            raise DataError(place, f'no key {key!r}; there are {", ".join(map(str, row)) or "none"}{hint}')
     texts = [row[key] for key in record_keys(fields, chat)]
     if chat and not fields.prompt:
         check_chat(row[fields.messages], place)

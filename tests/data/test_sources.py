@@ -48,12 +48,13 @@ def test_the_last_line_needs_no_end_and_windows_ends_are_taken(tmp_path):
     [
         ('{"text": "a"', 'not JSON'),
         ('["text"]', 'expected a JSON object, found list'),
-        ('{"txt": "a", "id": 1}', "no key 'text'; there are txt, id"),
+        ('{"txt": "a", "id": 1}', "no key 'text'; there are txt, id$"),
+        ('{"messages": []}', r"no key 'text'; there are messages \(kind='chat' reads 'messages'\)"),
         (b'{"text": "\xff\xfe......"}', 'not UTF-8'),
         ('{"text": "half \\ud83d"}', 'not Unicode text'),
         ('[' * 100_000, 'not JSON'),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_malformed_lines_are_named(tmp_path, line, message):
     source = open_source(lines(tmp_path / 'a.jsonl', '{"text": "fine"}', line))
