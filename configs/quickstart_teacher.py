@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
             'tokenizer': 'jpt/assets/quickstart_teacher',
             # One window is a whole pass over the text, so that its rows are shuffled together.
             'data': {'paths': ('stdlib:train',), 'packing': 'concat', 'window_rows': 16384},
-            'eval': {'data': {'paths': ('stdlib:held_out',), 'packing': 'concat'}, 'every': 1000},
+            'eval': {'data': {'paths': ('stdlib:held_out',), 'packing': 'concat'}, 'every': 300},
             'batch': {'size': 8, 'length': 256},
             'steps': 900,
             'optimizer': {'name': 'muon'},
