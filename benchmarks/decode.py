@@ -9,15 +9,14 @@ allows it. Both libraries take turns, so that what else the machine does meets b
 
 import argparse
 import json
-import platform
 import runpy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from timing import in_turn, machine
 
 import jpt
 from jpt.generation.engine import generate
@@ -59,19 +58,6 @@ def peer_of(shape: dict[str, Any], new: int) -> Callable[[np.ndarray], Any] | No
     return run
 
 
-def best_seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The shortest time of each of some functions, called in turn."""
-    for run in runs.values():
-        run()
-    seconds = {name: float('inf') for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
-
-
 def measure(name: str, shape: dict[str, Any], batch: int, prompt: int, new: int, repeats: int) -> dict[str, Any]:
     """One line of the table."""
     model = model_of(shape)
@@ -83,7 +69,7 @@ def measure(name: str, shape: dict[str, Any], batch: int, prompt: int, new: int,
     peer = peer_of(shape, new)
     if peer is not None:
         runs['transformers'] = lambda: peer(prompts)
-    rates = {key: batch * new / value for key, value in best_seconds(runs, repeats).items()}
+    rates = {key: 1e3 * batch * new / best.wall_ms for key, best in in_turn(runs, repeats).items()}
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     return {'shape': name, 'parameters': count, 'batch': batch, **rates}
 
@@ -97,8 +83,8 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--json', action='store_true', help='print one JSON object as the last line')
     options = parser.parse_args()
-    about = f'{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}, jax {jax.__version__}'
-    print(f'{about}; prompts of {options.prompt} tokens, {options.new} new ones, float32')
+    about = machine()
+    print(f'{", ".join(about.values())}; prompts of {options.prompt} tokens, {options.new} new ones, float32')
     print(f'{"shape":10}{"parameters":>12}{"batch":>7}{"jpt tok/s":>12}{"transformers":>14}{"ratio":>8}')
     rows = []
     known = shapes()
