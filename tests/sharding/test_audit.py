@@ -1,0 +1,60 @@
+"""Reading collectives out of compiled programs: hand-written modules with known counts."""
+
+from jpt.sharding.audit import collectives, sent_bytes, table
+
+MODULE = """HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %g = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %ag = bf16[16,4]{1,0} all-gather(%g), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  %cp = f32[8,4]{1,0} collective-permute(%g), source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (s32[], f32[8,4]{1,0}) tuple(%p, %g)
+}
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %lt = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %w = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %ar = f32[8,4]{1,0} all-reduce-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %m = f32[100]{0} all-reduce-start(%a), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %d = f32[8,4]{1,0} all-reduce-done(%ar)
+  ROOT %rs = f32[2,4]{1,0} reduce-scatter(%d), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+}
+"""
+
+
+def test_kinds_bytes_groups_and_trips():
+    found = {(item.kind, item.shapes): item for item in collectives(MODULE)}
+    gather = found['all-gather', ((16, 4),)]
+    assert (gather.dtype, gather.bytes, gather.group, gather.times) == ('bf16', 128, 2, 3)
+    permute = found['collective-permute', ((8, 4),)]
+    assert (permute.bytes, permute.times) == (128, 3)
+    reduce = found['all-reduce', ((8, 4),)]
+    assert (reduce.dtype, reduce.bytes, reduce.group, reduce.times) == ('f32', 128, 4, 1)
+    assert found['all-reduce', ((100,),)].group == 4
+    scatter = found['reduce-scatter', ((2, 4),)]
+    assert (scatter.bytes, scatter.group) == (32, 4)
+    assert len(found) == 5
+
+
+def test_bytes_that_a_ring_sends():
+    """All-reduce 2 (n-1)/n of its size, gather (n-1)/n, scatter (n-1) times its result, permute its size."""
+    expected = 2 * 0.75 * (128 + 400) + 3 * 0.5 * 128 + 3 * 32 + 3 * 128
+    assert sent_bytes(collectives(MODULE)) == expected
+
+
+def test_table_adds_up():
+    lines = table(collectives(MODULE)).splitlines()
+    assert len(lines) == 5  # head, two reductions in one row, gather, permute, scatter
+    assert any('all-gather' in line and line.split()[3] == '3' for line in lines)

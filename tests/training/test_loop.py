@@ -1,0 +1,118 @@
+"""A run that is stopped, killed or broken goes on to the very same numbers, and a bad batch ends it with a message."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import settings
+
+from jpt.model import load
+from jpt.training import loop
+from jpt.training.run import train_model
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def rows(workdir, key='loss'):
+    """{step: value} from metrics.jsonl; a step that stands there twice is an error."""
+    found = {}
+    for line in (workdir / 'metrics.jsonl').read_text().splitlines():
+        row = json.loads(line)
+        if key in row:
+            assert row['step'] not in found
+            found[row['step']] = row[key]
+    return found
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp('whole')
+    model = train_model(settings(folder), folder / 'run')
+    return folder / 'run', model
+
+
+def test_a_run_learns_evaluates_and_saves(whole):
+    workdir, model = whole
+    losses = rows(workdir)
+    assert list(losses) == list(range(1, 8))
+    assert losses[1] == pytest.approx(np.log(4096), rel=0.2)
+    assert losses[7] < losses[1]
+    assert list(rows(workdir, 'eval_loss')) == [7]
+    assert sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()) == [6, 7]
+    loaded = load(workdir)
+    tokens = np.arange(12).reshape(1, 12)
+    np.testing.assert_array_equal(loaded.logits(tokens), model.logits(tokens))
+
+
+class CrashError(RuntimeError):
+    """Stands for anything that ends a process between steps."""
+
+
+@pytest.mark.parametrize('ends', [[2, 5], [1, 4]])
+def test_stops_and_crashes_change_nothing(whole, tmp_path, monkeypatch, ends):
+    """First stopped by a signal, which saves, then crashed, which does not; the numbers are those of the whole run."""
+    stop, crash = ends
+    config, workdir = settings(tmp_path), tmp_path / 'run'
+    monkeypatch.setattr(loop, '_asked_to_stop', lambda asked, step: 'SIGTERM' if step == stop else None)
+    with pytest.raises(loop.StoppedError):
+        train_model(config, workdir)
+
+    def fail(asked, step):
+        if step == crash:
+            raise CrashError
+        return None
+
+    monkeypatch.setattr(loop, '_asked_to_stop', fail)
+    with pytest.raises(CrashError):
+        train_model(config, workdir)
+    monkeypatch.undo()
+    train_model(config, workdir)
+    assert rows(workdir) == rows(whole[0])
+    assert rows(workdir, 'eval_loss') == rows(whole[0], 'eval_loss')
+
+
+def test_kill_9_while_training_and_saving(whole, tmp_path):
+    """The process is killed from outside as soon as it has written a few rows, again and again."""
+    code = (
+        f'import sys, pathlib; sys.path.insert(0, {str(HERE)!r}); import conftest_flags\n'
+        'from tiny import settings\nfrom jpt.training.run import train_model\n'
+        f'folder = pathlib.Path({str(tmp_path)!r}); train_model(settings(folder), folder / "run")'
+    )
+    workdir = tmp_path / 'run'
+    for rows_before_the_kill in (2, 4, None):
+        process = subprocess.Popen([sys.executable, '-c', code], cwd=HERE.parents[1], env=os.environ.copy())
+        while process.poll() is None:
+            path = workdir / 'metrics.jsonl'
+            if rows_before_the_kill and path.exists() and len(path.read_bytes().splitlines()) >= rows_before_the_kill:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        if rows_before_the_kill is None:
+            assert process.returncode == 0
+    assert rows(workdir) == rows(whole[0])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_batch(tmp_path, monkeypatch):
+    config, workdir = settings(tmp_path), tmp_path / 'run'
+    feed = loop.Feed.__next__
+    given = []
+
+    def poisoned(self):
+        batch = feed(self)
+        given.append(batch)
+        weight = np.nan if len(given) == 5 else 1.0
+        return batch._replace(loss_mask=batch.loss_mask * weight)
+
+    monkeypatch.setattr(loop.Feed, '__next__', poisoned)
+    with pytest.raises(loop.NotFiniteError, match=r'step 5: .*refused_batch_5'):
+        train_model(config, workdir)
+    saved = np.load(workdir / 'refused_batch_5_process_0.npz')
+    np.testing.assert_array_equal(saved['tokens'], given[4].tokens)
+    monkeypatch.undo()
+    train_model(config, workdir)
+    assert list(rows(workdir)) == list(range(1, 8))
