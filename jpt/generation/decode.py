@@ -114,7 +114,7 @@ def decode(
         program = dataclasses.replace(program, cfg=one_by_one(program.cfg))
     batch = rows.tokens_B.shape[0]
     logp_BC = jnp.zeros((batch, width), jnp.float32)
-    nothing = Drawn(jnp.full((batch, width), -1), Logps(logp_BC, logp_BC) if program.with_logps else None)
+    nothing = Drawn(jnp.full((batch, width), -1, jnp.int32), Logps(logp_BC, logp_BC) if program.with_logps else None)
     rows = rows._replace(active_B=rows.active_B & going_B)
 
     def more(state: tuple[jax.Array, Rows, Drawn]) -> jax.Array:
@@ -146,7 +146,7 @@ def _next(
     program: Program, params: Params, request: Request, rows: Rows, hidden_BD: jax.Array
 ) -> tuple[Rows, jax.Array, Logps | None]:
     """Draws a token from the hidden state of each row's newest token; -1 in rows that have ended."""
-    logits_BV = unembed(program.cfg, params, hidden_BD)
+    logits_BV = unembed(program.cfg, params, hidden_BD).astype(jnp.float32)  # of float64 too: draws are float32
     tokens_B, logps = draw(logits_BV, rows.seen_BV, request.sampling, rows.counts_B, program.with_logps)
     seen_BV = rows.seen_BV
     if seen_BV is not None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jpt.kernels.blockwise_attention import Scores
+from jpt.kernels.cached_attention import FEW_QUERIES
 from jpt.kernels.context_attention import CONTEXTS
 from jpt.kernels.cudnn_attention import cudnn_attention, refusal
 from jpt.kernels.local import manual
@@ -13,8 +14,6 @@ from jpt.kernels.masks import Mask, Places, visible
 from jpt.kernels.parallel_attention import SEQUENCE, Options, parallel_attention
 
 IMPLEMENTATIONS = ('auto', 'blockwise', 'dense', 'cudnn')
-# With this few queries (decoding, verifying a draft) the whole score array is small and one pass beats a walk.
-FEW_QUERIES = 16
 
 
 def dense_attention(q_BTNH, k_BSKH, v_BSKH, places: Places, rule: Scores, sinks_N=None):
