@@ -46,6 +46,8 @@ def logit_distillation(
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, jax.Array], micro: Batch) -> dict[str, jax.Array]:
         both = models(layers, frozen_layers)
+        # A pipeline differentiates a stage in the whole carry: no cotangent goes back through the teacher's layers.
+        carry = carry | {'teacher': jax.lax.stop_gradient(carry['teacher'])}
         where = {name: locate(cfg, micro.positions, micro.segment_ids, compute.dtype) for name, cfg in configs.items()}
         return {
             name: run_layers(cfg, both[name], carry[name], where[name], compute)[0] for name, cfg in configs.items()
