@@ -19,7 +19,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -122,9 +121,10 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tells the others how this process ended. After an error the watch goes on: the way out may hang as well.
+        """Tells the others how this process ended.
 
-        An error from the device may be another process's death, seen from here: time is left to find out whose.
+        After an error the watch goes on: the way out may hang as well, above all where the error is another process's
+        death as it looks from here.
         """
         over = error is None or (isinstance(error, SystemExit) and error.code in (None, 0, STOPPED))
         if over or not self.others:  # alone, nobody waits for this process: it may start another run
@@ -133,9 +133,6 @@ class Watchdog:
             self.thread.join()
         else:
             self._publish('failed', f'{type(error).__name__}: {error}'[:2000])
-            if type(error).__name__ == 'JaxRuntimeError' and self.others:
-                traceback.print_exception(error)
-                self.thread.join(self.lost_after + 2 * self.interval)
 
     def beat(self, step: int, doing: str = 'step') -> None:
         """Says that the main thread now begins something new; costs no input or output."""
