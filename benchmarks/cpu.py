@@ -2,7 +2,7 @@
 
     python benchmarks/cpu.py [--repeats=5] [--json]
 
-The quickstart's teacher and student shapes, float32, AdamW with clipping, batches of 8 x 256 tokens of one text per row.
+The quickstart's teacher and student shapes, float32, AdamW with clipping, batches of 8 x 256 tokens, one text per row.
 The peer is transformers' LlamaForCausalLM with torch's fused AdamW (pip install -r benchmarks/requirements.txt). Both
 take turns; the best step of each counts. Decoding is benchmarks/decode.py at batch 4.
 """
@@ -90,7 +90,7 @@ def main() -> None:
     about = machine()
     print(', '.join(about.values()))
     print(f'{"":10}{"":12}{"jpt tok/s":>12}{"transformers":>14}{"ratio":>8}')
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, shape in shapes().items():
         runs = {'jpt': our_step(shape)}
         peer = peer_step(shape)
