@@ -15,7 +15,7 @@ def main() -> int:
     """Runs the blocks and returns how many failed; each page has an empty folder of its own as its output."""
     failures, count = 0, 0
     for page in [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]:
-        with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory() as out:  # stands for the out/ of the commands
             for block in BLOCK.findall(page.read_text()):
                 start = time.monotonic()
                 script = block.replace('out/', f'{out}/')
