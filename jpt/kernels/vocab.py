@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jpt.kernels.local import auto, auto_size, axis_index, axis_size, local, psum
+from jpt.kernels.local import auto, auto_size, axis_index, local, psum
 from jpt.kernels.parallel_attention import ROWS, SEQUENCE
 
 VOCAB = ('pipe', 'tensor')
@@ -20,8 +20,8 @@ def embed_lookup(table_VD, ids_BT, *, vocab_axes: tuple[str, ...] = VOCAB):
     """Rows of table [V, D] for int32 ids [B, T] -> [B, T, D] in the table's dtype.
 
     With rows cut over `vocab_axes` every shard looks up the ids it has and the results are added: the table is never
-    gathered. Where an outer shard_map holds one of these axes manual, the table is this shard's rows already and ids are
-    the same on all of them. The table's gradient is added up in at least float32; over axes that are manual outside
+    gathered. Where an outer shard_map holds one of these axes manual, the table is this shard's rows already and the
+    ids are the same on all of them. The table's gradient is added up in at least float32; over axes that are manual outside
     (data, context) it is this shard's part. An id outside the table gives zeros.
 
     Raises:

@@ -1,0 +1,163 @@
+"""Starts several real processes of one job on CPU, for tests; run as a script it is one of these processes.
+
+python processes.py COORDINATOR COUNT ID WORKDIR TASK: `train` takes a few steps of a tiny model on a mesh over all
+processes and prints its losses; any other task is a fault that process 1 (or, with `coordinator-`, process 0) has at
+step 3 of an endless job: `killed`, `stopped`, `stuck`, `raises`.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LOST_AFTER, STUCK_AFTER = 10.0, 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """One CPU device per process, and the test suite's compilation cache."""
+    quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+    cache = {
+        'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.pytest_cache' / 'jax'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.05',
+    }
+    return {**os.environ, **cache, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': quick, 'PYTHONPATH': str(ROOT)}
+
+
+class Job:
+    """The running processes of one job."""
+
+    def __init__(self, workdir: pathlib.Path, task: str, count: int = 2):
+        self.task = task
+        coordinator = f'127.0.0.1:{free_port()}'
+        self.running = [
+            subprocess.Popen(
+                [sys.executable, __file__, coordinator, str(count), str(index), str(workdir), task],
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(count)
+        ]
+
+    def result(self, index: int, timeout: float = 600) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a process, once it has ended."""
+        out, err = self.running[index].communicate(timeout=timeout)
+        return self.running[index].returncode, out, err
+
+    def kill(self) -> None:
+        for process in self.running:
+            process.kill()
+            process.communicate()
+
+
+def train(devices: list[Any] | None = None) -> list[float]:
+    """Losses of three steps of gradient descent on a tiny model, on a mesh over all devices, or over those given."""
+    import jax
+    import numpy as np
+
+    from jpt.data.batch import Batch
+    from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment
+    from jpt.models.transformer import init
+    from jpt.sharding.grads import loss_and_grads
+    from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
+    from jpt.sharding.plan import make_plan
+    from jpt.sharding.rules import shardings
+    from jpt.training.objective import language_modeling
+
+    cfg = ModelConfig('llama', 31, 8, 2, 1, 4, (Segment((LayerKind(Rope(), None, 16),), 2),), 32)
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 31, (2, 4, 8), dtype=np.int32)
+    positions = np.tile(np.arange(8, dtype=np.int32), (4, 1))
+    mask = (random.random((4, 8)) < 0.7).astype(np.float32)
+    batch = Batch(ids[0], ids[1], mask, positions, np.ones_like(positions))
+
+    mesh = make_mesh(MeshConfig(data=-1), devices)
+    shapes = jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: 0.3 * random.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    none = {'model': jax.tree.map(lambda _: None, params)}
+    plan = make_plan(mesh, {'model': cfg}, params, none)
+
+    def place(tree, places):
+        return jax.tree.map(
+            lambda leaf, where: jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index]), tree, places
+        )
+
+    @jax.jit
+    def step(params, batch):
+        total, grads, _ = loss_and_grads(language_modeling(cfg, Compute()), params, none, batch, plan)
+        return total, jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+
+    params, batch = place(params, shardings(mesh, plan.specs)), place(batch, batch_shardings(mesh, batch))
+    losses = []
+    for _ in range(3):
+        total, params = step(params, batch)
+        losses.append(float(total))
+    return losses
+
+
+def work_until_the_end(process: int, count: int, workdir: str, task: str) -> None:
+    """An endless job in which every step needs all processes, under a watchdog; one of them has a fault at step 3."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
+    from jpt.sharding.watchdog import Watchdog
+
+    mesh = make_mesh(MeshConfig(data=-1))
+    ones = np.ones((count, 1), np.float32)
+    at_fault = process == (0 if task.startswith('coordinator-') else 1)
+    with Watchdog(workdir, process, count, lost_after=LOST_AFTER, stuck_after=STUCK_AFTER) as watchdog:
+        x = jax.make_array_from_callback(ones.shape, batch_shardings(mesh, ones), lambda index: ones[index])
+        total = jax.jit(jnp.sum)
+        for step in range(10**9):
+            watchdog.beat(step, 'data')
+            if step == 3 and at_fault:
+                fault(task.removeprefix('coordinator-'))
+            watchdog.beat(step, 'step')
+            float(total(x))
+
+
+def fault(task: str) -> None:
+    if task == 'raises':
+        raise ValueError('malformed line 17')
+    if task == 'stuck':
+        threading.Event().wait()
+    os.kill(os.getpid(), {'killed': signal.SIGKILL, 'stopped': signal.SIGSTOP}[task])
+
+
+def main(coordinator: str, count: str, process: str, workdir: str, task: str) -> None:
+    from jpt.sharding.multihost import MultihostConfig, describe_process, join_processes
+
+    config = MultihostConfig(
+        enabled=True,
+        coordinator=coordinator,
+        num_processes=int(count),
+        process_id=int(process),
+        initialization_timeout=120,
+        lost_after=LOST_AFTER,
+        stuck_after=STUCK_AFTER,
+    )
+    join_processes(config)
+    print(describe_process(), flush=True)
+    if task == 'train':
+        print(json.dumps(train()), flush=True)
+    else:
+        work_until_the_end(int(process), int(count), workdir, task)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Two small models, a batch with everything in it, and one training step on any mesh."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpt.data.batch import Batch
+from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment, segments_of
+from jpt.models.transformer import forward, init, unembed
+from jpt.sharding.grads import loss_and_grads
+from jpt.sharding.layout import to_canonical_layout, to_device_layout
+from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
+from jpt.sharding.plan import make_plan
+from jpt.sharding.rules import shardings
+from jpt.training.freeze import partition
+from jpt.training.objective import language_modeling
+
+LOCAL, WHOLE = LayerKind(Rope(), 4, 24), LayerKind(Rope(1e6), None, 24)
+MODELS = {
+    # Seven equal layers; three KV heads and a vocabulary that no mesh divides.
+    'even': ModelConfig('llama', 50257, 16, 6, 3, 4, (Segment((LayerKind(Rope(), None, 24),), 7),), 64),
+    # Seven layers of period three, tied tables, norms after, soft caps.
+    'mixed': ModelConfig(
+        'gemma3_text',
+        53,
+        16,
+        4,
+        2,
+        4,
+        segments_of(((LOCAL, LOCAL, WHOLE) * 3)[:7], 3),
+        64,
+        qk_norm=True,
+        post_norms=True,
+        norm_offset=1.0,
+        attention_soft_cap=4.0,
+        logit_soft_cap=3.0,
+        tied=True,
+    ),
+}
+
+
+@functools.cache
+def canonical_params(model: str) -> Any:
+    """Random parameters as float64 numpy arrays, all about as large as an initializer would make the kernels."""
+    shapes = jax.eval_shape(functools.partial(init, MODELS[model]), jax.random.key(0))
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: 0.3 * random.normal(size=leaf.shape), shapes)
+
+
+def make_batch(vocab: int, dtype: Any = np.float64) -> Batch:
+    """[8, 8]: two documents and a token of padding per row; rows 2 and 3 without any loss, weights of all sizes."""
+    random = np.random.default_rng(2)
+    segments = np.tile([1, 1, 1, 2, 2, 2, 2, 0], (8, 1)).astype(np.int32)
+    positions = np.tile([0, 1, 2, 0, 1, 2, 3, 0], (8, 1)).astype(np.int32)
+    mask = (random.random((8, 8)) * (random.random((8, 8)) < 0.8) * (segments > 0)).astype(dtype)
+    mask[2:4] = 0
+    tokens, targets = random.integers(0, vocab, (2, 8, 8), dtype=np.int32)
+    return Batch(tokens, targets, mask, positions, segments)
+
+
+@functools.cache
+def reference(model: str) -> tuple[float, Any]:
+    """Loss and gradients in float64 from whole logits on one device, with nothing of jpt.sharding in the way."""
+    cfg, batch = MODELS[model], make_batch(MODELS[model].vocab_size)
+    compute = Compute('float64', attention='dense')
+
+    def loss(params):
+        hidden = forward(cfg, params, batch.tokens, batch.positions, batch.segment_ids, compute=compute).hidden_BTD
+        logp = jax.nn.log_softmax(unembed(cfg, params, hidden))
+        chosen = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+        return -jnp.sum(chosen * batch.loss_mask) / jnp.sum(batch.loss_mask)
+
+    total, grads = jax.jit(jax.value_and_grad(loss))(canonical_params(model))
+    return float(total), jax.tree.map(np.asarray, grads)
+
+
+class Step(NamedTuple):
+    """A compiled step with what it was compiled for, and its results in the canonical layout."""
+
+    run: Any  # (params, frozen, batch) -> (total, grads, sums), all in the device layout
+    plan: Any
+    params: Any
+    frozen: Any
+    batch: Batch
+    total: float
+    grads: Any
+    sums: Any
+
+
+def step_on(
+    model: str,
+    mesh: MeshConfig,
+    microbatches: int = 1,
+    *,
+    schedule: str = '1f1b',
+    chunks: int = 1,
+    remat: str = 'none',
+    dtype: str = 'float64',
+    frozen: tuple[str, ...] = (),
+) -> Step:
+    """One training step on eight devices."""
+    cfg, devices = MODELS[model], make_mesh(mesh)
+    objective = language_modeling(cfg, Compute(dtype, remat))
+    whole = jax.tree.map(lambda leaf: leaf.astype(dtype), canonical_params(model))
+    params, rest = partition(whole, frozen)
+    plan = make_plan(
+        devices,
+        {'model': cfg},
+        params,
+        {'model': rest},
+        num_microbatches=microbatches,
+        chunks=chunks,
+        schedule=schedule,
+        dtype=dtype,
+    )
+    place = functools.partial(to_device_layout, plan.layouts['model'])
+    params = jax.device_put(place(params), shardings(devices, plan.specs))
+    kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}
+    batch = make_batch(cfg.vocab_size, dtype)
+    batch = jax.device_put(batch, batch_shardings(devices, batch))
+    run = jax.jit(lambda params, kept, batch: loss_and_grads(objective, params, kept, batch, plan))
+    total, grads, sums = run(params, kept, batch)
+    home = to_canonical_layout(plan.layouts['model'], jax.tree.map(np.asarray, grads))
+    return Step(run, plan, params, kept, batch, float(total), home, sums)
+
+
+def worst_error(got: Any, wanted: Any) -> float:
+    """The largest relative error of a tensor, by its norm; leaves that `got` does not have are left out."""
+
+    def error(one, other):
+        if one is None:
+            return 0.0
+        return float(np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other))
+
+    return max(jax.tree.leaves(jax.tree.map(error, got, wanted, is_leaf=lambda leaf: leaf is None)))

@@ -1,0 +1,77 @@
+"""Several real processes on CPU, joined by jax.distributed: the same losses as one, and an end when one has a fault."""
+
+import json
+
+import jax
+import numpy as np
+import processes
+import pytest
+
+from jpt.sharding.multihost import LAUNCHERS, MultihostConfig, join_processes
+from jpt.sharding.watchdog import EXIT_CODE
+
+FAULTS = {
+    'killed': ['process 1 (host', 'has given no sign of life', 'dead or stopped'],
+    'stopped': ['process 1 (host', 'has given no sign of life', 'dead or stopped'],
+    # On a busy machine process 1 may find itself stuck first, and then says so.
+    'stuck': ['process 1 (host', 'no progress for'],
+    'raises': ['process 1 (host', 'ValueError: malformed line 17'],
+}
+
+
+@pytest.fixture(scope='module')
+def jobs(tmp_path_factory):
+    """All jobs at once: most of the time they wait."""
+    running = {task: processes.Job(tmp_path_factory.mktemp(task), task) for task in ('train', *FAULTS)}
+    yield running
+    for job in running.values():
+        job.kill()
+
+
+def test_two_processes_train_to_the_losses_of_one(jobs):
+    results = [jobs['train'].result(index) for index in (0, 1)]
+    assert [code for code, _, _ in results] == [0, 0], results[0][2] + results[1][2]
+    for index, (_, out, _) in enumerate(results):
+        assert out.startswith(f'process {index} of 2, devices [')
+    both = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert both[0] == both[1]
+    alone = processes.train(jax.devices()[:1])
+    np.testing.assert_allclose(both[0], alone, rtol=1e-5)
+    assert alone[2] < alone[0]
+
+
+@pytest.mark.parametrize('task', FAULTS)
+def test_a_fault_in_one_process_ends_the_other_with_its_name(jobs, task):
+    code, _, message = jobs[task].result(0)
+    assert code == EXIT_CODE, message
+    for word in FAULTS[task]:
+        assert word in message
+
+
+def test_nothing_is_joined_unless_asked():
+    join_processes(MultihostConfig())
+    assert jax.process_count() == 1
+
+
+def test_without_a_launcher_the_place_must_be_given(monkeypatch):
+    for variable in LAUNCHERS:
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(RuntimeError, match=r'no launcher was recognized \(Slurm, Open MPI, Kubernetes\)'):
+        join_processes(MultihostConfig(enabled=True))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'words'),
+    [
+        ({'coordinator': 'host:1'}, ['expected all three', 'num_processes=None']),
+        ({'coordinator': 'host', 'num_processes': 2, 'process_id': 0}, ["coordinator='host'", 'host:port']),
+        ({'initialization_timeout': 0}, ['initialization_timeout=0']),
+        ({'lost_after': -1.0}, ['lost_after=-1.0', 'positive']),
+        ({'stuck_after': -1.0}, ['stuck_after=-1.0']),
+    ],
+)
+def test_settings_that_do_not_hold(fields, words):
+    with pytest.raises(ValueError) as error:
+        MultihostConfig(**fields)
+    for word in words:
+        assert word in str(error.value)
