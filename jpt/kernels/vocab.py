@@ -21,8 +21,8 @@ def embed_lookup(table_VD, ids_BT, *, vocab_axes: tuple[str, ...] = VOCAB):
 
     With rows cut over `vocab_axes` every shard looks up the ids it has and the results are added: the table is never
     gathered. Where an outer shard_map holds one of these axes manual, the table is this shard's rows already and the
-    ids are the same on all of them. The table's gradient is added up in at least float32; over axes that are manual outside
-    (data, context) it is this shard's part. An id outside the table gives zeros.
+    ids are the same on all of them. The table's gradient is added up in at least float32; over axes that are manual
+    outside (data, context) it is this shard's part. An id outside the table gives zeros.
 
     Raises:
       ValueError: a table whose rows do not divide over the axes.
