@@ -42,10 +42,10 @@ def get_config() -> ConfigDict:
             'data': {'paths': ('stdlib:train',), 'packing': 'concat', 'window_rows': 16384},
             'eval': {'data': {'paths': ('stdlib:held_out',), 'packing': 'concat'}},
             'batch': {'size': 8, 'length': 256},
-            'steps': 500,
+            'steps': 300,
             'optimizer': {'name': 'muon'},
             'schedule': {'kind': 'linear', 'lr': 8e-3, 'warmup': 20},
-            'checkpoint': {'every': 100, 'keep': 1},
+            'checkpoint': {'every': 50, 'keep': 1},
             'compare': {'prompts': ('def read_lines(path):\n    """', 'class Stack:\n    '), 'sample_tokens': 64},
         },
     )

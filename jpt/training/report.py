@@ -103,7 +103,7 @@ def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
 
 
 def save_curves(path: Path, curves: Mapping[str, Curve], teacher_loss: float, title: str = '') -> None:
-    """Writes a PNG of loss over tokens, one line per model, with the teacher's held-out loss as a dashed line."""
+    """Writes a PNG of loss over tokens, one line per model, and the teacher's held-out loss as a dashed line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -112,9 +112,9 @@ def save_curves(path: Path, curves: Mapping[str, Curve], teacher_loss: float, ti
     axes = figure.add_subplot()
     for name, curve in curves.items():
         axes.plot([tokens / 1e6 for tokens in curve.tokens], curve.values, label=name, linewidth=1.6)
-    axes.axhline(teacher_loss, color='0.4', linestyle='--', linewidth=1.2, label='teacher')
+    axes.axhline(teacher_loss, color='0.4', linestyle='--', linewidth=1.2, label='teacher, on held-out text')
     axes.set_xlabel('training tokens, millions')
-    axes.set_ylabel('loss, nats per token')
+    axes.set_ylabel('training loss, nats per token')
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
