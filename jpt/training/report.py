@@ -58,7 +58,7 @@ def verdict(distilled: Scores, scratch: Scores) -> str:
     word = 'better' if gain > 0 else 'worse'
     return (
         f'On the same tokens, {distilled.model} is {word} than {scratch.model} by {abs(gain):.4f} nats per token '
-        f'(KL to the teacher {kl:+.4f} lower, agreement {agreement:+.2f} points).'
+        f'(KL to the teacher {"lower" if kl > 0 else "higher"} by {abs(kl):.4f}, agreement {agreement:+.2f} points).'
     )
 
 

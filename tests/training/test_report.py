@@ -27,7 +27,7 @@ def test_table_has_a_row_per_model_and_equal_widths():
 def test_verdict_says_which_way_it_went():
     good = report.verdict(DISTILLED, SCRATCH)
     assert 'distilled is better than from scratch by 0.2500 nats' in good
-    assert '+0.2500 lower' in good
+    assert 'lower by 0.2500' in good
     assert '+12.50 points' in good
     bad = report.verdict(SCRATCH._replace(model='distilled'), DISTILLED._replace(model='from scratch'))
     assert 'worse' in bad
