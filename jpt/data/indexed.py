@@ -93,6 +93,7 @@ class IndexedWriter:
         self._bin: IO[bytes] | None = None
 
     def __enter__(self) -> 'IndexedWriter':
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
         Path(f'{self.prefix}.idx').unlink(missing_ok=True)
         self._bin = Path(f'{self.prefix}.bin').open('wb')
         return self

@@ -51,11 +51,11 @@ def test_writing_bytes_by_hand(tmp_path):
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     assert [token_dtype(n) for n in (257, 65499, 65500, 151936)] == [np.uint16, np.uint16, np.int32, np.int32]
-    with IndexedWriter(tmp_path / 'x', vocab_size=151936) as writer:
+    with IndexedWriter(tmp_path / 'new' / 'x', vocab_size=151936) as writer:
         writer.add([151935])
-    assert (tmp_path / 'x.bin').read_bytes() == b'\x7f\x51\x02\x00'
-    assert (tmp_path / 'x.idx').read_bytes()[17] == 4
-    assert IndexedDataset(tmp_path / 'x')[0].tolist() == [151935]
+    assert (tmp_path / 'new' / 'x.bin').read_bytes() == b'\x7f\x51\x02\x00'
+    assert (tmp_path / 'new' / 'x.idx').read_bytes()[17] == 4
+    assert IndexedDataset(tmp_path / 'new' / 'x')[0].tolist() == [151935]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
