@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jpt.kernels.local import auto, auto_size, axis_size, local, platform, psum
 from jpt.kernels.parallel_attention import ROWS, SEQUENCE
 from jpt.kernels.token_losses import TokenLoss, VocabShard
-
-VOCAB = ('pipe', 'tensor')
+from jpt.kernels.vocab import VOCAB
 
 
 class _Rule(NamedTuple):

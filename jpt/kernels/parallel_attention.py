@@ -148,8 +148,8 @@ def _attend(options: Options, q_BTNH, k_BSKH, v_BSKH, sinks_N, places: Places):
 
 def _attend_fwd(options: Options, q_BTNH, k_BSKH, v_BSKH, sinks_N, places: Places):
     out, lse = _attend(options, q_BTNH, k_BSKH, v_BSKH, sinks_N, places)
-    # Named, so that a remat policy can keep these two and not run the forward again.
-    out, lse = checkpoint_name(out, 'attention_out'), checkpoint_name(lse, 'attention_lse')
+    # Named as the model names what attention puts out: a remat policy that keeps it need not run the forward again.
+    out, lse = checkpoint_name(out, 'attention'), checkpoint_name(lse, 'attention')
     return out, (q_BTNH, k_BSKH, v_BSKH, sinks_N, places, out, lse)
 
 

@@ -1,5 +1,7 @@
 """Our attention against float64 numpy, with every option in company of the others, and what it must never do."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,33 @@ def sizes_in(jaxpr):
             inner = getattr(value, 'jaxpr', value)
             if hasattr(inner, 'eqns'):
                 yield from sizes_in(inner)
+
+
+def operations_in(jaxpr):
+    """Names of the operations of a jaxpr, those inside loops and branches too."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
+            inner = getattr(value, 'jaxpr', value)
+            if hasattr(inner, 'eqns'):
+                yield from operations_in(inner)
+
+
+def test_a_remat_policy_can_keep_what_the_backward_needs():
+    """Two loops over tiles, forward and backward; a third where the forward has to run again."""
+    places = Places(*[np.ones((B, T), np.int32)] * 4)
+    options = Options(Scores(Mask(), SCALE))
+
+    def loops(policy):
+        @partial(jax.checkpoint, policy=policy)
+        def layer(q):
+            return parallel_attention(options, q, q, q, None, places)
+
+        jaxpr = jax.make_jaxpr(jax.grad(lambda q: layer(q).sum()))(jnp.ones((B, T, 2, H)))
+        return list(operations_in(jaxpr.jaxpr)).count('scan')
+
+    assert loops(jax.checkpoint_policies.nothing_saveable) == 3
+    assert loops(jax.checkpoint_policies.save_only_these_names('attention')) == 2
 
 
 def test_no_array_of_all_pairs_at_32k():
