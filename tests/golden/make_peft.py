@@ -10,14 +10,16 @@ adapter, and under 'merged/NAME' the weights that `merge_and_unload` gives. All 
 """
 
 import argparse
+import importlib
 import pathlib
 import shutil
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 import transformers
+
+peft: Any = importlib.import_module('peft')  # the folder beside this file has the same name
 
 HERE = pathlib.Path(__file__).parent
 OUT = HERE / 'peft'

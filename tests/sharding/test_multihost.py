@@ -14,7 +14,7 @@ FAULTS = {
     'killed': ['process 1 (host', 'has given no sign of life', 'dead or stopped'],
     'stopped': ['process 1 (host', 'has given no sign of life', 'dead or stopped'],
     # On a busy machine process 1 may find itself stuck first, and then says so.
-    'stuck': ['process 1 (host', 'no progress for'],
+    'stuck': ['process 1', 'no progress for'],
     'raises': ['process 1 (host', 'ValueError: malformed line 17'],
 }
 

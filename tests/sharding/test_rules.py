@@ -21,6 +21,7 @@ from jpt.sharding.rules import (
     logical_axes,
     param_specs,
     state_specs,
+    storage_specs,
     units_of,
     used_axes,
 )
@@ -159,6 +160,27 @@ def test_optimizer_state_lies_as_its_parameters():
     assert got['moments'][0] == specs
     assert got['moments'][1]['embed']['embedding'] == {'codes': P('tensor', 'fsdp'), 'scale': P('tensor', None)}
     assert got['statistics']['embed']['embedding'] == P()
+
+
+def test_what_is_saved_lies_on_all_devices_that_divide_it():
+    rules = Rules(SIZES | {'pipe': 4}, Units(6, 3))
+    tree = {
+        'mu': {
+            'embed': {'embedding': jnp.zeros((50257, 8))},
+            'lm_head': {'kernel': jnp.zeros((50256, 8))},
+            'layers': [[{'mlp': {'up': {'kernel': jnp.zeros((8, 12, 6))}, 'down': {'kernel': jnp.zeros((7, 8, 12))}}}]],
+            'final_norm': {'scale': jnp.zeros(6)},
+        },
+        'updates': jnp.zeros(()),
+    }
+    got = storage_specs(tree, rules)
+    assert got['mu']['embed']['embedding'] == P(None, ('fsdp', 'pipe'))
+    assert got['mu']['lm_head']['kernel'] == P(('pipe', 'tensor'), 'fsdp')
+    layer = got['mu']['layers'][0][0]['mlp']
+    assert layer['up']['kernel'] == P('pipe', 'tensor', 'fsdp')
+    assert layer['down']['kernel'] == P(None, ('fsdp', 'pipe'), 'tensor')
+    assert got['mu']['final_norm']['scale'] == P(None)
+    assert got['updates'] == P()
 
 
 def test_specs_are_cut_down_to_some_axes():

@@ -58,13 +58,13 @@ def toy(on_stage=lambda: None):
 
 def toy_params():
     random = np.random.default_rng(0)
-    layer = {'up': {'kernel': (LAYERS, 32, WIDTH)}, 'down': {'kernel': (LAYERS, WIDTH, 32)}}
-    shapes = {
-        'embed': {'embedding': (VOCAB, WIDTH)},
-        'layers': [[{'mlp': layer}]],
-        'lm_head': {'kernel': (VOCAB, WIDTH)},
-    }
-    draw = lambda shape: 0.2 * random.normal(size=shape).astype(np.float32)  # noqa: E731
+    mlp = {'up': {'kernel': (LAYERS, 32, WIDTH)}, 'down': {'kernel': (LAYERS, WIDTH, 32)}}
+    table = (VOCAB, WIDTH)
+    shapes = {'embed': {'embedding': table}, 'layers': [[{'mlp': mlp}]], 'lm_head': {'kernel': table}}
+
+    def draw(shape):
+        return 0.2 * random.normal(size=shape).astype(np.float32)
+
     return jax.tree.map(draw, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
