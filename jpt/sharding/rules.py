@@ -180,6 +180,42 @@ def state_specs(state: Any, params: Any, specs: Any, sizes: Mapping[str, int]) -
     return jax.tree_util.tree_map_with_path(spec_of, state)
 
 
+def storage_specs(tree: Any, rules: Rules) -> Any:
+    """How a tree in the canonical layout lies on a mesh while it is saved or restored: over all devices that divide it.
+
+    The tree may be a whole training state. A dimension takes the mesh axes of its rule as far as they divide it, and
+    `pipe`, which divides layers only in the device layout, goes to the first dimension that it divides. What has no
+    rule is replicated. Nothing is computed in this layout, so nothing can collide.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _storage_spec(path_keys(path), tuple(leaf.shape), rules), tree
+    )
+
+
+def _storage_spec(keys: Keys, shape: tuple[int, ...], rules: Rules) -> P:
+    try:
+        axes = logical_axes(keys, rules.logical_axes)
+    except ValueError:
+        return P()
+    if len(axes) > len(shape):
+        return P()
+    free = {axis: size for axis, size in rules.sizes.items() if size > 1}
+    parts: list[tuple[str, ...]] = []
+    for axis, size in zip((None,) * (len(shape) - len(axes)) + axes, shape, strict=True):
+        part: tuple[str, ...] = ()
+        for mesh_axis in rules.mesh_axes[axis] if axis is not None else ():
+            if mesh_axis in free and size % (_ways(part, rules.sizes) * free[mesh_axis]) == 0:
+                part = (*part, mesh_axis)
+                del free[mesh_axis]
+        parts.append(part)
+    if 'pipe' in free:
+        for dim, size in enumerate(shape):
+            if size % (_ways(parts[dim], rules.sizes) * free['pipe']) == 0:
+                parts[dim] = (*parts[dim], 'pipe')
+                break
+    return P(*(part[0] if len(part) == 1 else (part or None) for part in parts))
+
+
 def _spec_at(keys: Keys, known: Mapping[Keys, P]) -> P | None:
     for start in range(len(keys)):
         for end in range(len(keys), start, -1):
