@@ -10,8 +10,8 @@ import pytest
 from jpt.sharding.multihost import LAUNCHERS, MultihostConfig, join_processes
 from jpt.sharding.watchdog import EXIT_CODE
 
-# Whether a process counts as dead or as stuck depends on how far the others saw it come; test_watchdog.py in this folder
-# holds the verdicts one by one. Here it must be named, in time, by real processes.
+# Whether a process counts as dead or as stuck depends on how far the others saw it come; test_watchdog.py beside this
+# file holds the verdicts one by one. Here it must be named, in time, by real processes.
 FAULTS = {
     'killed': ['process 1'],
     'stopped': ['process 1'],
