@@ -1,7 +1,6 @@
 """The plan of a step: how parameters, batch and layers are divided over a mesh, and what it says to the user."""
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jpt.models.config import ModelConfig
 from jpt.sharding.layout import Layout, make_layout, to_device_layout
-from jpt.sharding.rules import Rules, map_specs, param_specs, units_of, used_axes
+from jpt.sharding.rules import Rules, param_specs, units_of
 
 Tree = Any
 
@@ -71,12 +70,3 @@ def _specs_of(layout: Layout, rules: Rules, tree: Tree) -> Tree:
 
 def _union(one: Tree, other: Tree) -> Tree:
     return jax.tree.map(lambda a, b: b if a is None else a, one, other, is_leaf=lambda leaf: leaf is None)
-
-
-def bytes_per_device(mesh: Mesh, tree: Tree, specs: Tree) -> int:
-    """Bytes that one device holds of a tree (arrays or ShapeDtypeStructs) under these specs."""
-
-    def held(spec: Any, leaf: Any) -> int:
-        return math.prod(leaf.shape) * leaf.dtype.itemsize // math.prod(mesh.shape[axis] for axis in used_axes(spec))
-
-    return sum(jax.tree.leaves(map_specs(held, specs, tree)))
