@@ -36,15 +36,37 @@ CASES = {
 }
 
 
-def with_gradients(options):
-    """(q, k, v, sinks, places, dout) -> (out, gradients), one program."""
+def drawn(case):
+    """Operands (q, k, v, sinks), their cotangent and places of one case; row 1 is nothing but padding."""
+    rng = np.random.default_rng(7)
+    positions, segments = packed_places(rng, B, T, segments=3, padding=2)
+    segments[1] = 0
+    (N, K), dtype = case['heads'], jnp.dtype(case.get('dtype', 'float64'))
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, Hv), (B, T, N, Hv))
+    q, k, v, dout = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    sinks = rng.standard_normal(N).astype(dtype) if case.get('sinks') else None
+    return (q, k, v, sinks), dout, Places(positions, positions, segments, segments)
+
+
+def options_of(case):
+    return Options(Scores(Mask(**case.get('mask', {})), SCALE, case.get('soft_cap')), tile=Tile(*case['tile']))
+
+
+@pytest.fixture(scope='module')
+def results():
+    """Outputs and gradients of all cases, from one program."""
 
     @jax.jit
-    def run(q, k, v, sinks, places, dout):
-        out, pull = jax.vjp(lambda *args: parallel_attention(options, *args, places), q, k, v, sinks)
-        return out, pull(dout)
+    def run(operands):
+        found = {}
+        for name, (arrays, dout, places) in operands.items():
+            attend = partial(parallel_attention, options_of(CASES[name]))
+            out, pull = jax.vjp(lambda *args, attend=attend, places=places: attend(*args, places), *arrays)
+            found[name] = out, pull(dout)
+        return found
 
-    return run
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, run({name: drawn(case) for name, case in CASES.items()}))
 
 
 def assert_close(found, expected, tolerance):
@@ -55,24 +77,16 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_output_and_gradients_equal_numpy(name):
-    case = {'mask': {}, 'soft_cap': None, 'sinks': False, 'dtype': 'float64', **CASES[name]}
-    dtype, (N, K) = case['dtype'], case['heads']
-    rng = np.random.default_rng(7)
-    positions, segments = packed_places(rng, B, T, segments=3, padding=2)
-    segments[1] = 0  # a row of nothing but padding
-    places = (positions, positions, segments, segments)
-    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, Hv), (B, T, N, Hv))
-    q, k, v, dout = (rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
-    sinks = rng.standard_normal(N).astype(jnp.dtype(dtype)) if case['sinks'] else None
-    with jax.enable_x64(True):
-        options = Options(Scores(Mask(**case['mask']), SCALE, case['soft_cap']), tile=Tile(*case['tile']))
-        out, grads = with_gradients(options)(q, k, v, sinks, Places(*places), dout)
-    expected, gradients = attention_and_gradients(q, k, v, dout, places, SCALE, case['soft_cap'], sinks, **case['mask'])
-    count = 4 if case['sinks'] else 3
-    assert {x.dtype for x in (out, *grads[:count])} == {jnp.dtype(dtype)}
-    assert_close([out, *grads[:count]], [expected, *gradients[:count]], TOLERANCE[dtype])
-    assert np.all(np.asarray(out, np.float64)[segments == 0] == 0), 'padding must attend to nothing'
+def test_output_and_gradients_equal_numpy(name, results):
+    case = CASES[name]
+    (q, k, v, sinks), dout, places = drawn(case)
+    out, grads = results[name]
+    mask = case.get('mask', {})
+    expected, gradients = attention_and_gradients(q, k, v, dout, places, SCALE, case.get('soft_cap'), sinks, **mask)
+    count = 3 if sinks is None else 4
+    assert {x.dtype for x in (out, *grads[:count])} == {q.dtype}
+    assert_close([out, *grads[:count]], [expected, *gradients[:count]], TOLERANCE[q.dtype.name])
+    assert np.all(out[places.q_segments == 0] == 0), 'padding must attend to nothing'
 
 
 def test_numpy_gradients_are_finite_differences():
@@ -106,17 +120,17 @@ def test_blocks_that_no_query_sees_are_not_touched():
     length, block = 32, 8
     positions = np.tile(np.arange(16, dtype=np.int32), 2)[None]
     segments = np.repeat([1, 2], 16).astype(np.int32)[None]
-    q, k, v = (np.ones((1, length, 1, 4), np.float32) for _ in range(3))
-    v[:, 8:] = np.nan  # behind the first block of queries (causal), and another document
-    options = Options(Scores(Mask(), 1.0), tile=Tile(1, block, block))
     places = Places(positions, positions, segments, segments)
-    out = np.asarray(jax.jit(lambda: parallel_attention(options, q, k, v, None, places))())
+    options = Options(Scores(Mask(), 1.0), tile=Tile(1, block, block))
+    ones = np.ones((1, length, 1, 4), np.float32)
+    run = jax.jit(lambda v: parallel_attention(options, ones, ones, v, None, places))
+    behind, before = ones.copy(), ones.copy()
+    behind[:, 8:] = np.nan  # behind the first block of queries, and another document
+    out = np.asarray(run(behind))
     np.testing.assert_allclose(out[0, :8], 1, rtol=1e-6)
     assert np.isnan(out[0, 8:]).all()
-    v[:] = 1
-    v[:, :16] = np.nan  # the second document never reads the first
-    out = np.asarray(jax.jit(lambda: parallel_attention(options, q, k, v, None, places))())
-    np.testing.assert_allclose(out[0, 16:], 1, rtol=1e-6)
+    before[:, :16] = np.nan  # the second document never reads the first
+    np.testing.assert_allclose(np.asarray(run(before))[0, 16:], 1, rtol=1e-6)
 
 
 def sizes_in(jaxpr):
@@ -150,7 +164,8 @@ def test_a_remat_policy_can_keep_what_the_backward_needs():
         def layer(q):
             return parallel_attention(options, q, q, q, None, places)
 
-        jaxpr = jax.make_jaxpr(jax.grad(lambda q: layer(q).sum()))(jnp.ones((B, T, 2, H)))
+        q = jax.ShapeDtypeStruct((B, T, 2, H), jnp.float32)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda q: layer(q).sum()))(q)
         return list(operations_in(jaxpr.jaxpr)).count('scan')
 
     assert loops(jax.checkpoint_policies.nothing_saveable) == 3

@@ -51,7 +51,8 @@ def test_shards_are_numbered_as_the_array_is_cut():
     rows = P(('pipe', 'tensor'))
     x = np.tile(np.arange(16.0, dtype=np.float32)[:, None], (1, 3))
     with jax.set_mesh(mesh()):
-        offsets, sums = jax.jit(local(shard, (P(('pipe', 'data', 'tensor'), 'context'),), (rows, rows), AXES))(x)
+        run = jax.jit(local(shard, (P(('pipe', 'data', 'tensor'), 'context'),), (rows, rows), AXES))
+        offsets, sums = map(np.asarray, run(x))
     np.testing.assert_array_equal(offsets, np.tile([0, 1], 8))
     # The first rows of the shards are 0, 2, ..., 14; those of the first pipe index 0, 2, 4, 6.
     np.testing.assert_array_equal(sums[0], [56, 12, 14, 0])
