@@ -6,10 +6,11 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 # The programs of the tests are tiny: little optimization, and a cache for the next run of the suite.
 QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 PATIENT = '--xla_cpu_collective_call_terminate_timeout_seconds=600'  # a busy machine is not a deadlock
-# Collectives between virtual devices block a thread each, and XLA may start two at once on a device: with one thread per
-# device, half of the devices can wait in one collective and half in the other for ever.
+# Collectives between virtual devices block a thread each, and XLA may start two at once on a device: with one thread
+# per device, half of the devices can wait in one collective and half in the other for ever.
 os.environ['PJRT_NPROC'] = '32'
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8 {QUICK} {PATIENT}'
+DEVICES = '--xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES} {QUICK} {PATIENT}'
 
 import pathlib  # noqa: E402
 
