@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else '')
     parser.add_argument('--data', type=Path, default=ROOT.parent / 'shared' / 'data')
     parser.add_argument('--tokenizer', type=Path, help='model folder; default: jpt-bpe-8k of the data folder, or ours')
-    parser.add_argument('--seq-len', type=int, nargs='+', default=[1024, 2048])
+    parser.add_argument('--seq-len', type=int, nargs='+', default=[512, 1024, 2048])
     parser.add_argument('--corpora', nargs='+', help='names, such as stdlib tinystories; default all')
     parser.add_argument('--json', action='store_true')
     options = parser.parse_args()

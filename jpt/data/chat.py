@@ -5,6 +5,7 @@ conversation turn by turn: what the template writes up to the generation prompt 
 """
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,8 +46,18 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message, Mapping) or not isinstance(message.get('role'), str):
             raise ValueError(f'messages[{i}]: expected an object with "role" and "content", found {_short(message)}')
         content = message.get('content')
-        if not isinstance(content, str) and not (content is None and message.get('tool_calls')):
-            raise ValueError(f'messages[{i}].content: expected a string, found {_short(content)}')
+        if isinstance(content, list):
+            others = [part for part in content if not _is_text_part(part)]
+            if others:
+                raise ValueError(
+                    f'messages[{i}].content: expected parts {{"type": "text", "text": ...}} only, found '
+                    f'{_short(others[0])}; images and sound are not read here'
+                )
+        elif not isinstance(content, str) and not (content is None and message.get('tool_calls')):
+            raise ValueError(
+                f'messages[{i}].content: expected a string, a list of text parts, or null beside tool_calls, found '
+                f'{_short(content)}'
+            )
         weight = message.get('weight', 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float('inf'):
             raise ValueError(f'messages[{i}].weight: expected a number of at least 0, found {_short(weight)}')
@@ -83,8 +94,8 @@ def render_chat(
     **variables: Any,
 ) -> RenderedChat:
     """The first half of `encode_chat`: the text, and where its answers are."""
-    messages = list(messages)
-    check_messages(messages)
+    check_messages(messages := list(messages))
+    messages = [_as_templates_expect(message, f'messages[{i}]') for i, message in enumerate(messages)]
     weights = [float(m.get('weight', 1)) for m in messages if m['role'] == 'assistant']
     text, spans = template.render_spans(messages, tools=tools, **variables)
     if not template.marks_generation:
@@ -216,6 +227,39 @@ def _without_space(
         if text[start:end].strip():
             break
     return answer
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get('type') == 'text' and isinstance(part.get('text'), str)
+
+
+def _as_templates_expect(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """The message in the form that templates of text models are written for.
+
+    They add content to strings, so a list of text parts is joined; and they write the arguments of a tool call as JSON
+    themselves, so OpenAI's JSON text is read first (vLLM does both, and what is trained must be what is served).
+    Raises ValueError, with the place of the message, for arguments that are text but not JSON.
+    """
+    changes: dict[str, Any] = {}
+    if isinstance(message.get('content'), list):
+        changes['content'] = ''.join(part['text'] for part in message['content'])
+    calls = message.get('tool_calls')
+    if isinstance(calls, list):
+        changes['tool_calls'] = [_with_read_arguments(call, f'{place}.tool_calls[{i}]') for i, call in enumerate(calls)]
+    return {**message, **changes}
+
+
+def _with_read_arguments(call: Any, place: str) -> Any:
+    if not isinstance(call, Mapping) or not isinstance(function := call.get('function'), Mapping):
+        return call
+    arguments = function.get('arguments')
+    if not isinstance(arguments, str):
+        return call
+    try:
+        read = json.loads(arguments) if arguments.strip() else {}
+    except ValueError as error:
+        raise ValueError(f'{place}.function.arguments: not JSON: {_short(arguments)}: {error}') from error
+    return {**call, 'function': {**function, 'arguments': read}}
 
 
 def _common(a: str, b: str) -> int:

@@ -38,6 +38,9 @@ class DataConfig:
 
     packing: str = 'best_fit'
     """'best_fit': whole documents side by side. 'concat': end to end, cut where a row ends. 'none': one to a row."""
+    least_fill: float = 0.995
+    """Of best_fit, for texts: where whole documents fill less of the rows than this, as few as needed are cut. 0: none.
+    Conversations are never cut for it, nor texts where long_documents says that none is to be split."""
     long_documents: str = ''
     """What is longer than a row: 'split', 'truncate', 'drop' (all counted) or 'error'. Empty: split texts only."""
     malformed: str = 'error'
@@ -65,6 +68,7 @@ class DataConfig:
         require('packing', self.kind == 'text' or self.packing != 'concat', "best_fit or none with kind='chat'")
         splits = self.long_documents in ('', 'split') or self.packing != 'concat'
         require('long_documents', splits, "split, or empty, with packing='concat', which cuts every document")
+        require('least_fill', 0 <= self.least_fill <= 1, 'a number from 0 to 1')
         require('window_rows', self.window_rows >= 1, 'at least 1')
         require('prefetch', self.prefetch >= 0, 'at least 0')
         try:
@@ -76,6 +80,12 @@ class DataConfig:
     def is_chat(self) -> bool:
         """Whether records are conversations."""
         return self.kind == 'chat'
+
+    @property
+    def cut_until(self) -> float:
+        """The share of the rows that must be filled; 0 where no document that fits a row may be cut."""
+        may_cut = self.packing == 'best_fit' and not self.is_chat and self.long_policy == 'split'
+        return self.least_fill if may_cut else 0.0
 
     @property
     def fields(self) -> Fields:

@@ -6,6 +6,7 @@ attention crosses a row. The plan is the same wherever it is computed, so hosts 
 """
 
 import bisect
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -49,17 +50,43 @@ def pack_best_fit(lengths: Lengths, seq_len: int) -> list[Row]:
     return sorted(sorted(row) for row in rows)
 
 
+def cut_to_fill(rows: Sequence[Row], seq_len: int, least: float) -> list[Row]:
+    """Packed rows of which at least the share `least` is filled, or as many as the tokens allow: the last row is open.
+
+    Whole documents cannot always fill rows: at most two that are longer than a third of a row share one, and none
+    shares it with one longer than two thirds, so n(1/3 .. 2/3) / 2 + n(above 2/3) rows are needed at least; the linear
+    program over all ways to fill a row (Gilmore and Gomory 1961) says more. The documents of the emptiest rows are laid
+    end to end and cut where a row ends; of as few rows as that takes, since each of them costs about one cut.
+    """
+    filled = np.array([sum(piece.length for piece in row) for row in rows], np.int64)
+    total = int(filled.sum())
+    most = max(-(-total // seq_len), math.floor(total / (least * seq_len))) if least > 0 else len(rows)
+    if len(rows) <= most:
+        return list(rows)
+    order = np.argsort(filled, kind='stable')
+    emptied = np.cumsum(filled[order])
+    after = len(rows) - np.arange(1, len(rows) + 1) + -(-emptied // seq_len)  # rows that there are in the end
+    count = int(np.argmax(after <= most)) + 1
+    joined = end_to_end(sorted(piece for i in order[:count] for piece in rows[i]), seq_len)
+    return sorted([*(rows[i] for i in order[count:]), *joined])
+
+
 def pack_concat(lengths: Lengths, seq_len: int) -> list[Row]:
     """All documents one after another, cut every seq_len positions: every row but the last one is full."""
+    return end_to_end((Piece(document, 0, int(length)) for document, length in enumerate(lengths)), seq_len)
+
+
+def end_to_end(pieces: Iterable[Piece], seq_len: int) -> list[Row]:
+    """Pieces one after another, cut where a row ends."""
     rows: list[Row] = []
     free = 0
-    for document, length in enumerate(lengths):
-        start = 0
-        while start < length:
+    for document, start, length in pieces:
+        end = start + length
+        while start < end:
             if not free:
                 rows.append([])
                 free = seq_len
-            taken = min(free, int(length) - start)
+            taken = min(free, end - start)
             rows[-1].append(Piece(document, start, taken))
             start, free = start + taken, free - taken
     return rows

@@ -1,5 +1,6 @@
 """What a source gives: a text, a conversation, or token ids; and the errors that say which line is malformed."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def make_record(row: Any, fields: Fields, chat: bool, place: str) -> Record:
     texts = [row[key] for key in record_keys(fields, chat)]
     if chat and not fields.prompt:
         check_chat(row[fields.messages], place)
-        return Chat(row[fields.messages], row.get('tools'))
+        return Chat(row[fields.messages], read_tools(row.get('tools'), place))
     for key, text in zip(record_keys(fields, chat), texts, strict=True):
         if not isinstance(text, str):
             raise DataError(place, f'{key!r}: expected a string, found {type(text).__name__}')
@@ -74,6 +75,21 @@ def check_chat(messages: Any, place: str) -> None:
         check_messages(messages)
     except ValueError as error:
         raise DataError(place, str(error)) from error
+
+
+def read_tools(tools: Any, place: str) -> Sequence[Mapping[str, Any]] | None:
+    """The JSON schemas of a conversation's tools; also from JSON text, as parquet files often hold them.
+
+    Raises DataError at `place` where they are neither.
+    """
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise DataError(place, f"'tools' is text, but not JSON: {error}") from error
+    if tools is None or (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        return tools or None
+    raise DataError(place, f"'tools': expected a list of objects, found {type(tools).__name__}")
 
 
 def check_unicode(text: str, place: str) -> None:

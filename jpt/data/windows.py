@@ -16,10 +16,10 @@ import numpy as np
 from jpt.data.blend import Order, derive_seed, permutation
 from jpt.data.chat import ChatTokens, RenderedChat, encode_rendered, render_chat
 from jpt.data.config import DataConfig
-from jpt.data.packing import PACKINGS, Row
+from jpt.data.packing import PACKINGS, Row, cut_to_fill
 from jpt.data.records import Chat, DataError, Record, check_unicode
 from jpt.data.sources import Source
-from jpt.data.template import ChatTemplate, TemplateError
+from jpt.data.template import ChatTemplate
 from jpt.data.tokenizer import Tokenizer
 
 BLOCK = 256  # documents whose sizes are looked up at once
@@ -82,6 +82,8 @@ class WindowReader:
         documents, places = self._documents(source, index, counts)
         lengths = [self._length(document, place, counts) for document, place in zip(documents, places, strict=True)]
         rows = PACKINGS[self.config.packing](lengths, self.seq_len)
+        rows = cut_to_fill(rows, self.seq_len, self.config.cut_until)
+        counts['split'] = len({piece.document for row in rows for piece in row if piece.start})
         if self._shuffle:  # best fit puts long documents first
             rows = [rows[i] for i in permutation(len(rows), derive_seed('rows', self._seed, position))]
         given = np.asarray(taken) + np.bincount(source, minlength=len(self.sources))
@@ -159,7 +161,7 @@ class WindowReader:
             raise DataError(place, "not a conversation, which kind='chat' needs")
         try:
             chat = render_chat(self.tokenizer, template, record.messages, tools=record.tools)
-        except TemplateError as error:
+        except ValueError as error:  # also a TemplateError
             raise DataError(place, str(error)) from error
         check_unicode(chat.text, place)
         return chat
@@ -180,7 +182,6 @@ class WindowReader:
                 "DataConfig.long_documents='truncate', 'drop' or 'split' would go on",
             )
         if policy == 'split':
-            counts['split'] += 1
             return length
         if policy == 'truncate' and document.loss[1 : self.seq_len + 1].any():
             counts['truncated'] += 1

@@ -151,8 +151,13 @@ def test_an_end_that_cannot_be_told_is_an_error(tokenizer):
         ([], 'a list that is not empty'),
         ('hi', 'a list that is not empty'),
         ([{'content': 'a'}], r'messages\[0\]: expected an object with "role"'),
-        ([{'role': 'assistant', 'content': 3}], r'messages\[0\].content: expected a string, found 3'),
-        ([{'role': 'assistant', 'content': [{'type': 'text'}]}], r'content: expected a string'),
+        ([{'role': 'assistant', 'content': 3}], r'messages\[0\].content: expected a string, .*, found 3'),
+        ([{'role': 'assistant', 'content': [{'type': 'text'}]}], r'messages\[0\].content: expected parts'),
+        (
+            [{'role': 'assistant', 'content': [{'type': 'image_url', 'url': 'x'}]}],
+            'images and sound are not read',
+        ),
+        ([{'role': 'assistant', 'content': None}], 'or null beside tool_calls, found None'),
         ([{'role': 'assistant', 'content': 'a', 'weight': -1}], 'weight: expected a number of at least 0'),
         ([{'role': 'assistant', 'content': 'a', 'weight': True}], 'weight: expected a number'),
         ([{'role': 'user', 'content': 'a'}], 'nothing to learn from'),
@@ -165,6 +170,38 @@ def test_messages_that_are_none(messages, message):
 
 def test_tool_calls_may_stand_without_content():
     check_messages([{'role': 'assistant', 'content': None, 'tool_calls': [{'name': 'f'}]}])
+
+
+CALLS = (
+    "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}"
+    '{% for call in m.tool_calls or [] %}{{ call.function.name + call.function.arguments | tojson }}{% endfor %}'
+    "{{ (m.content or '') + '<|end|>' }}{% endfor %}{{ '<|turn|>assistant:' if add_generation_prompt }}"
+)
+
+
+def calling(arguments):
+    call = {'type': 'function', 'id': '1', 'function': {'name': 'add', 'arguments': arguments}}
+    return [
+        {'role': 'user', 'content': [{'type': 'text', 'text': '1 + '}, {'type': 'text', 'text': '2?'}]},
+        {'role': 'assistant', 'content': None, 'tool_calls': [call]},
+        {'role': 'tool', 'content': '3', 'tool_call_id': '1'},
+        {'role': 'assistant', 'content': [{'type': 'text', 'text': 'three'}]},
+    ]
+
+
+@pytest.mark.parametrize('arguments', ['{"a": 1, "b": 2}', {'a': 1, 'b': 2}], ids=['text', 'object'])
+def test_tool_calls_and_lists_of_text_parts(tokenizer, arguments):
+    chat = encode_chat(tokenizer, template(tokenizer, CALLS), calling(arguments))
+    assert tokenizer.decode(chat.ids) == (
+        '<|turn|>user:1 + 2?<|end|><|turn|>assistant:add{"a": 1, "b": 2}<|end|><|turn|>tool:3<|end|>'
+        '<|turn|>assistant:three<|end|>'
+    )
+    assert learned(tokenizer, chat) == ['add{"a": 1, "b": 2}<|end|>', 'three<|end|>']
+
+
+def test_arguments_that_are_no_json_are_named(tokenizer):
+    with pytest.raises(ValueError, match=r"messages\[1\].tool_calls\[0\].function.arguments: not JSON: '\{a'"):
+        encode_chat(tokenizer, template(tokenizer, CALLS), calling('{a'))
 
 
 def test_the_templates_of_real_models(shared_data):

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jpt.data.packing import PACKINGS, Piece, best_fit_decreasing, cut, exact_fits, fill, pack_best_fit, pack_concat
+from jpt.data.packing import (
+    PACKINGS,
+    Piece,
+    best_fit_decreasing,
+    cut,
+    cut_to_fill,
+    exact_fits,
+    fill,
+    pack_best_fit,
+    pack_concat,
+)
 
 LENGTHS = st.lists(st.integers(0, 70), max_size=40)
 
@@ -101,3 +111,48 @@ def test_a_perfect_packing_is_found():
 def test_fill():
     assert fill([[Piece(0, 0, 3)], [Piece(1, 0, 4), Piece(2, 0, 1)]], 5) == 0.8
     assert fill([], 5) == 1.0
+
+
+def cut_documents(rows, lengths):
+    return {piece.document for row in rows for piece in row if piece.length < lengths[piece.document]}
+
+
+@given(LENGTHS, st.integers(1, 32), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_cutting_reaches_the_fill_that_is_asked_for(lengths, seq_len, least):
+    whole = pack_best_fit(lengths, seq_len)
+    rows = cut_to_fill(whole, seq_len, least)
+    covered = sorted((p.document, p.start + k) for row in rows for p in row for k in range(p.length))
+    assert covered == [(d, k) for d, length in enumerate(lengths) for k in range(length)]
+    assert all(sum(piece.length for piece in row) <= seq_len for row in rows)
+    assert fill(rows, seq_len) >= least or len(rows) == -(-sum(lengths) // seq_len)
+    if fill(whole, seq_len) >= least or len(whole) == -(-sum(lengths) // seq_len):
+        assert rows == whole
+
+
+def test_nothing_is_cut_unless_asked():
+    rows = pack_best_fit([6] * 50, 10)
+    assert (len(rows), cut_to_fill(rows, 10, 0.0)) == (50, rows)
+
+
+def test_cutting_takes_as_few_documents_as_needed():
+    # 40 full rows and 20 rows of 6 positions: 52 tenths are needed at least, so 520 / 0.99 allow 52 rows.
+    lengths = [10] * 40 + [6] * 20
+    rows = cut_to_fill(pack_best_fit(lengths, 10), 10, 0.99)
+    assert len(rows) == 52
+    cuts = cut_documents(rows, lengths)
+    assert all(lengths[d] == 6 for d in cuts)
+    assert len(cuts) < 12  # 120 positions end to end are 12 rows, with 11 ends within
+
+
+def test_lengths_of_stories_fill_rows_only_when_some_are_cut():
+    # Like TinyStories at 512: most are longer than a third of a row, where no more than two fit.
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(171, 230, 1800), rng.integers(342, 400, 60), rng.integers(30, 171, 700)])
+    fewest = (lengths > 512 * 2 / 3).sum() + ((lengths > 512 / 3) & (lengths <= 512 * 2 / 3)).sum() / 2
+    assert lengths.sum() / (512 * fewest) < 0.99  # of whole documents, whatever the packing
+    whole = pack_best_fit(lengths, 512)
+    assert len(whole) >= fewest
+    rows = cut_to_fill(whole, 512, 0.995)
+    assert fill(rows, 512) >= 0.995
+    assert len(cut_documents(rows, lengths)) < 0.1 * len(lengths)
+    assert len(cut_documents(pack_concat(lengths, 512), lengths)) > 0.3 * len(lengths)

@@ -370,11 +370,28 @@ def test_no_paths_and_no_sources(tokenizer):
         make_pipeline(DataConfig(), tokenizer, batch_size=1, seq_len=8)
 
 
-def test_real_lengths_fill_the_rows(shared_data):
+@pytest.mark.parametrize('seq_len', [512, 1024, 2048])
+def test_real_lengths_fill_the_rows(shared_data, seq_len):
     tokenizer = Tokenizer.load(shared_data / 'tokenizers' / 'jpt-bpe-8k')
     stories = DataConfig(paths=(str(shared_data / 'text' / 'tinystories_1k.jsonl.xz'),))
-    pipeline = make_pipeline(stories, tokenizer, batch_size=8, seq_len=1024, num_epochs=1)
+    pipeline = make_pipeline(stories, tokenizer, batch_size=8, seq_len=seq_len, num_epochs=1)
     assert sum(int((batch.segment_ids > 0).sum()) for batch in pipeline) == pipeline.progress()['tokens']
     assert pipeline.progress()['fill'] > 0.99
     assert pipeline.progress()['documents'] == 1097
+    assert pipeline.progress()['split'] < 0.1 * 1097
     pipeline.close()
+
+
+def test_texts_that_fit_are_cut_only_where_rows_would_stay_empty(tokenizer):
+    ids = [np.full(31, 5, np.int32)] * 40  # 30 positions each: two do not fit into a row of 48
+
+    def rows(**config):
+        config['window_rows'] = 512
+        pipeline = make(tokenizer, [MemorySource(ids)], batch_size=1, num_epochs=1, config=config)
+        return len(list(pipeline)), pipeline.progress()['split']
+
+    assert rows(least_fill=0.0) == (40, 0)
+    assert rows(long_documents='truncate') == (40, 0)
+    count, split = rows()
+    assert count == 25  # 1,200 positions, without a gap
+    assert 0 < split < 25

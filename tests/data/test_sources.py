@@ -75,6 +75,18 @@ def test_conversations(tmp_path):
         source[3]
 
 
+def test_tools_are_a_list_of_objects_or_its_json(tmp_path):
+    tools = ['[{"name": "f"}]', '', [], '[{"name"', {'name': 'f'}, '"f"']
+    rows = [{'messages': HI, 'tools': given} for given in tools]
+    source = open_source(lines(tmp_path / 'a.jsonl', *map(json.dumps, rows)), chat=True)
+    assert [source[i].tools for i in range(3)] == [[{'name': 'f'}], None, None]
+    with pytest.raises(DataError, match=r"a\.jsonl:4: 'tools' is text, but not JSON"):
+        source[3]
+    for i, kind in ((4, 'dict'), (5, 'str')):
+        with pytest.raises(DataError, match=rf"a\.jsonl:{i + 1}: 'tools': expected a list of objects, found {kind}"):
+            source[i]
+
+
 def test_questions_and_answers_make_conversations(tmp_path):
     path = lines(tmp_path / 'a.jsonl', '{"q": "hi", "a": "Hello"}', '{"q": "hi", "a": null}')
     source = open_source(path, Fields(prompt='q', completion='a'), chat=True)
