@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from jpt.models.attention import Where
-from jpt.models.block import apply_block
-from jpt.models.config import Compute, ModelConfig
+from jpt.models.block import apply_block, remat_policy
+from jpt.models.config import Compute, LayerKind, ModelConfig
 from jpt.sharding.fsdp import gather, gathering, keep_activations
 from jpt.sharding.layout import RunSegment
 
@@ -43,7 +43,7 @@ def run_layers(
         counts = tuple((len(segment.kinds), segment.repeats) for segment in cfg.segments)
         layers = LayerRun(list(layers), 0, whole_segments(counts))
     for segment, params in zip(layers.segments, layers.layers, strict=True):
-        blocks = [_gathered(apply_block(cfg, cfg.segments[s].kinds[k], compute), compute) for s, k in segment.kinds]
+        blocks = [_layer(cfg, cfg.segments[s].kinds[k], compute) for s, k in segment.kinds]
 
         def period(hidden: jax.Array, period_params: Any, blocks: list[Any] = blocks) -> tuple[jax.Array, None]:
             for block, layer_params in zip(blocks, period_params, strict=True):
@@ -54,13 +54,20 @@ def run_layers(
     return hidden_BTD, None, {}
 
 
-def _gathered(block: Callable[..., Any], compute: Compute) -> Callable[[Any, jax.Array, Where], jax.Array]:
-    """A layer that gathers its weights first; nothing but the layer where they are not divided."""
+def _layer(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[[Any, jax.Array, Where], jax.Array]:
+    """A layer that gathers its weights first; nothing but the layer where they are not divided.
+
+    Gather and layer share one checkpoint: the policy of an outer one would also govern what is inside an inner one.
+    """
+    divided = gathering()
+    block = apply_block(cfg, kind, dataclasses.replace(compute, remat='none') if divided else compute)
 
     def apply(params: Any, hidden_BTD: jax.Array, where: Where) -> jax.Array:
         return block(gather(params, compute.dtype), hidden_BTD, where)[0]
 
-    return jax.checkpoint(apply, policy=keep_activations) if gathering() else apply
+    if not divided:
+        return apply
+    return jax.checkpoint(apply, policy=keep_activations if compute.remat == 'none' else remat_policy(compute.remat))
 
 
 def whole_segments(counts: tuple[tuple[int, int], ...]) -> tuple[RunSegment, ...]:
