@@ -101,7 +101,8 @@ def _fill(cls: type, values: Mapping[str, Any], place: str) -> dict[str, Any]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         if value is None:
-            value = ml_config_dict.placeholder(typing.get_origin(kind) or kind) if kind in _SCALARS else None
+            simple = typing.get_origin(kind) or kind
+            value = ml_config_dict.placeholder(simple) if simple in (*_SCALARS, tuple) else None
         elif dataclasses.is_dataclass(kind):
             value = _fill(typing.cast(type, kind), value, f'{place}.{name}')
         elif typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):

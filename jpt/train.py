@@ -22,11 +22,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
     logging.set_verbosity(logging.WARNING)  # of the libraries; what a user should see is printed
-    config = from_config_dict(TrainConfig, CONFIG.value, 'config')
     name = Path(config_flags.get_config_filename(flags.FLAGS['config'])).stem
     workdir = Path(WORKDIR.value or f'out/{name}')
     try:
-        run(config, workdir)
+        run(from_config_dict(TrainConfig, CONFIG.value, 'config'), workdir)
     except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
         sys.exit(f'jpt.train: {error}')
 

@@ -140,3 +140,15 @@ def test_command_line_overrides_reach_defaults_placeholders_and_tuples(tmp_path,
 def test_nearest_lists_all_names_and_hints_only_when_close():
     assert nearest('colour', ['color', 'size']) == "did you mean 'color'? expected one of color, size"
     assert nearest('zzz', ['color', 'size']) == 'expected one of color, size'
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    steps: tuple[int, int] | None = None
+
+
+def test_an_optional_tuple_can_be_given_later():
+    config = config_dict(Traced, {})
+    assert from_config_dict(Traced, config, 'config') == Traced()
+    config.steps = (2, 3)  # what a flag does; None without a type could not be overridden
+    assert from_config_dict(Traced, config, 'config') == Traced((2, 3))

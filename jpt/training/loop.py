@@ -23,6 +23,7 @@ from jpt.training.memory import explain_out_of_memory
 from jpt.training.overview import flops_of
 from jpt.training.settings import TrainConfig
 from jpt.training.state import TrainState
+from jpt.training.trace import Trace
 
 BEST = 'eval_loss'
 
@@ -54,14 +55,18 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None) ->
         metrics.say(f'resuming at step {step}' if step else 'starting at step 0')
         dog = stack.enter_context(make_watchdog(config, workdir))
         asked = stack.enter_context(Interrupt())
+        trace = stack.enter_context(Trace(config.log.profile, workdir / 'profile'))
         saver = _Saver(job, manager, feed, metrics)
         previous: tuple[int, Batch] | None = None
         while step < config.steps:
             dog.beat(step)
             with metrics.timed('data'):
                 batch = next(feed)
-            state, sums = _first_or_next(job, metrics, state, batch)
             step += 1
+            with trace.before(step):
+                state, sums = _first_or_next(job, metrics, state, batch)
+            if note := trace.after(step, sums):
+                metrics.say(note)
             check_finite(metrics.push(step, sums), previous, workdir)
             previous = (step, batch)
             last = step == config.steps

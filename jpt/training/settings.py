@@ -90,6 +90,10 @@ class EvalConfig:
     every: int = 0  # steps; 0: at the end only
     batches: int = 0  # 0: all of the data
 
+    def __post_init__(self) -> None:
+        for name in ('every', 'batches'):
+            require(self, name, getattr(self, name) >= 0, 'an integer of 0 or more')
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
@@ -98,6 +102,10 @@ class CheckpointConfig:
     every: int = 500  # steps
     keep: int = 2  # the newest so many, and the best by held-out loss where there is evaluation
     export: bool = True  # write a Hugging Face directory at the end
+
+    def __post_init__(self) -> None:
+        for name in ('every', 'keep'):
+            require(self, name, getattr(self, name) > 0, 'a positive integer')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +116,11 @@ class LogConfig:
     tensorboard: bool = False
     wandb: str | None = None  # name of the project
     profile: tuple[int, int] | None = None  # first and last step of a profiler trace, under workdir/profile
+
+    def __post_init__(self) -> None:
+        require(self, 'every', self.every > 0, 'a positive integer')
+        steps = self.profile or (1, 1)
+        require(self, 'profile', 1 <= steps[0] <= steps[1], 'the first and the last step of a trace, counted from 1')
 
 
 @dataclasses.dataclass(frozen=True)
