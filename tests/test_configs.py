@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from jpt.config import from_config_dict
+from jpt.model import Model
+from jpt.models.families import config_from_hf
+from jpt.models.transformer import init
 from jpt.training.run import run_job
 from jpt.training.settings import TrainConfig
 
@@ -23,11 +26,20 @@ TALK = [
 ]
 
 
-def get(name):
+def get(name, *arguments):
     spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*arguments)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """A Hugging Face directory of a tiny model with the quickstart's tokenizer."""
+    cfg = config_from_hf({'model_type': 'llama', 'max_position_embeddings': 64, 'tie_word_embeddings': True} | SMALL)
+    folder = tmp_path_factory.mktemp('checkpoint') / 'model'
+    Model(cfg, jax.jit(init, static_argnums=0)(cfg, jax.random.key(0)), None, TEACHER).export(folder)
+    return folder
 
 
 def made_small(config, folder):
@@ -37,7 +49,8 @@ def made_small(config, folder):
     config.schedule.warmup = 0
     config.schedule.decay_steps = None if config.schedule.kind != 'wsd' else 1
     config.log.every = 1
-    config.model.architecture = dict(config.model.architecture.to_dict()) | SMALL
+    if config.model.architecture is not None:
+        config.model.architecture = dict(config.model.architecture.to_dict()) | SMALL
     config.mesh.update(dict.fromkeys(('pipe', 'data', 'fsdp', 'tensor'), 1))
     config.compute.xla_flags = None
     if config.data.kind == 'chat':
@@ -45,25 +58,37 @@ def made_small(config, folder):
         path.write_text(''.join(json.dumps({'messages': TALK}) + '\n' for _ in range(8)))
         config.data.paths = (str(path),)
         config.tokenizer = str(TEACHER)
-    if config.eval.data is not None:
+    if config.eval.data is not None and config.eval.data.paths:
         config.eval.batches, config.eval.every = 1, 0
     if config.compare is not None:
         config.compare.sample_tokens = 4
     return from_config_dict(TrainConfig, config, 'config')
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-def test_config_trains(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ('name', 'option'), [*((name, None) for name in CONFIGS if name != 'sft'), ('sft', ''), ('sft', ',lora')]
+)
+def test_config_trains(name, option, tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
-    config = made_small(get(name), tmp_path)
+    given = get(name) if option is None else get(name, f'{checkpoint}{option}')
+    config = made_small(given, tmp_path)
     model = run_job(config, tmp_path / 'run')
     assert np.isfinite(np.asarray(model.logits([[1, 2, 3]]))).all()
     assert (tmp_path / 'run' / 'model' / 'config.json').is_file()
     rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     assert [row['step'] for row in rows if 'loss' in row] == [1, 2]
+    assert (tmp_path / 'run' / 'adapter' / 'adapter_config.json').is_file() == (config.lora is not None)
     if config.compare is not None:
         scores = json.loads((tmp_path / 'run' / 'comparison.json').read_text())
         assert [row['model'] for row in scores] == ['teacher', 'distilled', 'from scratch']
         assert scores[0]['kl'] == pytest.approx(0, abs=1e-5)
         assert (tmp_path / 'run' / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_what_a_config_may_be_given():
+    with pytest.raises(ValueError, match="expected MODEL or MODEL,lora, found 'loar'"):
+        get('sft', 'path/to/model,loar')
+    going_on = get('pretrain', 'path/to/model')
+    assert (going_on.model.path, going_on.model.architecture, going_on.tokenizer) == ('path/to/model', None, None)
+    assert from_config_dict(TrainConfig, get('sft'), 'config').eval.data is None  # until paths are given

@@ -12,7 +12,7 @@ from jpt.data.batch import Batch
 from jpt.data.config import DataConfig
 from jpt.data.sources import Source, open_source
 from jpt.data.tokenizer import Tokenizer
-from jpt.data.windows import WindowReader
+from jpt.data.windows import COUNTS, WindowReader
 
 if TYPE_CHECKING:
     import grain
@@ -70,6 +70,13 @@ class Pipeline:
             **totals,
             'fill': totals['tokens'] / (rows * self._reader.seq_len) if rows else 1.0,
         }
+
+    def describe(self) -> str:
+        """The same as a line for people: what was read, how full the rows are, and what happened to documents."""
+        found = self.progress()
+        parts = [f'{found["documents"]:,} documents in {found["rows"]:,} rows, {found["fill"]:.1%} full']
+        parts += [f'{found[name]:,} {name}' for name in COUNTS if found[name]]
+        return f'{", ".join(parts)}; passes finished: {found["epoch"]}'
 
     def close(self) -> None:
         """Ends the background threads; the iterator cannot be used after."""

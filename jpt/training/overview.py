@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from jpt.data.config import DataConfig
+from jpt.data.stdlib_corpus import read_stdlib
 from jpt.training.flops import flops_per_token
 from jpt.training.job import Job, canonical_shapes
 from jpt.training.memory import bytes_per_device, gib
@@ -31,6 +33,16 @@ def flops_of(job: Job) -> float:
     return model + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
 
 
+def describe_data(data: DataConfig) -> str:
+    """One line: what is read, and of the standard library how much of it differs from the fixed lists."""
+    names = []
+    for i, path in enumerate(data.paths):
+        name = read_stdlib(path.removeprefix('stdlib:')).describe() if path.startswith('stdlib:') else path
+        names.append(f'{name} (weight {data.weights[i]:g})' if data.weights else name)
+    kind = 'conversations' if data.is_chat else 'texts'
+    return f'{", ".join(names) or "none"}; {kind}, packed {data.packing}'
+
+
 def overview(job: Job) -> str:
     """The plan of a run, for its first lines."""
     config, model = job.config, job.models['model'].cfg
@@ -42,6 +54,9 @@ def overview(job: Job) -> str:
     if 'teacher' in job.models and config.teacher is not None:
         count = count_parameters(job.state.frozen['teacher'])
         lines.append(f'teacher  {job.models["teacher"].cfg.family}, {count:,} parameters, from {config.teacher.path}')
+    lines.append(f'data     {describe_data(config.data)}')
+    if config.eval.data is not None:
+        lines.append(f'held out {describe_data(config.eval.data)}')
     tokens = config.batch.size * config.batch.length
     split = f', {config.batch.microbatches} microbatches' if config.batch.microbatches > 1 else ''
     lines.append(

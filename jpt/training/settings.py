@@ -86,11 +86,13 @@ class LoraConfig:
 class EvalConfig:
     """Held-out text and how often it is looked at."""
 
-    data: DataConfig | None = None
+    data: DataConfig | None = None  # without paths it is None too, so that a config can say how paths will be read
     every: int = 0  # steps; 0: at the end only
     batches: int = 0  # 0: all of the data
 
     def __post_init__(self) -> None:
+        if self.data is not None and not self.data.paths:
+            object.__setattr__(self, 'data', None)
         for name in ('every', 'batches'):
             require(self, name, getattr(self, name) >= 0, 'an integer of 0 or more')
 
