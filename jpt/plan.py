@@ -1,11 +1,16 @@
 """See a training step before a GPU is touched: `python -m jpt.plan --config=configs/x.py --topology=8`.
 
 Compiles the step ahead of time for so many GPUs, on a machine that has none (extra `aot`), and prints bytes per device
-by part, the collectives with their bytes, operations, and what the hardware allows at best.
+by part, the collectives with their bytes, idle time of a pipeline, operations, and what the hardware allows at best.
 """
 
 import json
+import os
+import re
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +19,33 @@ from ml_collections import config_flags
 
 from jpt.config import from_config_dict
 from jpt.sharding.audit import Collective, collectives, sent_bytes, table
+from jpt.sharding.timetable import waste
 from jpt.sharding.topology import CHIPS, Chip, topology_devices
 from jpt.training.job import Job, make_job
-from jpt.training.memory import bytes_per_device, gib
-from jpt.training.overview import flops_of, overview
+from jpt.training.memory import bytes_per_device, gib, gradient_bytes, remedies
+from jpt.training.overview import bytes_by_part, flops_of, overview
 from jpt.training.settings import TrainConfig
+from jpt.training.xla_flags import set_xla_flags
+
+# What JAX takes of a device unless told otherwise, and the most that leaves room for the CUDA context and NCCL.
+FRACTION, MOST = 0.75, 0.95
+FLAG = 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+PARTS = {
+    'params': ('parameters', ''),
+    'optimizer': ('moments', 'of the optimizer'),
+    'frozen': ('frozen weights', ''),
+    'average': ('moving average', 'of the parameters'),
+    'batch': ('batch', ''),
+    'gradients': ('gradients', 'float32 or wider'),
+    'rest': ('temporaries', 'activations, gathered weights, buffers, at their peak'),
+}
+
+
+class Buffer(NamedTuple):
+    """A piece of the memory that the compiler gave to temporary arrays, and the largest array in it."""
+
+    bytes: int
+    shape: str  # as in HLO: 'bf16[36,8,4096,4096]'
 
 
 class Planned(NamedTuple):
@@ -26,14 +53,18 @@ class Planned(NamedTuple):
 
     job: Job
     hlo: str
-    state: int  # parameters, optimizer, frozen weights: there between steps
-    temporary: int  # gradients, activations and buffers, at their peak within a step
-    program: int
+    parts: dict[str, int]  # by the names in PARTS; all but gradients and rest are there between steps
     traffic: list[Collective]
+    buffers: list[Buffer]  # largest first; empty where the compiler was not asked
+
+    @property
+    def temporary(self) -> int:
+        """What a step needs beside its arguments: gradients, activations and buffers, at their peak."""
+        return self.parts['gradients'] + self.parts['rest']
 
     @property
     def total(self) -> int:
-        return self.state + self.temporary + self.program
+        return sum(self.parts.values())
 
 
 def define_flags() -> Any:
@@ -50,61 +81,133 @@ def plan_step(config: TrainConfig, devices: list[Any]) -> Planned:
     Raises:
         ValueError: settings that do not hold, or do not fit the devices.
     """
-    job = make_job(config, devices)
-    shape = (config.batch.size, config.batch.length)
+    return compile_step(make_job(config, devices))
+
+
+def compile_step(job: Job, *, with_buffers: bool = False) -> Planned:
+    """Compiles the step of a job; `with_buffers` has the compiler say what fills its temporary memory."""
+    shape = (job.config.batch.size, job.config.batch.length)
     batch = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where), job.batch, job.batch_shardings
     )
-    compiled = job.step.lower(job.state, batch).compile()
+    lowered = job.step.lower(job.state, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={'xla_dump_to': folder} if with_buffers else None)
+        reports = Path(folder).glob('*jit_step*memory-usage-report.txt')
+        buffers = [buffer for path in reports for buffer in read_buffers(path.read_text())]
     memory = compiled.memory_analysis()
+    parts = {**bytes_by_part(job), 'batch': bytes_per_device(batch), 'gradients': gradient_bytes(job.state.params)}
+    # Results that do not take the place of an argument are a few metrics; the state is donated.
+    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts['gradients'] = min(parts['gradients'], beside)
+    parts['rest'] = beside - parts['gradients']
     hlo = compiled.as_text()
-    return Planned(
-        job,
-        hlo,
-        bytes_per_device(job.state),
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-        collectives(hlo),
-    )
+    return Planned(job, hlo, parts, collectives(hlo), sorted(buffers, reverse=True))
 
 
-def largest(job: Job, count: int = 8) -> list[tuple[str, int]]:
+def read_buffers(report: str) -> list[Buffer]:
+    """The rows of XLA's memory usage report: bytes of a piece of memory, and the shapes that lie there in turn."""
+    units = {'B': 1, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30}
+    row = r'^\s*\S+\(\s*\d+%\);\s*([\d.]+)(B|KiB|MiB|GiB);\s*\d+;\s*\d+;\s*(.+)$'
+    found = []
+    for number, unit, listed in re.findall(row, report, re.MULTILINE):
+        shapes = re.findall(r'\w+\[[\d,]*\]', listed)
+        found.append(Buffer(int(float(number) * units[unit]), max(shapes, key=_elements, default='')))
+    return found
+
+
+def _elements(shape: str) -> int:
+    product = 1
+    for part in re.findall(r'\d+', shape.partition('[')[2]):
+        product *= int(part)
+    return product
+
+
+def idle_share(job: Job) -> float:
+    """The share of a step that a device of a pipeline spends waiting, or on results that nobody uses; else 0.
+
+    With p stages, m microbatches and v chunks per device: (p - 1) / (v m + p - 1), a little more for 1F1B where m is
+    not a multiple of p.
+    """
+    plan = job.plan
+    layout, count = plan.layouts['model'], plan.num_microbatches
+    if not layout.staged:
+        return 0.0
+    if plan.schedule == 'gpipe':
+        return (layout.pipe - 1) / (count + layout.pipe - 1)
+    return waste(layout.pipe, layout.chunks, count).idle
+
+
+def largest(job: Job, count: int = 5) -> list[tuple[str, int]]:
     """The leaves of the state that take most bytes of a device, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(job.state)
-    sizes = [(jax.tree_util.keystr(path), bytes_per_device(leaf)) for path, leaf in leaves]
+    sizes = [(jax.tree_util.keystr(path, simple=True, separator='/'), bytes_per_device(leaf)) for path, leaf in leaves]
     return sorted(sizes, key=lambda row: -row[1])[:count]
+
+
+def fits(planned: Planned, chip: Chip) -> bool:
+    """Whether the step runs in what the CUDA context and NCCL leave of a device."""
+    return planned.total <= MOST * chip.memory
+
+
+def verdict(planned: Planned, chip: Chip) -> str:
+    """Whether the step fits, and what it takes that JAX lets it."""
+    if planned.total <= FRACTION * chip.memory:
+        return f'fits in the {FRACTION:.0%} that JAX takes by default'
+    if fits(planned, chip):
+        return f'fits with {FLAG}={MOST}; the default of {FRACTION} is {gib(int(FRACTION * chip.memory))}'
+    return f'DOES NOT FIT: at most {gib(int(MOST * chip.memory))} can be had ({FLAG}={MOST})'
 
 
 def describe(planned: Planned, chip: Chip) -> str:
     """The plan as text."""
+    lines = [f'bytes per device, compiled for {planned.job.mesh.size} x {chip.name} by jax {jax.__version__}:']
+    for name, (label, note) in PARTS.items():
+        if name in planned.parts:
+            lines.append(f'  {label:<16} {gib(planned.parts[name]):>12}   {note}'.rstrip())
+    lines.append(f'  {"in all":<16} {gib(planned.total):>12}   of {gib(chip.memory)}: {verdict(planned, chip)}')
+    if planned.buffers:
+        lines += ['', 'largest pieces of it, gradients among them, and the largest array in each:']
+        lines += [f'  {gib(size):>12}   {shape}' for size, shape in planned.buffers[:5]]
+    if not fits(planned, chip):
+        lines += ['', 'largest tensors of the state:']
+        lines += [f'  {gib(size):>12}   {name}' for name, size in largest(planned.job)]
+        sizes = planned.parts | {'ema': planned.parts.get('average', 0)}
+        lines += ['', *remedies(sorted(sizes, key=lambda name: -sizes[name]))]
+    return '\n'.join([*lines, '', *_traffic(planned), '', *_bounds(planned, chip)])
+
+
+def _traffic(planned: Planned) -> list[str]:
+    if not planned.traffic:
+        return ['collectives: none']
+    title = 'collectives of a step; MiB is what one device has in the end, not what it sends:'
+    return [title, table(planned.traffic, dict(planned.job.mesh.shape))]
+
+
+def _bounds(planned: Planned, chip: Chip) -> list[str]:
+    """Operations and bytes of a step, and the time that they take at best."""
     job = planned.job
     tokens = job.config.batch.size * job.config.batch.length
     flops = flops_of(job) * tokens / job.mesh.size
     sent = sent_bytes(planned.traffic)
-    times = {'products': flops / chip.bfloat16, 'collectives': sent / chip.link}
+    idle = idle_share(job)
+    lines = []
+    if job.plan.layouts['model'].staged:
+        layout = job.plan.layouts['model']
+        setting = f'{layout.pipe} stages, {job.plan.num_microbatches} microbatches'
+        setting += f', {layout.chunks} chunks per device' if layout.chunks > 1 else ''
+        lines.append(f'pipeline bubbles       {100 * idle:12.1f} %     of a step ({job.plan.schedule}, {setting})')
+    times = {'products': flops / chip.bfloat16 / (1 - idle), 'collectives': sent / chip.link}
     bound = max(times.values())
-    fits = planned.total <= chip.memory
-    verdict = 'fits' if fits else 'DOES NOT FIT'
-    lines = [
-        overview(job),
-        '',
-        f'per device, compiled for {job.mesh.size} x {chip.name}:',
-        f'  state                {gib(planned.state):>14}   parameters, optimizer, frozen weights',
-        f'  temporary            {gib(planned.temporary):>14}   gradients, activations, buffers at their peak',
-        f'  program              {gib(planned.program):>14}',
-        f'  in all               {gib(planned.total):>14}   of {gib(chip.memory)}: {verdict}',
-        '',
-        table(planned.traffic) if planned.traffic else '  no collectives',
-        '',
+    note = 'bubbles included' if idle else 'nothing recomputed'
+    return [
+        *lines,
         f'operations             {flops / 1e12:12.3f} TFLOP per device and step (formula: jpt/training/flops.py)',
-        f'products at best       {1e3 * times["products"]:12.3f} ms at {chip.bfloat16 / 1e12:.0f} TFLOP/s',
-        f'collectives at best    {1e3 * times["collectives"]:12.3f} ms, {gib(int(sent))} at {chip.link / 1e9:.0f} GB/s',
-        f'roofline               {1e3 * bound:12.3f} ms per step, {tokens / bound:,.0f} tokens/s on all devices',
+        f'products at best       {1e3 * times["products"]:12.3f} ms    at {chip.bfloat16 / 1e12:.0f} TFLOP/s, {note}',
+        f'collectives at best    {1e3 * times["collectives"]:12.3f} ms    {gib(int(sent))} sent by each device '
+        f'at {chip.link / 1e9:.0f} GB/s',
+        f'roofline               {1e3 * bound:12.3f} ms    a step, {tokens / bound:,.0f} tokens/s on all devices',
     ]
-    if not fits:
-        lines += ['', 'largest tensors of the state:']
-        lines += [f'  {gib(size):>14}  {name}' for name, size in largest(job)]
-    return '\n'.join(lines)
 
 
 def main(argv: list[str]) -> None:
@@ -112,24 +215,33 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
     logging.set_verbosity(logging.WARNING)
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'  # what the compiler warns of here, the plan says itself
     given = flags.FLAGS
     chip = CHIPS[given.chip]
     try:
         config = from_config_dict(TrainConfig, given.config, 'config')
-        planned = plan_step(config, topology_devices(given.topology, chip))
+        if config.compute.xla_flags is not None:  # as the run will have them: some cost memory
+            print(set_xla_flags(config.compute.xla_flags))
+        job = make_job(config, topology_devices(given.topology, chip))
+        print(overview(job))
+        print(f'\ncompiling for {given.topology} x {chip.name}: usually within a minute ...', flush=True)
+        start = time.monotonic()
+        planned = compile_step(job, with_buffers=True)
+        print(f'compiled in {time.monotonic() - start:.0f} s\n')
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.exit(f'jpt.plan: {error}')
     print(describe(planned, chip))
     if given.json:
         numbers = {
-            'state': planned.state,
-            'temporary': planned.temporary,
+            'parts': planned.parts,
             'total': planned.total,
             'memory': chip.memory,
+            'idle': idle_share(job),
+            'largest': [tuple(buffer) for buffer in planned.buffers[:5]],
             'collectives': [item._asdict() for item in planned.traffic],
         }
         print(json.dumps(numbers))
-    sys.exit(0 if planned.total <= chip.memory else 1)
+    sys.exit(0 if fits(planned, chip) else 1)
 
 
 if __name__ == '__main__':

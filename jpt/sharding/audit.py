@@ -1,9 +1,12 @@
-"""What a compiled program sends between devices: every collective, how often, how many bytes, among how many."""
+"""What a compiled program sends between devices: every collective, how often, how many bytes, among whom."""
 
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
@@ -17,33 +20,38 @@ class Collective(NamedTuple):
     dtype: str
     shapes: tuple[tuple[int, ...], ...]
     bytes: int
-    group: int  # devices that take part together
+    members: tuple[int, ...]  # the first group of devices that take part together; of a permutation the first pair
     times: int
+
+    @property
+    def group(self) -> int:
+        """How many devices take part together."""
+        return len(self.members)
 
 
 class _Computation(NamedTuple):
     collectives: list[Collective]
-    calls: list[tuple[str, int]]  # name of another computation, how often it is run
+    calls: list[tuple[tuple[str, ...], int]]  # other computations, of which one is run, and how often
 
 
 def collectives(hlo: str) -> list[Collective]:
     """All collectives of an optimized HLO module, those within loops with their number of trips.
 
-    A loop whose trip count XLA does not state counts once.
+    A loop whose trip count XLA does not state counts once. Of the branches of a conditional the one that sends most
+    counts, every time: what a pipeline skips in some of its ticks is counted in all of them.
     """
     computations, entry = _parse(hlo)
-    found: list[Collective] = []
 
-    def visit(name: str, times: int) -> None:
-        computation = computations.get(name)
-        if computation is None:
-            return
-        found.extend(item._replace(times=item.times * times) for item in computation.collectives)
-        for callee, trips in computation.calls:
-            visit(callee, times * trips)
+    @functools.cache
+    def run(name: str) -> tuple[Collective, ...]:
+        computation = computations.get(name, _Computation([], []))
+        found = list(computation.collectives)
+        for names, trips in computation.calls:
+            heaviest = max(map(run, names), key=lambda items: sum(item.times * item.bytes for item in items))
+            found.extend(item._replace(times=item.times * trips) for item in heaviest)
+        return tuple(found)
 
-    visit(entry, 1)
-    return found
+    return list(run(entry))
 
 
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
@@ -70,10 +78,13 @@ def _read_line(line: str, computation: _Computation) -> None:
     if kind in KINDS:
         computation.collectives.append(_collective(kind, operation[1], operation[2].endswith('-start'), right))
     trips = re.search(r'known_trip_count\D*(\d+)', right)
-    for key, name in re.findall(r'(body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)', right):
-        computation.calls.append((name, int(trips[1]) if trips and key == 'body' else 1))
+    for key, name in re.findall(r'(body|to_apply|calls)=%?([\w.\-]+)', right):
+        computation.calls.append(((name,), int(trips[1]) if trips and key == 'body' else 1))
+    branches = re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', right)
     for names in re.findall(r'branch_computations=\{([^}]*)\}', right):
-        computation.calls.extend((name.strip().lstrip('%'), 1) for name in names.split(','))
+        branches += [name.strip().lstrip('%') for name in names.split(',')]
+    if branches:
+        computation.calls.append((tuple(branches), 1))
 
 
 def _collective(kind: str, result: str, started: bool, right: str) -> Collective:
@@ -87,7 +98,7 @@ def _collective(kind: str, result: str, started: bool, right: str) -> Collective
         parts = parts[len(parts) // 2 :]
     size = sum(BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in parts)
     dtypes = sorted({dtype for dtype, _ in parts})
-    return Collective(kind, '+'.join(dtypes), tuple(shape for _, shape in parts), size, _group_size(right), 1)
+    return Collective(kind, '+'.join(dtypes), tuple(shape for _, shape in parts), size, _members(right), 1)
 
 
 def _arrays(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -96,30 +107,60 @@ def _arrays(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield dtype, tuple(int(part) for part in dims.split(',') if part)
 
 
-def _group_size(right: str) -> int:
-    listed = re.search(r'replica_groups=\{\{([\d,]*)\}', right)
+def _members(right: str) -> tuple[int, ...]:
+    """The first group of devices that take part together, in each of the forms that HLO has for groups."""
+    listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}', right)
     if listed:
-        return len(listed[1].split(','))
-    iota = re.search(r'replica_groups=\[\d+,(\d+)\]', right)
+        return tuple(int(part) for part in listed[1].split(','))
+    iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?', right)
     if iota:
-        return int(iota[1])
+        sizes = [int(part) for part in iota[2].split(',')]
+        order = [int(part) for part in iota[3].split(',')] if iota[3] else range(len(sizes))
+        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(tuple(order))
+        return tuple(devices.reshape(-1)[: int(iota[1])].tolist())
     mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', right)
     if mesh:
-        sizes = dict(part.split('=') for part in mesh[1].split(','))
-        return math.prod(int(sizes[axis.strip()]) for axis in mesh[2].split(','))
-    return 2  # a permutation: each device sends to one other
+        axes = [part.split('=') for part in mesh[1].split(',')]
+        chosen = {axis.strip() for axis in mesh[2].split(',')}
+        devices = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        at = tuple(slice(None) if name.strip() in chosen else 0 for name, _ in axes)
+        return tuple(devices[at].reshape(-1).tolist())
+    return (0,)
 
 
-def table(found: list[Collective]) -> str:
-    """The collectives summed by kind, dtype and group, largest traffic first."""
-    sums: dict[tuple[str, str, int], list[int]] = {}
+def axes_of(members: tuple[int, ...], sizes: Mapping[str, int]) -> str:
+    """The mesh axes along which a group of devices lies, 'data+fsdp'; sizes: of the mesh, in its order."""
+    places = np.unravel_index(np.array(members), tuple(sizes.values()))
+    return '+'.join(axis for axis, place in zip(sizes, places, strict=True) if len(set(place.tolist())) > 1)
+
+
+class Row(NamedTuple):
+    """Collectives of one kind, dtype and group of devices together."""
+
+    kind: str
+    dtype: str
+    group: int
+    axes: str
+    times: int
+    bytes: int
+
+
+def summed(found: list[Collective], sizes: Mapping[str, int]) -> list[Row]:
+    """The collectives summed by kind, dtype and mesh axes, largest traffic first."""
+    sums: dict[tuple[str, str, int, str], list[int]] = {}
     for item in found:
-        row = sums.setdefault((item.kind, item.dtype, item.group), [0, 0])
+        row = sums.setdefault((item.kind, item.dtype, item.group, axes_of(item.members, sizes)), [0, 0])
         row[0] += item.times
         row[1] += item.times * item.bytes
-    lines = [f'  {"collective":20} {"dtype":10} {"among":>6} {"times":>7} {"MiB":>12}']
-    for (kind, dtype, group), (times, size) in sorted(sums.items(), key=lambda row: -row[1][1]):
-        lines.append(f'  {kind:20} {dtype:10} {group:6} {times:7,} {size / 2**20:12,.2f}')
+    return [Row(*key, *sums[key]) for key in sorted(sums, key=lambda key: -sums[key][1])]
+
+
+def table(found: list[Collective], sizes: Mapping[str, int]) -> str:
+    """`summed` as text; bytes are results on one device."""
+    lines = [f'  {"collective":20} {"dtype":8} {"over":16} {"devices":>7} {"times":>7} {"MiB a step":>12}']
+    for row in summed(found, sizes):
+        size = f'{row.bytes / 2**20:12,.2f}'
+        lines.append(f'  {row.kind:20} {row.dtype:8} {row.axes:16} {row.group:7} {row.times:7,} {size}')
     return '\n'.join(lines)
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # What helps against each part, first the setting that costs least.
@@ -50,8 +51,13 @@ def memory_report(parts: Mapping[str, Any], wanted: int | None = None, limit: in
     state_fills = limit is not None and known > 0.7 * limit
     largest = sorted(sizes, key=lambda name: -sizes[name] if name != 'rest' else 0)
     order = largest if state_fills else ['rest', *largest]
-    advice = [f'  {name}: {_REMEDIES[name]}' for name in dict.fromkeys(order) if name in _REMEDIES][:3]
-    return '\n'.join(['out of memory; bytes per device:', *lines, 'what to change, first things first:', *advice])
+    return '\n'.join(['out of memory; bytes per device:', *lines, *remedies(order)])
+
+
+def remedies(order: Iterable[str], count: int = 3) -> list[str]:
+    """Lines that say which settings help against the first parts of `order` (names as in `memory_report`, or rest)."""
+    known = [name for name in dict.fromkeys(order) if name in _REMEDIES]
+    return ['what to change, first things first:', *(f'  {name}: {_REMEDIES[name]}' for name in known[:count])]
 
 
 @contextlib.contextmanager
@@ -72,6 +78,16 @@ def wanted_bytes(message: str) -> int | None:
     if found is None:
         return None
     return int(float(found[1]) * 1024 ** ('bytes', 'KiB', 'MiB', 'GiB', 'TiB').index(found[2]))
+
+
+def gradient_bytes(params: Any) -> int:
+    """Bytes that one device holds of the gradients of its parameters: as they are divided, in at least float32."""
+
+    def wide(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, 'sharding', None))
+
+    return bytes_per_device(jax.tree.map(wide, params))
 
 
 def gib(size: int) -> str:

@@ -1,6 +1,8 @@
 """Reading collectives out of compiled programs: hand-written modules with known counts."""
 
-from jpt.sharding.audit import collectives, sent_bytes, table
+import pytest
+
+from jpt.sharding.audit import axes_of, collectives, sent_bytes, summed, table
 
 MODULE = """HloModule jit_step, is_scheduled=true
 
@@ -23,9 +25,19 @@ MODULE = """HloModule jit_step, is_scheduled=true
   ROOT %lt = pred[] constant(true)
 }
 
+%idle (q: f32[8,4]) -> f32[8,4] {
+  ROOT %q = f32[8,4]{1,0} parameter(0)
+}
+
+%work (r: f32[8,4]) -> f32[8,4] {
+  %r = f32[8,4]{1,0} parameter(0)
+  ROOT %aa = f32[8,4]{1,0} all-to-all(%r), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+}
+
 ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %a = f32[8,4]{1,0} parameter(0)
   %w = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %c = f32[8,4]{1,0} conditional(%i, %a, %a), branch_computations={%idle, %work, %work}
   %ar = f32[8,4]{1,0} all-reduce-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %m = f32[100]{0} all-reduce-start(%a), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
   %d = f32[8,4]{1,0} all-reduce-done(%ar)
@@ -45,16 +57,34 @@ def test_kinds_bytes_groups_and_trips():
     assert found['all-reduce', ((100,),)].group == 4
     scatter = found['reduce-scatter', ((2, 4),)]
     assert (scatter.bytes, scatter.group) == (32, 4)
-    assert len(found) == 5
+    exchange = found['all-to-all', ((8, 4),)]
+    assert (exchange.bytes, exchange.group, exchange.times) == (128, 4, 1), 'one branch of a conditional is run'
+    assert len(found) == 6
+
+
+def test_groups_are_named_by_the_axes_of_the_mesh():
+    """Device d of a mesh data=2, fsdp=2, tensor=2 is 4 data + 2 fsdp + tensor."""
+    axes = {(row.kind, row.group): row.axes for row in summed(collectives(MODULE), {'data': 2, 'fsdp': 2, 'tensor': 2})}
+    assert axes['all-gather', 2] == 'tensor'  # [4,2]<=[8]: 0 and 1
+    assert axes['all-reduce', 4] == 'fsdp+tensor'  # 0, 1, 2, 3
+    assert axes['all-to-all', 4] == 'data+fsdp'  # [2,4]<=[4,2]T(1,0): 0, 2, 4, 6
+    assert axes['collective-permute', 2] == 'tensor'  # from 0 to 1
+
+
+@pytest.mark.parametrize(
+    ('members', 'expected'), [((0,), ''), ((0, 4), 'data'), ((1, 3), 'fsdp'), ((0, 6), 'data+fsdp'), ((2, 3), 'tensor')]
+)
+def test_axes_along_which_devices_differ(members, expected):
+    assert axes_of(members, {'data': 2, 'fsdp': 2, 'tensor': 2}) == expected
 
 
 def test_bytes_that_a_ring_sends():
-    """All-reduce 2 (n-1)/n of its size, gather (n-1)/n, scatter (n-1) times its result, permute its size."""
-    expected = 2 * 0.75 * (128 + 400) + 3 * 0.5 * 128 + 3 * 32 + 3 * 128
+    """All-reduce 2 (n-1)/n of its size, gather and to-all (n-1)/n, scatter (n-1) times its result, permute its size."""
+    expected = 2 * 0.75 * (128 + 400) + 3 * 0.5 * 128 + 3 * 32 + 3 * 128 + 0.75 * 128
     assert sent_bytes(collectives(MODULE)) == expected
 
 
 def test_table_adds_up():
-    lines = table(collectives(MODULE)).splitlines()
-    assert len(lines) == 5  # head, two reductions in one row, gather, permute, scatter
-    assert any('all-gather' in line and line.split()[3] == '3' for line in lines)
+    lines = table(collectives(MODULE), {'data': 2, 'tensor': 4}).splitlines()
+    assert len(lines) == 6  # head, two reductions in one row, gather, permute, scatter, all-to-all
+    assert ['all-gather', 'bf16', 'tensor', '2', '3', '0.00'] in [line.split() for line in lines]
