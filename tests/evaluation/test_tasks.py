@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jpt.evaluation.choices import Question, ask, multiple_choice, prompt_of, read_questions
-from jpt.evaluation.harness import log_likelihoods, pair_ids
 from jpt.evaluation.numbers import Problem, exact_match, final_number, read_problems
 from jpt.evaluation.rows import read_rows
 from jpt.evaluation.score import Scores
@@ -114,12 +113,3 @@ def test_rows_name_the_line_that_is_broken(tmp_path):
     path.write_text('{"a": 1}\n[1]\n')
     with pytest.raises(ValueError, match=r'x\.jsonl:2: expected a JSON object'):
         read_rows(path)
-
-
-def test_harness_pairs_keep_the_space_with_the_continuation():
-    ids, start = pair_ids(bytes_of, 'one two ', 'three')
-    assert bytes(ids).decode() == 'one two three'
-    assert bytes(ids[start:]).decode() == ' three'
-    found = log_likelihoods(likes('B'), [(bytes_of('xxBB'), 2), (bytes_of('xxBC'), 2)], batch_size=2, length=8)
-    assert found[0] == (pytest.approx(-0.2), True)
-    assert found[1] == (pytest.approx(-5.1), False)
