@@ -226,5 +226,18 @@ def test_a_line_shows_nothing_it_does_not_know():
     assert line_of({'unknown': 3.0}) == ''
 
 
+@pytest.mark.parametrize(
+    ('values', 'text'),
+    [
+        ({'loss': 2.0, 'ce': 2.0}, 'loss 2.0000'),
+        ({'loss': 0.5, 'kl': 0.5, 'ce': 4.0}, 'loss = KL 0.5000  CE 4.0000'),
+        ({'loss': 1.5, 'kl': 0.5, 'ce': 4.0}, 'loss 1.5000  KL 0.5000  CE 4.0000'),
+        ({'eval_loss': 0.5, 'eval_kl': 0.5, 'eval_ce': 4.0}, 'held-out loss = KL 0.5000  CE 4.0000'),
+    ],
+)
+def test_a_line_says_what_the_loss_is(values, text):
+    assert line_of(values) == text
+
+
 def test_peak_memory_is_that_of_this_process_on_a_cpu():
     assert 50 * 2**20 < peak_memory() < 2**40

@@ -12,8 +12,10 @@ from jpt.training.writers import Values
 _FORMATS = {
     'loss': 'loss {:.4f}',
     'kl': 'KL {:.4f}',
+    'ce': 'CE {:.4f}',
     'eval_loss': 'held-out loss {:.4f}',
-    'eval_kl': 'held-out KL {:.4f}',
+    'eval_kl': 'KL {:.4f}',
+    'eval_ce': 'CE {:.4f}',
     'eval_agreement': 'agreement {:.2%}',
     'grad_norm': 'grad {:.3g}',
     'lr': 'lr {:.2e}',
@@ -59,8 +61,22 @@ class Console:
 
 
 def line_of(values: Values) -> str:
-    """The values that a person wants to see, in a fixed order."""
-    parts = [form.format(values[name]) for name, form in _FORMATS.items() if name in values]
+    """The values that a person wants to see, in a fixed order.
+
+    A loss that is nothing but a KL says so, since it cannot be compared with a cross-entropy, which then stands beside
+    it; a loss that is nothing but a cross-entropy is shown once.
+    """
+    hidden = set()
+    names = {}
+    for prefix, word in (('', 'loss'), ('eval_', 'held-out loss')):
+        loss = values.get(f'{prefix}loss')
+        if loss is not None and loss == values.get(f'{prefix}ce'):
+            hidden.add(f'{prefix}ce')
+        elif loss is not None and loss == values.get(f'{prefix}kl'):
+            hidden.add(f'{prefix}loss')
+            names[f'{prefix}kl'] = f'{word} = KL {{:.4f}}'
+    shown = [name for name in _FORMATS if name in values and name not in hidden]
+    parts = [names.get(name, _FORMATS[name]).format(values[name]) for name in shown]
     if 'eta_seconds' in values:
         parts.append(f'ETA {duration(values["eta_seconds"])}')
     return '  '.join(parts)

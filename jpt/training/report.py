@@ -114,7 +114,7 @@ def save_curves(path: Path, curves: Mapping[str, Curve], teacher_loss: float, ti
         axes.plot([tokens / 1e6 for tokens in curve.tokens], curve.values, label=name, linewidth=1.6)
     axes.axhline(teacher_loss, color='0.4', linestyle='--', linewidth=1.2, label='teacher, on held-out text')
     axes.set_xlabel('training tokens, millions')
-    axes.set_ylabel('training loss, nats per token')
+    axes.set_ylabel('cross-entropy on training text, nats per token')
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
