@@ -49,7 +49,8 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None) ->
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
         manager = stack.enter_context(open_manager(job, workdir, assets))
-        state, step = restore_or_begin(job, manager, feed)
+        with explain_out_of_memory(memory_parts(job, job.batch)):
+            state, step = restore_or_begin(job, manager, feed)
         metrics = make_metrics(job, workdir, step)
         stack.callback(metrics.close)
         metrics.say(f'resuming at step {step}' if step else 'starting at step 0')
@@ -83,6 +84,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None) ->
                 metrics.say(f'asked to stop ({stop}): saved step {step}; the same command goes on from here')
                 raise StoppedError(STOPPED)
         manager.wait()
+        metrics.say(f'data     {feed.pipeline.describe()}')
     return state
 
 
@@ -101,18 +103,18 @@ class _Saver:
 
 def _first_or_next(job: Job, metrics: Metrics, state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
     """A step, announced where it is compiled."""
-    parts = {
-        'params': job.state.params,
-        'optimizer': job.state.opt_state,
-        'frozen': job.state.frozen,
-        'ema': job.state.ema,
-        'batch': batch,
-    }
-    with explain_out_of_memory(parts):
+    with explain_out_of_memory(memory_parts(job, batch)):
         if job.step._cache_size():
             return job.step(state, batch)
         with metrics.compiling():
             return jax.block_until_ready(job.step(state, batch))
+
+
+def memory_parts(job: Job, batch: Any) -> dict[str, Any]:
+    """What a device holds, by the names that an out-of-memory message uses."""
+    state = job.state
+    parts = {'params': state.params, 'optimizer': state.opt_state, 'frozen': state.frozen, 'ema': state.ema}
+    return parts | {'batch': batch}
 
 
 def _asked_to_stop(asked: Interrupt, step: int) -> str | None:

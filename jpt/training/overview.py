@@ -69,5 +69,8 @@ def overview(job: Job) -> str:
     lines.append(f'mesh     {shape} ({job.mesh.size} x {kind})')
     sizes = ', '.join(f'{name} {gib(size)}' for name, size in bytes_by_part(job).items())
     lines.append(f'memory   per device between steps: {sizes}')
-    lines.append(f'work     {flops_of(job) / 1e9:.3f} GFLOP per token of a step')
+    flops = flops_of(job)
+    lines.append(
+        f'work     {f"{work / 1e9:,.2f} G" if work >= 1e9 else f"{work / 1e6:,.2f} M"}FLOP per token of a step'
+    )
     return '\n'.join(lines)

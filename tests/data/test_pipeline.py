@@ -382,6 +382,14 @@ def test_real_lengths_fill_the_rows(shared_data, seq_len):
     pipeline.close()
 
 
+def test_a_line_for_people(tokenizer):
+    pipeline = make(tokenizer, ['', 'hi'], batch_size=1, seq_len=4, num_epochs=1)
+    assert len(list(pipeline)) == 1
+    positions = len(tokenizer.encode('hi'))  # each of them has a target, the last one eos
+    line = f'1 documents in 1 rows, {positions / 4:.1%} full, 1 empty; passes finished: 1'
+    assert pipeline.describe() == line
+
+
 def test_texts_that_fit_are_cut_only_where_rows_would_stay_empty(tokenizer):
     ids = [np.full(31, 5, np.int32)] * 40  # 30 positions each: two do not fit into a row of 48
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from tiny import settings
@@ -116,3 +117,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_batch(tmp_path, mo
     monkeypatch.undo()
     train_model(config, workdir)
     assert list(rows(workdir)) == list(range(1, 8))
+
+
+def test_weights_that_do_not_fit_are_explained(tmp_path, monkeypatch):
+    def refuse(job):
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB')
+
+    monkeypatch.setattr(loop, 'first_state', refuse)
+    with pytest.raises(MemoryError, match='bytes per device') as caught:
+        train_model(settings(tmp_path), tmp_path / 'run')
+    lines = str(caught.value).splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ['params', 'optimizer', 'frozen']
+    assert any('12.50 GiB  in one piece, which failed' in line for line in lines)
