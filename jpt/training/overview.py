@@ -70,7 +70,6 @@ def overview(job: Job) -> str:
     sizes = ', '.join(f'{name} {gib(size)}' for name, size in bytes_by_part(job).items())
     lines.append(f'memory   per device between steps: {sizes}')
     flops = flops_of(job)
-    lines.append(
-        f'work     {f"{work / 1e9:,.2f} G" if work >= 1e9 else f"{work / 1e6:,.2f} M"}FLOP per token of a step'
-    )
+    work = f'{flops / 1e9:,.2f} GFLOP' if flops >= 1e9 else f'{flops / 1e6:,.2f} MFLOP'
+    lines.append(f'work     {work} per token of a step')
     return '\n'.join(lines)
