@@ -112,20 +112,28 @@ def _members(right: str) -> tuple[int, ...]:
     listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}', right)
     if listed:
         return tuple(int(part) for part in listed[1].split(','))
-    iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?', right)
+    iota = re.search(r'replica_groups=\[\d+,(\d+)\]<=(\S*)', right)
     if iota:
-        sizes = [int(part) for part in iota[2].split(',')]
-        order = [int(part) for part in iota[3].split(',')] if iota[3] else range(len(sizes))
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(tuple(order))
-        return tuple(devices.reshape(-1)[: int(iota[1])].tolist())
-    mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', right)
+        return tuple(_iota(iota[2]).reshape(-1)[: int(iota[1])].tolist())
+    mesh = re.search(r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S*)\))? \{([^}]*)\}', right)
     if mesh:
         axes = [part.split('=') for part in mesh[1].split(',')]
-        chosen = {axis.strip() for axis in mesh[2].split(',')}
-        devices = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        sizes = [int(size) for _, size in axes]
+        devices = _iota(mesh[2] or f'[{math.prod(sizes)}]').reshape(sizes)
+        chosen = {axis.strip() for axis in mesh[3].split(',')}
         at = tuple(slice(None) if name.strip() in chosen else 0 for name, _ in axes)
         return tuple(devices[at].reshape(-1).tolist())
     return (0,)
+
+
+def _iota(text: str) -> np.ndarray:
+    """Device numbers as HLO writes them: '[2,4]T(1,0)' for 0 to 7 as [2, 4], transposed; or one by one, '0,4,1,5'."""
+    found = re.match(r'\[([\d,]*)\](?:T\(([\d,]*)\))?', text)
+    if found is None:
+        return np.array([int(part) for part in text.split(',')])
+    sizes = [int(part) for part in found[1].split(',')]
+    order = [int(part) for part in found[2].split(',')] if found[2] else range(len(sizes))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(tuple(order))
 
 
 def axes_of(members: tuple[int, ...], sizes: Mapping[str, int]) -> str:

@@ -72,6 +72,25 @@ def test_groups_are_named_by_the_axes_of_the_mesh():
 
 
 @pytest.mark.parametrize(
+    ('groups', 'expected'),
+    [
+        ('{{0,2},{1,3}}', (0, 2)),
+        ('[2,4]<=[8]', (0, 1, 2, 3)),
+        ('[4,2]<=[2,4]T(1,0)', (0, 4)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", (0, 4)),
+        ("mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'b'}", (0, 3)),
+    ],
+)
+def test_every_form_of_groups_is_read(groups, expected):
+    """The forms of XLA's printer; the first group of each, worked out by hand."""
+    line = f'  ROOT %a = f32[2]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add'
+    (found,) = collectives(f'ENTRY %main (x: f32[2]) -> f32[2] {{\n{line}\n}}\n')
+    assert found.members == expected
+
+
+@pytest.mark.parametrize(
     ('members', 'expected'), [((0,), ''), ((0, 4), 'data'), ((1, 3), 'fsdp'), ((0, 6), 'data+fsdp'), ((2, 3), 'tensor')]
 )
 def test_axes_along_which_devices_differ(members, expected):
