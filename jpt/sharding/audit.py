@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +132,7 @@ def _iota(text: str) -> np.ndarray:
     if found is None:
         return np.array([int(part) for part in text.split(',')])
     sizes = [int(part) for part in found[1].split(',')]
-    order = [int(part) for part in found[2].split(',')] if found[2] else range(len(sizes))
+    order: Sequence[int] = [int(part) for part in found[2].split(',')] if found[2] else range(len(sizes))
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(tuple(order))
 
 
