@@ -60,6 +60,9 @@ class CheckpointManager:
             must equal the stored one on restore.
         config: the run's configuration, JSON; kept for the record.
         background: write while training goes on. `save` returns when the arrays have been copied.
+
+    Raises:
+        DamagedCheckpoint: the metrics of a step cannot be read; names the files that are not what was saved.
     """
 
     def __init__(
@@ -81,17 +84,19 @@ class CheckpointManager:
         self._model, self._config = model, config
         self._assets = None if assets is None else Path(assets)
         self._tokenizer = tokenizer_fingerprint(self._assets)
-        self._orbax = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy(max_to_keep),
-                best_fn=self._badness,
-                best_mode='min',
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=background,
-            ),
-            handler_registry=handler_registry(),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy(max_to_keep),
+            best_fn=self._badness,
+            best_mode='min',
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=background,
         )
+        try:
+            self._orbax = ocp.CheckpointManager(self.directory, options=options, handler_registry=handler_registry())
+        except ValueError:  # Orbax reads the metrics of all steps, and does not say which are no JSON
+            for step in sorted(path for path in self.directory.glob('*') if path.name.isdecimal()):
+                verify(step, step / layout.MANIFEST / MANIFEST_FILE)
+            raise
 
     def _policy(self, max_to_keep: int | None) -> Any:
         policies: list[Any] = [checkpoint_managers.LatestN(max_to_keep)]

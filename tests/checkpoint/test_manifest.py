@@ -31,12 +31,10 @@ def test_the_checksum_is_crc_32(tmp_path: Path) -> None:
 
 def test_the_manifest_lists_every_file_of_its_items(tmp_path: Path) -> None:
     content = json.loads(make(tmp_path).read_text())
-    assert content == {
-        'files': {
-            'model/model.json': {'bytes': 2, 'crc32': 'a3a6bf43'},
-            'state/d/a': {'bytes': 9, 'crc32': 'cbf43926'},
-            'state/m': {'bytes': 0, 'crc32': '00000000'},
-        }
+    assert content['files'] == {
+        'model/model.json': {'bytes': 2, 'crc32': 'a3a6bf43'},
+        'state/d/a': {'bytes': 9, 'crc32': 'cbf43926'},
+        'state/m': {'bytes': 0, 'crc32': '00000000'},
     }
 
 
@@ -97,3 +95,16 @@ def test_a_missing_or_broken_manifest_is_damage(tmp_path: Path, text: str | None
         manifest.write_text(text)
     with pytest.raises(DamagedCheckpoint, match=message):
         verify(tmp_path, manifest)
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    manifest = make(tmp_path)
+    raw = manifest.read_bytes()
+    for place, byte in enumerate(raw):
+        manifest.write_bytes(raw[:place] + bytes([byte ^ 1 << place % 8]) + raw[place + 1 :])
+        with pytest.raises(DamagedCheckpoint, match=r'manifest\.json: (checksum|not a manifest)'):
+            verify(tmp_path, manifest)
+    for length in range(len(raw)):
+        manifest.write_bytes(raw[:length])
+        with pytest.raises(DamagedCheckpoint, match='not a manifest'):
+            verify(tmp_path, manifest)
