@@ -56,6 +56,10 @@ class Model:
                 f'token ids from {int(tokens.min())} to {int(tokens.max())}: '
                 f'expected ids from 0 to {self.config.vocab_size - 1}'
             )
+        if self.config.learned_positions:
+            last = tokens.shape[1] - 1 if positions_BT is None else int(jnp.max(jnp.asarray(positions_BT), initial=0))
+            if last >= self.config.max_length:
+                raise ValueError(f'position {last}: the model has embeddings of {self.config.max_length} positions')
         places = [None if p is None else jnp.asarray(p, jnp.int32) for p in (positions_BT, segment_ids_BT)]
         return _logits(self.config, self.compute, self.params, tokens, *places)
 

@@ -12,20 +12,23 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jpt import __version__
-from jpt.checkpoint.assets import CONFIG_FILE, GENERATION_FILE, copy_assets
+from jpt.checkpoint.about import model_differences
+from jpt.checkpoint.assets import CONFIG_FILE, GENERATION_FILE, copy_assets, open_tokenizer
 from jpt.checkpoint.directories import check_absent, new_directory
 from jpt.checkpoint.hf_import import read_config
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import ShardedWriter
 from jpt.checkpoint.source import Index, LeafSource, TreeSource, row_blocks, whole
+from jpt.checkpoint.tree import listing
 from jpt.data.tokenizer import TOKENIZER_FILES
 from jpt.models.config import ModelConfig
-from jpt.models.families import config_to_hf
-from jpt.models.fields import HARMLESS
+from jpt.models.families import config_from_hf, config_to_hf
+from jpt.models.fields import ACTIVATION_NAMES, HARMLESS
 from jpt.models.names import Leaf, Source, leaves
 
 # Of the fields that leave the computation alone, these are about the weights or the file and are written anew.
 _WRITTEN_ANEW = frozenset(['model_type', 'architectures', 'torch_dtype', 'dtype', '_name_or_path', 'name_or_path'])
+_DROPOUT = frozenset(['resid_pdrop', 'embd_pdrop', 'attn_pdrop'])  # GPT-2's names; transformers' default is 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +157,35 @@ def export_hf(
 
 
 def hf_config(cfg: ModelConfig, dtype: str, source_dir: Path | None = None) -> dict[str, Any]:
-    """config.json: what the model computes, and the harmless fields (special token ids and the like) of its source."""
-    carried = {}
+    """config.json: what the model computes, and the harmless fields (special token ids and the like) of its source.
+
+    A model without such a source has the ids of its tokenizer; left out, they would be numbers of transformers' own.
+
+    Raises:
+        ValueError: the family has no config.json that says all of what the model computes.
+    """
+    written = config_to_hf(cfg, dtype)
     if source_dir is not None and (source_dir / CONFIG_FILE).is_file():
         content = read_config(source_dir)
-        carried = {key: value for key, value in content.items() if key in HARMLESS - _WRITTEN_ANEW}
-    return carried | config_to_hf(cfg, dtype)
+        carried = {key: value for key, value in content.items() if key in (HARMLESS | _DROPOUT) - _WRITTEN_ANEW}
+        written |= _spelled_alike(written, content)
+    else:
+        tokenizer = open_tokenizer(source_dir)
+        carried = {f'{name}_token_id': getattr(tokenizer, f'{name}_id', None) for name in ('bos', 'eos', 'pad')}
+    lines = model_differences(config_from_hf(json.loads(json.dumps(written))), cfg)
+    if lines:
+        lines = [line.replace('in the checkpoint', 'as config.json would say it') for line in lines]
+        raise ValueError(f'a config.json of {cfg.family} cannot say what the model computes:\n  {listing(lines)}')
+    return carried | written
+
+
+def _spelled_alike(written: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """The source's names of an activation that has several: transformers computes each in its own way."""
+    found: dict[str, Any] = {}
+    for name in ('hidden_act', 'hidden_activation', 'activation_function'):
+        if name in written and ACTIVATION_NAMES.get(source.get(name, '')) == ACTIVATION_NAMES[written[name]]:
+            found[name] = source[name]
+    return found
 
 
 def model_card(cfg: ModelConfig, dtype: str, specs: dict[str, TensorSpec]) -> str:

@@ -16,7 +16,7 @@ from jpt.checkpoint.assets import copy_assets, has_tokenizer, tokenizer_fingerpr
 from jpt.checkpoint.directories import check_absent, new_directory
 from jpt.checkpoint.dtypes import cast, cast_target, is_floating
 from jpt.checkpoint.manifest import MANIFEST_FILE, verify, write_manifest
-from jpt.checkpoint.source import Index, LeafSource, TreeSource, load_tree, whole
+from jpt.checkpoint.source import Index, LeafSource, TreeSource, load_tree, merged, whole
 from jpt.checkpoint.tree import LeafSpec, differences, listing, name_of, specs_of
 from jpt.models.config import ModelConfig
 from jpt.models.names import Leaf, leaves
@@ -130,12 +130,10 @@ class StoredSource:
         """A kernel with its LoRA adapter merged into it, as jpt.quant.dot.dense does."""
         repeats, rows, columns = index
         base = self._part(f'{name}/base', index)
-        wide = np.promote_types(np.float32, base.dtype) if base.dtype == np.float64 else np.dtype(np.float32)
         rank = slice(None)
-        a = self._part(f'{name}/a', (repeats, rank, columns)).astype(wide)
-        b = self._part(f'{name}/b', (repeats, rows, rank)).astype(wide)
+        a, b = self._part(f'{name}/a', (repeats, rank, columns)), self._part(f'{name}/b', (repeats, rows, rank))
         scale = self._statics[f'{self._names[name + "/base"].removesuffix("/base")}/scale']
-        return (base.astype(wide) + scale * (b @ a)).astype(base.dtype)
+        return merged(base, a, b, scale)
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""Opening a model by its path, whichever of the two kinds of directory it is."""
+"""Opening a model by its path, whichever kind of directory it is."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jax.typing import DTypeLike
 
+from jpt.checkpoint.adapted import AdaptedSource, is_adapter, named_base
 from jpt.checkpoint.assets import CONFIG_FILE
 from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
 from jpt.checkpoint.model_dir import StoredSource, find_checkpoint
@@ -26,16 +27,40 @@ def model_directory(path: str | os.PathLike[str]) -> Path:
     return SHIPPED.get(str(path), Path(path))
 
 
+def base_model(adapter: Path) -> Path:
+    """The directory of the model that a PEFT adapter belongs to: as it is named, or beside the adapter.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is an adapter itself.
+    """
+    name = named_base(adapter)
+    for directory in (model_directory(name), adapter / name):
+        if directory.is_dir():
+            if is_adapter(directory):
+                raise ValueError(f'{adapter} is a PEFT adapter of {directory}, which is an adapter too')
+            return directory
+    raise FileNotFoundError(
+        f'{adapter} is a PEFT adapter of {name!r}, which is no directory here: fetch that model and put its path into '
+        'base_model_name_or_path of adapter_config.json'
+    )
+
+
 def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Opened:
     """Opens a Hugging Face directory or a jpt checkpoint (a model, a step of a run, or a run's workdir).
 
+    A PEFT adapter is merged into the model that it names as its base, which must be a directory too.
+
     Raises:
-        FileNotFoundError: neither kind.
+        FileNotFoundError: none of these.
         ValueError: what is there is not a model that jpt computes; see the sources.
     """
     directory = model_directory(path)
     if not directory.is_dir():
         raise FileNotFoundError(f'{directory}: no such directory')
+    if is_adapter(directory):
+        base = open_model(base_model(directory), dtype)
+        return Opened(AdaptedSource(base.source, directory), base.assets)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
         return Opened(HuggingFaceSource(directory, dtype), directory)
     try:

@@ -19,11 +19,13 @@ import numpy as np
 from jpt.checkpoint.safetensors import load_file
 from jpt.checkpoint.safetensors_writer import save_file
 from jpt.models.config import ModelConfig
-from jpt.models.names import Leaf, Source, get, leaves
+from jpt.models.names import Leaf, Source, TreePath, get, leaves
 from jpt.quant.dot import LoraKernel
 from jpt.quant.lora import is_weight, lora_scale
 from jpt.quant.paths import map_with_path, path_of
 
+ADAPTER_CONFIG = 'adapter_config.json'
+_WEIGHTS = 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
 _READ = ('peft_type', 'r', 'lora_alpha', 'rank_pattern', 'alpha_pattern', 'use_rslora', 'bias', 'init_lora_weights')
 # What these say is either in the tensors already, or is about training alone.
@@ -47,8 +49,8 @@ _NEUTRAL = {
 _INITIALIZATIONS = (True, False, 'gaussian', 'eva', 'orthogonal')
 
 
-class _Factors(NamedTuple):
-    """The adapter of one module: a [rank, in], b [out, rank] of scale * b a."""
+class Factors(NamedTuple):
+    """The adapter of one module: a [rank, in], b [out, rank] of scale * b a; or of a stack of them."""
 
     a: np.ndarray
     b: np.ndarray
@@ -63,24 +65,42 @@ def read_adapter(directory: str | Path, cfg: ModelConfig, params: Any) -> Any:
     Raises:
         ValueError: a config field that jpt does not compute, a tensor that is missing, unexpected or of another shape.
     """
+    factors = read_factors(directory, cfg)
+    adapted = {_name(leaf): leaf.path for leaf in _kernel_leaves(cfg) if leaf.path in factors}
+
+    def wrap(path: str, kernel: Any) -> Any:
+        if path not in adapted:
+            return kernel
+        if isinstance(kernel, LoraKernel):
+            raise ValueError(f'{directory}: {path} has an adapter already: merge it first')
+        return LoraKernel(kernel, *factors[adapted[path]])
+
+    return map_with_path(wrap, params, is_leaf=is_weight)
+
+
+def read_factors(directory: str | Path, cfg: ModelConfig) -> dict[TreePath, Factors]:
+    """The factors of a PEFT directory, float32 and stacked as the kernels they belong to: a [R, rank, in].
+
+    Raises:
+        FileNotFoundError: no safetensors there.
+        ValueError: as `read_adapter`.
+    """
     directory = Path(directory)
-    config_path = directory / 'adapter_config.json'
-    config = _check_config(json.loads(config_path.read_text()), config_path)
-    tensors = load_file(directory / 'adapter_model.safetensors')
+    config_path, weights = directory / ADAPTER_CONFIG, directory / _WEIGHTS
+    config = _check_config(json.loads(config_path.read_text('utf-8')), config_path)
+    if not weights.is_file():
+        raise FileNotFoundError(f'{directory}: no {_WEIGHTS} (pickled adapters are not read)')
+    tensors = load_file(weights)
     used: set[str] = set()
-    kernels: dict[str, tuple[Leaf, list[_Factors | None]]] = {}
+    found: dict[TreePath, Factors] = {}
     for leaf in _kernel_leaves(cfg):
         layers = [_read_factors(tensors, source, config, directory, used) for source in leaf.sources]
         if any(layers):
-            kernels[_name(leaf)] = leaf, layers
+            found[leaf.path] = _stack(leaf, layers, directory)
     if unexpected := sorted(set(tensors) - used):
         shown = ', '.join(unexpected[:8])
         raise ValueError(f'{directory}: tensors that belong to no linear layer of the model: {shown}')
-
-    def wrap(path: str, kernel: Any) -> Any:
-        return _stack(*kernels[path], kernel, directory) if path in kernels else kernel
-
-    return map_with_path(wrap, params, is_leaf=is_weight)
+    return found
 
 
 def write_adapter(directory: str | Path, cfg: ModelConfig, params: Any, base_model: str | None = None) -> None:
@@ -89,7 +109,7 @@ def write_adapter(directory: str | Path, cfg: ModelConfig, params: Any, base_mod
     Raises:
         ValueError: there is no LoraKernel.
     """
-    modules: dict[str, list[tuple[Source, _Factors]]] = {}
+    modules: dict[str, list[tuple[Source, Factors]]] = {}
     for leaf in _kernel_leaves(cfg):
         kernel = get(params, leaf.path)
         if isinstance(kernel, LoraKernel):
@@ -107,8 +127,8 @@ def write_adapter(directory: str | Path, cfg: ModelConfig, params: Any, base_mod
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = _config_of(joined, cfg, base_model)
-    (directory / 'adapter_config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
-    save_file(directory / 'adapter_model.safetensors', tensors, {'format': 'pt'})
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+    save_file(directory / _WEIGHTS, tensors, {'format': 'pt'})
 
 
 def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -129,7 +149,7 @@ def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _read_factors(
     tensors: Mapping[str, np.ndarray], source: Source, config: dict[str, Any], directory: Path, used: set[str]
-) -> _Factors | None:
+) -> Factors | None:
     module = _module(source)
     names = [f'{_PREFIX}{module}.lora_{factor}.weight' for factor in 'AB']
     present = [name for name in names if name in tensors]
@@ -145,7 +165,7 @@ def _read_factors(
     alpha = _by_pattern(config.get('alpha_pattern'), module, config['lora_alpha'])
     rows = b.shape[0] // source.parts
     part = b[source.part * rows : (source.part + 1) * rows]
-    return _Factors(a, part, lora_scale(rank, alpha, config.get('use_rslora', False)))
+    return Factors(a, part, lora_scale(rank, alpha, config.get('use_rslora', False)))
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -153,9 +173,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return next((v for key, v in (patterns or {}).items() if re.match(rf'(.*\.)?({key})$', module)), default)
 
 
-def _stack(leaf: Leaf, layers: list[_Factors | None], kernel: Any, directory: Path) -> LoraKernel:
-    if isinstance(kernel, LoraKernel):
-        raise ValueError(f'{directory}: {_name(leaf)} has an adapter already: merge it first')
+def _stack(leaf: Leaf, layers: list[Factors | None], directory: Path) -> Factors:
     repeats, out, inner = leaf.shape
     present = [factors for factors in layers if factors is not None]
     rank, scale = max(factors.a.shape[0] for factors in present), present[0].scale
@@ -170,16 +188,16 @@ def _stack(leaf: Leaf, layers: list[_Factors | None], kernel: Any, directory: Pa
                 f'expected (rank, {inner}) and ({out}, rank)'
             )
         a[index, :own], b[index, :, :own] = factors.a, factors.b * np.float32(factors.scale / scale)
-    return LoraKernel(kernel, a, b, scale)
+    return Factors(a, b, scale)
 
 
-def _trim(a: np.ndarray, b: np.ndarray, scale: float) -> _Factors:
+def _trim(a: np.ndarray, b: np.ndarray, scale: float) -> Factors:
     """Without the ranks that are zero in both factors: padding."""
     real = a.any(axis=1) | b.any(axis=0)
-    return _Factors(a[real], b[:, real], scale)
+    return Factors(a[real], b[:, real], scale)
 
 
-def _join(parts: list[tuple[Source, _Factors]]) -> _Factors:
+def _join(parts: list[tuple[Source, Factors]]) -> Factors:
     """The factors of a module from those of the parts that it is here (GPT-2's queries, keys and values)."""
     first, factors = parts[0]
     if first.parts == 1:
@@ -187,7 +205,7 @@ def _join(parts: list[tuple[Source, _Factors]]) -> _Factors:
     if len(parts) == first.parts and all(
         np.array_equal(own.a, factors.a) and own.scale == factors.scale for _, own in parts
     ):
-        return _Factors(factors.a, np.concatenate([own.b for _, own in parts]), factors.scale)
+        return Factors(factors.a, np.concatenate([own.b for _, own in parts]), factors.scale)
     rank = sum(own.a.shape[0] for _, own in parts)
     rows = factors.b.shape[0]
     b = np.zeros((rows * first.parts, rank), factors.b.dtype)
@@ -196,10 +214,10 @@ def _join(parts: list[tuple[Source, _Factors]]) -> _Factors:
         end = start + own.a.shape[0]
         b[source.part * rows : (source.part + 1) * rows, start:end] = own.b * (own.scale / factors.scale)
         start = end
-    return _Factors(np.concatenate([own.a for _, own in parts]), b, factors.scale)
+    return Factors(np.concatenate([own.a for _, own in parts]), b, factors.scale)
 
 
-def _config_of(modules: Mapping[str, _Factors], cfg: ModelConfig, base_model: str | None) -> dict[str, Any]:
+def _config_of(modules: Mapping[str, Factors], cfg: ModelConfig, base_model: str | None) -> dict[str, Any]:
     ranks = {module: factors.a.shape[0] for module, factors in modules.items()}
     alphas = {module: factors.scale * ranks[module] for module, factors in modules.items()}
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]

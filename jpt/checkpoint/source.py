@@ -99,6 +99,15 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
         yield slice(first, min(first + rows, shape[0]))
 
 
+def merged(base: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """base [..., out, in] + scale * b [..., out, rank] a [..., rank, in], in the dtype of the base.
+
+    Computed in float32, or in float64 where the base is that.
+    """
+    wide = np.dtype(np.float64 if base.dtype == np.float64 else np.float32)
+    return (base.astype(wide) + scale * (b.astype(wide) @ a.astype(wide))).astype(base.dtype)
+
+
 def load_tree(source: LeafSource, shardings: Any = None) -> dict[str, Any]:
     """The parameter tree as jax arrays.
 

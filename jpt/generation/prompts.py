@@ -57,18 +57,19 @@ def encode_prompts(model: LoadedModel, prompts: Prompts) -> list[list[int]]:
 
 
 def check_lengths(cfg: ModelConfig, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> None:
-    """Raises ValueError where a prompt and what is to follow it exceed the positions the model was trained for.
+    """Raises ValueError where a prompt and what is to follow it exceed the positions the model is made for.
 
-    Dynamic rotary scaling is made to go beyond them.
+    Dynamic rotary scaling has no end; published configs that ask for YaRN leave max_length as it was without it.
     """
-    limit = math.inf if any(rope.kind == 'dynamic' for rope in cfg.ropes()) else cfg.max_length
+    stretched = (rope.factor * rope.original_length for rope in cfg.ropes() if rope.kind == 'yarn')
+    limit = math.inf if any(rope.kind == 'dynamic' for rope in cfg.ropes()) else max(cfg.max_length, *stretched, 0)
     for i, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         if budget < 1 or budget != int(budget):
             raise ValueError(f'max_new_tokens={budget!r} for prompts[{i}]: expected a positive integer')
         if len(prompt) + budget > limit:
             raise ValueError(
                 f'prompts[{i}] has {len(prompt)} tokens, and max_new_tokens is {budget}: '
-                f'together at most {cfg.max_length} (the max_length of the model)'
+                f'together at most {int(limit)} (the positions of the model)'
             )
 
 

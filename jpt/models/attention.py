@@ -64,13 +64,14 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Attention [B, T, N, H] of the tokens to themselves, or to all of a cache that holds them."""
         cfg, kind, implementation = self.cfg, self.kind, self.compute.attention
+        scale = cfg.scale if kind.attention_scale is None else kind.attention_scale
         k_positions, k_segments = where.positions_BT, where.segments_BT
         if cache is not None:
             k_positions, k_segments = cache.positions_BS, cache.segments_BS
             k_BKHS, v_BKSH = cache.read()
             if implementation == 'auto' and q_BTNH.shape[1] <= FEW_QUERIES:
                 places = Places(where.positions_BT, k_positions, where.segments_BT, k_segments)
-                rule = Scores(Mask(window=kind.window), cfg.scale, cfg.attention_soft_cap)
+                rule = Scores(Mask(window=kind.window), scale, cfg.attention_soft_cap)
                 return cached_attention(q_BTNH, k_BKHS, v_BKSH, places, rule)
             k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
         return attention(
@@ -83,6 +84,6 @@ class Attention(nn.Module):
             k_segments_BS=k_segments,
             window=kind.window,
             soft_cap=cfg.attention_soft_cap,
-            scale=cfg.scale,
+            scale=scale,
             implementation=implementation,
         )

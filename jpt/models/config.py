@@ -13,7 +13,7 @@ import jax
 from jax.typing import DTypeLike
 
 RopeKind = Literal['default', 'linear', 'dynamic', 'yarn', 'llama3']
-Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu']
+Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu', 'tanh']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class LayerKind:
     rope: Rope | None = None  # None: no rotary embedding
     window: int | None = None  # a query sees the keys at distance < window
     mlp_width: int = 0
+    attention_scale: float | None = None  # the factor on this layer's attention scores; None: the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class ModelConfig:
 
     @property
     def scale(self) -> float:
-        """The factor on attention scores."""
+        """The factor on attention scores, where a layer kind has none of its own."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def layer_kinds(self) -> Iterator[LayerKind]:

@@ -5,22 +5,15 @@ something that it is not. Both dialects are read: `rope_theta` with `rope_scalin
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jpt.models.config import LayerKind, ModelConfig, Rope, runs_of, segments_of
-from jpt.models.fields import Fields
-from jpt.models.rope_fields import read_rope, read_ropes_by_layer, write_rope
+from jpt.models.config import LayerKind, ModelConfig, runs_of, segments_of
+from jpt.models.fields import ACTIVATION_NAMES, Fields
+from jpt.models.gpt2_fields import read_gpt2, write_gpt2
+from jpt.models.rope_fields import read_rope, read_ropes_by_layer, write_rope, write_ropes_by_layer
 
 HuggingFace = Mapping[str, Any]
-ACTIVATION_NAMES = {
-    'silu': 'silu',
-    'swish': 'silu',
-    'gelu': 'gelu',
-    'gelu_new': 'gelu_tanh',
-    'gelu_pytorch_tanh': 'gelu_tanh',
-    'relu': 'relu',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +85,7 @@ def _llama_like(fields: Fields, kinds: tuple[LayerKind, ...] | None = None, **mo
 
 def _write_llama_like(cfg: ModelConfig) -> dict[str, Any]:
     kinds = list(cfg.layer_kinds())
-    activation = {'silu': 'silu', 'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}[cfg.activation]
+    activation = 'gelu_pytorch_tanh' if cfg.activation == 'gelu_tanh' else cfg.activation
     config: dict[str, Any] = {
         'vocab_size': cfg.vocab_size,
         'hidden_size': cfg.width,
@@ -125,6 +118,7 @@ def _read_mistral(fields: Fields) -> ModelConfig:
     max_length = fields.integer('max_position_embeddings', 4096 * 32)
     kind = LayerKind(read_rope(fields, max_length), window)
     kinds = (kind,) * fields.integer('num_hidden_layers')
+    fields.expect('attention_bias', (None, False))
     return _llama_like(fields, kinds, default_length=4096 * 32)
 
 
@@ -215,13 +209,20 @@ def _gemma_post_norm_fields(fields: Fields, cap_logits: float | None) -> dict[st
     }
 
 
+def _windows(fields: Fields, types: Sequence[str]) -> list[int | None]:
+    """The window of each layer."""
+    window = fields.optional_integer('sliding_window', 4096)
+    if window is None and 'sliding_attention' in types:
+        raise ValueError('config.json: sliding_window is null, but there are layers of sliding_attention')
+    return [window if name == 'sliding_attention' else None for name in types]
+
+
 def _read_gemma2(fields: Fields) -> ModelConfig:
     layers = fields.integer('num_hidden_layers')
     rope = read_rope(fields, fields.integer('max_position_embeddings', 8192))
-    window = fields.optional_integer('sliding_window', 4096)
     types = fields.layer_types(['full_attention' if i % 2 else 'sliding_attention' for i in range(layers)])
-    fields.ignore('cache_implementation')
-    kinds = tuple(LayerKind(rope, window if name == 'sliding_attention' else None) for name in types)
+    fields.ignore('cache_implementation', 'sliding_window_size')  # the second repeats sliding_window
+    kinds = tuple(LayerKind(rope, window) for window in _windows(fields, types))
     cap = fields.optional_number('attn_logit_softcapping', 50.0)
     return _gemma_like(
         fields, kinds, default_length=8192, attention_soft_cap=cap, **_gemma_post_norm_fields(fields, 30.0)
@@ -231,12 +232,12 @@ def _read_gemma2(fields: Fields) -> ModelConfig:
 def _read_gemma3(fields: Fields) -> ModelConfig:
     layers = fields.integer('num_hidden_layers')
     length = fields.integer('max_position_embeddings', 131072)
-    pattern = fields.integer('sliding_window_pattern', fields.integer('_sliding_window_pattern', 6))
+    pattern = fields.optional_integer('sliding_window_pattern', 6) or 6
     types = fields.layer_types(['sliding_attention' if (i + 1) % pattern else 'full_attention' for i in range(layers)])
     ropes = read_ropes_by_layer(fields, length)
-    window = fields.optional_integer('sliding_window', 4096)
-    kinds = tuple(LayerKind(ropes[name], window if name == 'sliding_attention' else None) for name in types)
-    fields.ignore('cache_implementation')
+    kinds = tuple(LayerKind(ropes[name], window) for name, window in zip(types, _windows(fields, types), strict=True))
+    # transformers writes the second one and never reads it
+    fields.ignore('cache_implementation', '_sliding_window_pattern')
     fields.ignore('attn_logit_softcapping')  # transformers' Gemma 3 has the field and never applies it
     return _gemma_like(fields, kinds, default_length=131072, qk_norm=True, **_gemma_post_norm_fields(fields, None))
 
@@ -252,70 +253,19 @@ def _write_gemma(cfg: ModelConfig) -> dict[str, Any]:
         'query_pre_attn_scalar': _whole(cfg.scale**-2),
         'final_logit_softcapping': cfg.logit_soft_cap,
         'attn_logit_softcapping': cfg.attention_soft_cap,
-        'sliding_window': next((kind.window for kind in kinds if kind.window), None),
+        # transformers needs a number even where no layer has a window
+        'sliding_window': next((kind.window for kind in kinds if kind.window), 4096),
         'layer_types': _layer_types(cfg),
     }
     if cfg.family == 'gemma3_text':
-        by_type = {('sliding_attention' if kind.window else 'full_attention'): kind.rope for kind in kinds}
-        default = {'sliding_attention': Rope(1e4), 'full_attention': Rope(1e6)}
-        ropes = {name: write_rope(by_type.get(name) or rope)['rope_parameters'] for name, rope in default.items()}
-        scaling = {k: v for k, v in ropes['full_attention'].items() if k != 'rope_theta'}
-        config |= {
-            'rope_parameters': ropes,
-            'rope_theta': ropes['full_attention']['rope_theta'],
-            'rope_local_base_freq': ropes['sliding_attention']['rope_theta'],
-            'rope_scaling': None if scaling['rope_type'] == 'default' else scaling,
-        }
+        config |= write_ropes_by_layer(
+            {('sliding_attention' if kind.window else 'full_attention'): kind.rope for kind in kinds}
+        )
     return config
 
 
 def _whole(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-6 * abs(value) else value
-
-
-def _read_gpt2(fields: Fields) -> ModelConfig:
-    fields.expect('scale_attn_weights', (True,))
-    fields.expect('scale_attn_by_inverse_layer_idx', (False,))
-    fields.expect('add_cross_attention', (False,))
-    fields.ignore('reorder_and_upcast_attn', 'n_ctx', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop', 'summary_type')
-    fields.ignore('n_special', 'predict_special_tokens', 'output_past')
-    fields.ignore('summary_use_proj', 'summary_activation', 'summary_proj_to_labels', 'summary_first_dropout')
-    width, heads = fields.integer('n_embd', 768), fields.integer('n_head', 12)
-    kind = LayerKind(mlp_width=fields.optional_integer('n_inner') or 4 * width)
-    return ModelConfig(
-        family='gpt2',
-        vocab_size=fields.integer('vocab_size', 50257),
-        width=width,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        segments=segments_of((kind,) * fields.integer('n_layer', 12), 1),
-        max_length=fields.integer('n_positions', 1024),
-        activation=fields.choice('activation_function', ACTIVATION_NAMES, 'gelu_new'),
-        gated_mlp=False,
-        norm='layer',
-        norm_eps=fields.number('layer_norm_epsilon', 1e-5),
-        qkv_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
-        learned_positions=True,
-        tied=fields.boolean('tie_word_embeddings', True),
-    )
-
-
-def _write_gpt2(cfg: ModelConfig) -> dict[str, Any]:
-    activation = {'gelu_tanh': 'gelu_new', 'gelu': 'gelu', 'relu': 'relu', 'silu': 'silu'}[cfg.activation]
-    return {
-        'vocab_size': cfg.vocab_size,
-        'n_embd': cfg.width,
-        'n_head': cfg.num_heads,
-        'n_layer': cfg.num_layers,
-        'n_inner': next(cfg.layer_kinds()).mlp_width,
-        'n_positions': cfg.max_length,
-        'activation_function': activation,
-        'layer_norm_epsilon': cfg.norm_eps,
-        'tie_word_embeddings': cfg.tied,
-    }
 
 
 FAMILIES: dict[str, Family] = {
@@ -326,5 +276,5 @@ FAMILIES: dict[str, Family] = {
     'gemma': Family('GemmaForCausalLM', _read_gemma, _write_gemma),
     'gemma2': Family('Gemma2ForCausalLM', _read_gemma2, _write_gemma),
     'gemma3_text': Family('Gemma3ForCausalLM', _read_gemma3, _write_gemma),
-    'gpt2': Family('GPT2LMHeadModel', _read_gpt2, _write_gpt2),
+    'gpt2': Family('GPT2LMHeadModel', read_gpt2, write_gpt2),
 }

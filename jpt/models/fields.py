@@ -3,6 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+ACTIVATION_NAMES = {
+    'silu': 'silu',
+    'swish': 'silu',
+    'gelu': 'gelu',
+    'gelu_python': 'gelu',
+    'gelu_new': 'gelu_tanh',
+    'gelu_fast': 'gelu_tanh',
+    'gelu_accurate': 'gelu_tanh',
+    'gelu_pytorch_tanh': 'gelu_tanh',
+    'gelu_python_tanh': 'gelu_tanh',
+    'relu': 'relu',
+    'tanh': 'tanh',
+}
 # Fields that say how a model was trained, stored or is served, not what it computes.
 HARMLESS = frozenset(
     [
@@ -45,6 +58,7 @@ HARMLESS = frozenset(
         '_attn_implementation_autoset',
         '_attn_implementation',
         'model_max_length',
+        'max_sequence_length',
         'max_length',
         'min_length',
         'do_sample',

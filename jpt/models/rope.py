@@ -38,9 +38,11 @@ def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax
 
 
 def _base_frequencies(theta: float, head_dim: int) -> np.ndarray:
-    # float32 steps on purpose: they are what every published checkpoint was trained with.
+    # float32 steps on purpose: they are what every published checkpoint was trained with. Each is rounded correctly,
+    # which numpy's own float32 power is not: one unit in the last place is an angle off by 0.004 at position 40,000.
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return (np.float32(1.0) / np.power(np.float32(theta), exponent)).astype(np.float32)
+    waves = np.power(np.float64(np.float32(theta)), exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / waves
 
 
 def _frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -78,7 +80,9 @@ def _yarn_frequencies(rope: Rope, head_dim: int, base: np.ndarray) -> np.ndarray
     if low == high:
         high += 0.001
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    return (base / rope.factor * ramp + base * (1 - ramp)).astype(np.float32)
+    # In the order of transformers' float32 steps, so that long positions have the same angles.
+    kept = 1 - ramp
+    return (1 / (rope.factor * (1 / base)) * (1 - kept) + base * kept).astype(np.float32)
 
 
 def _attention_factor(rope: Rope) -> float:
@@ -107,4 +111,6 @@ def _dynamic_frequencies(
     growth_BT = rope.factor * length_BT / rope.original_length - (rope.factor - 1)
     theta_BT = rope.theta * growth_BT ** (head_dim / (head_dim - 2))
     exponent_H = jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim
-    return 1.0 / theta_BT[..., None] ** exponent_H[None, None, :]
+    grown_BTH = 1.0 / theta_BT[..., None] ** exponent_H[None, None, :]
+    plain_H = jnp.asarray(_base_frequencies(rope.theta, head_dim), dtype)
+    return jnp.where((longest_BT > rope.original_length)[..., None], grown_BTH, plain_H[None, None, :])

@@ -44,20 +44,37 @@ def read_rope(fields: Fields, max_length: int, default_theta: float = 10_000.0) 
 
 
 def read_ropes_by_layer(fields: Fields, max_length: int) -> dict[str, Rope]:
-    """The rotary embeddings of Gemma 3, one per kind of attention, from either dialect."""
+    """The rotary embeddings of Gemma 3, one per kind of attention, from either dialect.
+
+    Raises:
+        ValueError: as `read_rope`, and where the dialects contradict each other.
+    """
     bases = {
         'sliding_attention': fields.number('rope_local_base_freq', 10_000.0),
         'full_attention': fields.number('rope_theta', 1_000_000.0),
     }
-    new, old = fields.get('rope_parameters') or {}, fields.get('rope_scaling') or {}
+    new, old = dict(fields.get('rope_parameters') or {}), fields.get('rope_scaling') or {}
+    # transformers reads this field of yarn beside the kinds of attention, and not the one within them.
+    truncate = new.pop('truncate', True)
     unknown = sorted(set(new) - set(LAYER_TYPES))
     if unknown:
         raise ValueError(f'config.json: rope_parameters has {unknown}: expected {" and ".join(LAYER_TYPES)}')
-    scaling = {'sliding_attention': {}, 'full_attention': {} if new else old}
-    return {
-        name: _parse(new.get(name) or scaling[name], f'rope_parameters.{name}', bases[name], max_length)
-        for name in LAYER_TYPES
-    }
+    ropes = {}
+    for name in LAYER_TYPES:
+        values = dict(new.get(name) or {})
+        if name == 'full_attention' and old:
+            if 'rope_type' not in old:  # transformers does not see the older name 'type' here
+                raise ValueError(f'config.json: rope_scaling={old}: expected a rope_type')
+            both = values | old
+            if values and _parse(both, 'rope_scaling', bases[name], max_length) != _parse(
+                values, 'rope_parameters', bases[name], max_length
+            ):
+                raise ValueError(f'config.json: rope_scaling={old} contradicts rope_parameters={new}')
+            values = both
+        if values.get('rope_type', values.get('type')) == 'yarn':
+            values['truncate'] = truncate
+        ropes[name] = _parse(values, f'rope_parameters.{name}', bases[name], max_length)
+    return ropes
 
 
 def _parse(values: Mapping[str, Any], place: str, theta: float, max_length: int) -> Rope:
@@ -110,4 +127,20 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
         'rope_parameters': {**values, 'rope_theta': rope.theta},
         'rope_theta': rope.theta,
         'rope_scaling': None if rope.kind == 'default' else values,
+    }
+
+
+def write_ropes_by_layer(ropes: Mapping[str, Rope | None]) -> dict[str, Any]:
+    """The fields of Gemma 3's rotary embeddings by kind of attention, in both dialects; its defaults for what lacks."""
+    kept = {'sliding_attention': Rope(1e4), 'full_attention': Rope(1e6)}
+    kept |= {name: rope for name, rope in ropes.items() if rope is not None}
+    written: dict[str, Any] = {name: write_rope(rope)['rope_parameters'] for name, rope in kept.items()}
+    bases = {name: values['rope_theta'] for name, values in written.items()}
+    truncate = [values.pop('truncate', True) for values in written.values()]
+    scaling = {name: value for name, value in written['full_attention'].items() if name != 'rope_theta'}
+    return {
+        'rope_parameters': written if all(truncate) else {**written, 'truncate': False},
+        'rope_theta': bases['full_attention'],
+        'rope_local_base_freq': bases['sliding_attention'],
+        'rope_scaling': None if scaling['rope_type'] == 'default' else scaling,
     }

@@ -22,5 +22,10 @@ def update_ema(ema: Any, params: Any, decay: float, count: jax.Array) -> Any:
     return jax.tree.map(lambda old, new: old + rate.astype(old.dtype) * (new.astype(old.dtype) - old), ema, params)
 
 
+def averaged(ema: Any, params: Any) -> Any:
+    """The average in the dtypes of the parameters; the parameters where there is none."""
+    return params if ema is None else jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), ema, params)
+
+
 def _wide(leaf: jax.Array) -> jnp.dtype:
     return jnp.promote_types(leaf.dtype, jnp.float32)

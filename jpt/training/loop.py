@@ -16,6 +16,7 @@ from jpt.data.batch import Batch
 from jpt.data.tokenizer import Tokenizer
 from jpt.metrics import Metrics, Run, make_writers
 from jpt.sharding.watchdog import STOPPED, Watchdog
+from jpt.training.ema import averaged
 from jpt.training.feed import Feed
 from jpt.training.interrupt import Interrupt
 from jpt.training.job import Job, canonical, canonical_shapes, first_state, from_canonical
@@ -150,10 +151,11 @@ def _local_rows(leaf: jax.Array) -> np.ndarray:
 def evaluate(
     job: Job, state: TrainState, tokenizer: Tokenizer, metrics: Metrics, step: int, dog: Watchdog
 ) -> dict[str, float] | None:
-    """Means over the held-out text, written as eval_*; None where there is none."""
+    """Means over the held-out text, written as eval_*, of the moving average if there is one; None without such text."""
     settings, config = job.config.eval, job.config
     if settings.data is None:
         return None
+    state = state._replace(params=averaged(state.ema, state.params))  # what the run exports in the end
     sums: dict[str, tuple[float, float]] = {}
     shape = (config.batch.size, config.batch.length)
     with metrics.timed('eval'):

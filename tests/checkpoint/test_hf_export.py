@@ -1,5 +1,6 @@
 """Exported directories: bit-exact round trips, what config.json says, what travels along."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,32 @@ def test_tokenizer_generation_config_and_card_travel(write_hf_dir: Write, tmp_pa
     count = sum(array.size for array in llama_tensors().values())
     assert card.startswith('---\nlibrary_name: transformers\n')
     assert f'llama with {count:,} parameters' in card
+
+
+def test_special_ids_of_a_model_without_a_source_are_its_tokenizers(
+    write_hf_dir: Write, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """Left out, transformers would take its own: 1 and 2 for a Llama."""
+    cfg, _ = load_hf(write_hf_dir(LLAMA, llama_tensors()))
+    names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+    assert [hf_config(cfg, 'float32', tokenizer_dir)[name] for name in names] == [1, 2, None]
+    (tokenizer_dir / 'tokenizer_config.json').write_text('{"eos_token": "a", "pad_token": "<unk>"}')
+    assert [hf_config(cfg, 'float32', tokenizer_dir)[name] for name in names] == [None, 3, 0]
+    assert [hf_config(cfg, 'float32')[name] for name in names] == [None, None, None]
+
+
+def test_an_activation_keeps_the_name_that_its_source_gave_it(write_hf_dir: Write, tmp_path: Path) -> None:
+    """transformers rounds differently under each of the names."""
+    for number, name in enumerate(('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast', 'silu')):
+        source = write_hf_dir(LLAMA | {'hidden_act': name}, llama_tensors(), f'hf{number}')
+        cfg, _ = load_hf(source)
+        assert hf_config(cfg, 'float32', source)['hidden_act'] == name
+
+
+def test_a_model_that_config_json_cannot_describe_is_not_written(write_hf_dir: Write) -> None:
+    cfg, _ = load_hf(write_hf_dir(LLAMA, llama_tensors()))
+    with pytest.raises(ValueError, match=r'(?s)config.json of llama cannot say.*logit_soft_cap'):
+        hf_config(dataclasses.replace(cfg, logit_soft_cap=30.0), 'float32')
 
 
 def test_a_cast_on_request_and_its_name_in_the_config(write_hf_dir: Write, tmp_path: Path) -> None:

@@ -282,6 +282,9 @@ GEMMA3_ROPE = {
     'sliding_attention': rope(40.0),
     'full_attention': rope(900.0, rope_type='linear', factor=3.0),
 }
+GEMMA3_YARN = rope(
+    900.0, rope_type='yarn', factor=4.0, original_max_position_embeddings=48, beta_fast=2.0, truncate=False
+)
 GEMMA3 = {
     **GEMMA,
     'num_hidden_layers': 7,
@@ -357,8 +360,20 @@ GEMMA_VARIANTS = (
             'layer_types': ['full_attention', *['sliding_attention'] * 2, 'full_attention', 'sliding_attention'],
             'final_logit_softcapping': 5.0,
             'tie_word_embeddings': False,
+            'rope_parameters': {'sliding_attention': rope(40.0), 'full_attention': GEMMA3_YARN},
         },
-        ({'final_logit_softcapping': None}, {'layer_types': ['sliding_attention'] * 4 + ['full_attention']}),
+        (
+            {'final_logit_softcapping': None},
+            {'layer_types': ['sliding_attention'] * 4 + ['full_attention']},
+            # Beside the kinds of attention the field is heard, within them it is not.
+            {
+                'rope_parameters': {
+                    'sliding_attention': rope(40.0),
+                    'full_attention': GEMMA3_YARN,
+                    'truncate': False,
+                }
+            },
+        ),
     ),
 )
 
@@ -392,8 +407,16 @@ GPT2_VARIANTS = (
     Variant(
         'gpt2_untied',
         'GPT2LMHeadModel',
-        {**GPT2, 'n_inner': None, 'tie_word_embeddings': False, 'activation_function': 'gelu', 'n_embd': 24},
-        ({'activation_function': 'relu'},),
+        {
+            **GPT2,
+            'n_layer': 3,
+            'n_inner': None,
+            'tie_word_embeddings': False,
+            'activation_function': 'gelu',
+            'n_embd': 24,
+            'scale_attn_by_inverse_layer_idx': True,
+        },
+        ({'activation_function': 'relu'}, {'scale_attn_by_inverse_layer_idx': False}, {'scale_attn_weights': False}),
         close_probes=({'activation_function': 'gelu_new'},),
     ),
 )

@@ -98,6 +98,54 @@ def test_gelu_in_a_gemma_config_is_the_tanh_form_in_the_first_generation_only():
         assert config_from_hf(config_to_hf(cfg)) == cfg
 
 
+def test_attention_scores_of_gpt2_are_scaled_as_its_config_says():
+    scales = {}
+    for weights, by_layer in ((True, False), (False, False), (True, True), (False, True)):
+        fields = {'scale_attn_weights': weights, 'scale_attn_by_inverse_layer_idx': by_layer}
+        cfg = config_from_hf(read_config('gpt2') | fields)
+        scales[weights, by_layer] = [kind.attention_scale or cfg.scale for kind in cfg.layer_kinds()]
+        assert config_from_hf(config_to_hf(cfg)) == cfg
+        assert fields.items() <= config_to_hf(cfg).items()
+    own = 12**-0.5  # 36 wide, 3 heads
+    expected = {
+        (True, False): [own, own],
+        (False, False): [1, 1],
+        (True, True): [own, own / 2],
+        (False, True): [1, 0.5],
+    }
+    assert scales == expected
+
+
+def test_gemma_writes_a_window_where_no_layer_has_one():
+    """transformers makes the mask of windows in any case, and fails without a number."""
+    for name in ('gemma2', 'gemma3_text'):
+        config = read_config(name)
+        cfg = config_from_hf(config | {'layer_types': ['full_attention'] * config['num_hidden_layers']})
+        assert config_to_hf(cfg)['sliding_window'] > 0
+        assert config_from_hf(config_to_hf(cfg)) == cfg
+
+
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16, 'rope_theta': 900.0}
+
+
+def test_gemma_3_hears_truncate_beside_the_kinds_of_attention_only():
+    for inner in (True, False):
+        for outer in (True, False):
+            rope = {'full_attention': YARN | {'truncate': inner}, 'truncate': outer}
+            cfg = config_from_hf(read_config('gemma3_text') | {'rope_parameters': rope})
+            assert {rope.truncate for rope in cfg.ropes() if rope.kind == 'yarn'} == {outer}
+            assert config_from_hf(config_to_hf(cfg)) == cfg
+            assert config_to_hf(cfg)['rope_parameters'].get('truncate', True) == outer
+
+
+@pytest.mark.parametrize(
+    'scaling', [{'rope_type': 'linear', 'factor': 7.0}, {'type': 'linear', 'factor': 3.0}], ids=['other', 'older']
+)
+def test_gemma_3_with_two_dialects_that_disagree_is_an_error(scaling):
+    with pytest.raises(ValueError, match='rope_scaling'):
+        config_from_hf(read_config('gemma3_text') | {'rope_scaling': scaling})
+
+
 def test_attention_soft_capping_acts_in_gemma_2_and_not_in_gemma_3():
     """As transformers 5.23 computes: its Gemma 3 has the field and leaves it out of the attention."""
     caps = {
@@ -117,6 +165,8 @@ def test_a_written_config_reads_back_equal(name):
 def test_a_written_config_says_what_the_source_said(name):
     """Every field of the source that fixes the computation is written with the same value."""
     source = read_config(name)
+    if name == 'gemma3_irregular':  # says what transformers does not hear, and what is therefore not written
+        assert source['rope_parameters']['full_attention'].pop('truncate') is False
     written = config_to_hf(config_from_hf(source))
     trained_only = {'attention_dropout', 'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'initializer_range'}
     fixed = {
@@ -193,14 +243,16 @@ def test_rotary_scaling_that_jpt_does_not_compute_is_an_error(name, family, scal
         ('gemma', {'hidden_act': 'foo'}),
         ('gemma2', {'hidden_activation': 'foo'}),
         ('gpt2', {'activation_function': 'foo'}),
-        ('gpt2', {'scale_attn_by_inverse_layer_idx': True}),
-        ('gpt2', {'scale_attn_weights': False}),
+        ('gpt2', {'n_head': 5}),
         ('gpt2', {'add_cross_attention': True}),
         ('gemma2', {'use_bidirectional_attention': True}),
         ('llama', {'model_type': 'mamba'}),
         ('llama', {'pretraining_tp': 2}),
         ('llama', {'num_key_value_heads': 4}),
         ('qwen3', {'layer_types': ['full_attention']}),
+        ('gemma2', {'sliding_window': None}),
+        ('gemma3_text', {'sliding_window': None}),
+        ('mistral', {'attention_bias': True}),
         ('qwen3', {'layer_types': ['full_attention', 'linear_attention']}),
         ('llama', {'partial_rotary_factor': 0.5}),
         ('llama', {'vocab_size': '101'}),
@@ -227,5 +279,7 @@ def test_fields_that_leave_the_computation_alone_are_accepted(name):
         'torch_dtype': 'bfloat16',
         'architectures': None,
         **dict.fromkeys(dropouts, 0.1),
+        **({'attention_bias': False} if 'llama' in name or 'mistral' in name else {}),
+        **({'sliding_window_size': 4096} if name == 'gemma2' else {}),
     }
     assert config_from_hf(config | noise) == config_from_hf(config)

@@ -33,6 +33,17 @@ def test_default_and_linear():
     np.testing.assert_allclose(first_frequencies(Rope(500.0, 'linear', 4.0), 8), base(500.0, 8) / 4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(('theta', 'head_dim'), [(1e4, 128), (5e5, 128), (1e6, 256), (150_000.0, 96)])
+def test_frequencies_are_correctly_rounded_so_that_far_positions_have_the_angles_of_other_libraries(theta, head_dim):
+    """One unit in the last place of a frequency would turn position 40,000 by up to 0.004."""
+    exponents = [float(np.float32(i) / np.float32(head_dim)) for i in range(0, head_dim, 2)]
+    frequencies = np.float32(1) / np.array([math.pow(theta, e) for e in exponents]).astype(np.float32)
+    turns = np.float32(40_000) * frequencies
+    cos, sin = rope_table(Rope(theta), head_dim, jnp.array([[40_000]]), jnp.ones((1, 1), jnp.int32), 'float32')
+    np.testing.assert_allclose(cos[0, 0], np.cos(turns.astype(np.float64)), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(sin[0, 0], np.sin(turns.astype(np.float64)), rtol=0, atol=1e-6)
+
+
 def test_llama3_keeps_short_waves_and_divides_long_ones():
     rope = Rope(5e5, 'llama3', 8.0, original_length=8192, low_freq_factor=1.0, high_freq_factor=4.0)
     plain, found = base(5e5, 64), first_frequencies(rope, 64)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jpt.training.ema import init_ema, update_ema
+from jpt.training.ema import averaged, init_ema, update_ema
 
 
 def test_average_follows_the_recurrence_and_keeps_float32():
@@ -20,6 +20,13 @@ def test_average_follows_the_recurrence_and_keeps_float32():
         expected = decay * expected + (1 - decay) * np.asarray([1.0, 2.0]) * count
     np.testing.assert_allclose(ema['w'], expected, rtol=1e-6)
     assert ema['hole'] is None
+
+
+def test_the_average_has_the_dtypes_of_the_parameters():
+    params = {'w': np.asarray([1.0, 3.0], jnp.bfloat16), 'hole': None}
+    mean = averaged({'w': np.asarray([1.001, 2.0], np.float32), 'hole': None}, params)
+    assert (mean['w'].dtype, mean['w'].tolist(), mean['hole']) == (jnp.bfloat16, [1.0, 2.0], None)
+    assert averaged(None, params) is params
 
 
 def test_a_constant_is_its_own_average():
