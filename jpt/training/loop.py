@@ -151,7 +151,7 @@ def _local_rows(leaf: jax.Array) -> np.ndarray:
 def evaluate(
     job: Job, state: TrainState, tokenizer: Tokenizer, metrics: Metrics, step: int, dog: Watchdog
 ) -> dict[str, float] | None:
-    """Means over the held-out text, written as eval_*, of the moving average if there is one; None without such text."""
+    """Means over the held-out text, written as eval_*, of the moving average if there is one; None without text."""
     settings, config = job.config.eval, job.config
     if settings.data is None:
         return None
