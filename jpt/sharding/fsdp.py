@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jpt.kernels.local import manual
+from jpt.kernels.local import auto_size, local, manual
 from jpt.sharding.rules import MESH_AXES, logical_axes, path_keys
 
 AXIS = 'fsdp'
+INNER = ('tensor',)  # the axis that stays automatic around a gather
 # Parts of a weight that a product reads in the compute dtype; codes and scales of quantized weights keep theirs.
 CAST = ('kernel', 'embedding', 'base', 'a', 'b')
 
@@ -20,39 +22,50 @@ def gathering() -> bool:
     return bool(manual((AXIS,)))
 
 
-def gather(tree: Any, dtype: DTypeLike | None) -> Any:
+def gather(tree: Any, dtype: DTypeLike | None, kv_heads: int = 0) -> Any:
     """The whole weights of a tree of local parts: one layer, or what is not in layers. Itself where nothing is divided.
 
     Which dimension is divided follows from a leaf's path (rules.py). Matrices are cast to `dtype` before they travel
     (None: no cast). The transpose sums all devices' cotangents in at least float32, and scatters them to the parts.
+    What `tensor` divides stays divided. kv_heads: of the layers, which are whole where `tensor` does not divide them.
     """
     if not gathering():
         return tree
-    return jax.tree_util.tree_map_with_path(functools.partial(_gather_leaf, dtype), tree)
+    return jax.tree_util.tree_map_with_path(functools.partial(_gather_leaf, dtype, kv_heads), tree)
 
 
-def _gather_leaf(dtype: DTypeLike | None, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+def _gather_leaf(dtype: DTypeLike | None, kv_heads: int, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     keys = path_keys(path)
     axes = logical_axes(keys)
     dims = [dim for dim, axis in enumerate(axes) if axis is not None and AXIS in MESH_AXES[axis]]
     if not dims:
         return leaf
-    return _gather(leaf, dims[0], leaf.dtype if dtype is None or keys[-1] not in CAST else jnp.dtype(dtype))
+    whole = ('kv_heads',) if kv_heads % auto_size(INNER) else ()
+    divided = [axis is not None and axis not in whole and INNER[0] in MESH_AXES[axis] for axis in axes]
+    spec = P(*(INNER[0] if inner else None for inner in divided))
+    return _gather(leaf, dims[0], spec, leaf.dtype if dtype is None or keys[-1] not in CAST else jnp.dtype(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(part: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
-    return jax.lax.all_gather(part.astype(dtype), AXIS, axis=dim, tiled=True)
+# Both directions run on the shards of `tensor`: a hand-written collective over fsdp would have the compiler gather what
+# `tensor` divides first, and slice it again afterwards.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(part: jax.Array, dim: int, spec: P, dtype: jnp.dtype) -> jax.Array:
+    def whole(part: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(part.astype(dtype), AXIS, axis=dim, tiled=True)
+
+    return local(whole, spec, spec, INNER)(part)
 
 
-def _gather_forward(part: jax.Array, dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    return _gather(part, dim, dtype), jnp.zeros((0,), part.dtype)  # remembers the dtype that the cotangent must have
+def _gather_forward(part: jax.Array, dim: int, spec: P, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    return _gather(part, dim, spec, dtype), jnp.zeros((0,), part.dtype)  # remembers the dtype of the cotangent
 
 
-def _gather_backward(dim: int, dtype: jnp.dtype, empty: jax.Array, whole: jax.Array) -> tuple[jax.Array]:
-    wide = whole.astype(jnp.promote_types(dtype, jnp.float32))
-    summed = jax.lax.psum_scatter(wide, AXIS, scatter_dimension=dim, tiled=True)
-    return (summed.astype(empty.dtype),)
+def _gather_backward(dim: int, spec: P, dtype: jnp.dtype, empty: jax.Array, whole: jax.Array) -> tuple[jax.Array]:
+    def scattered(whole: jax.Array) -> jax.Array:
+        wide = whole.astype(jnp.promote_types(dtype, jnp.float32))
+        return jax.lax.psum_scatter(wide, AXIS, scatter_dimension=dim, tiled=True).astype(empty.dtype)
+
+    return (local(scattered, spec, spec, INNER)(whole),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

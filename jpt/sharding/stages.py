@@ -63,7 +63,7 @@ def _layer(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[[Any
     block = apply_block(cfg, kind, dataclasses.replace(compute, remat='none') if divided else compute)
 
     def apply(params: Any, hidden_BTD: jax.Array, where: Where) -> jax.Array:
-        return block(gather(params, compute.dtype), hidden_BTD, where)[0]
+        return block(gather(params, compute.dtype, cfg.num_kv_heads), hidden_BTD, where)[0]
 
     if not divided:
         return apply
