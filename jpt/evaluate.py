@@ -116,6 +116,8 @@ def evaluate(given: Any) -> dict[str, Any]:
     """The results of one command line (`given` has its flags as attributes)."""
     model = load(given.model, dtype=given.dtype)
     length = given.length or min(model.config.max_length, 4096)
+    if model.config.learned_positions and length > model.config.max_length:
+        raise ValueError(f"--length={length}: expected at most the model's {model.config.max_length} positions")
     if given.task == 'perplexity':
         teacher = load(given.teacher, dtype=given.dtype) if given.teacher else None
         texts = read_texts(given.data, given.limit)
@@ -150,9 +152,16 @@ def evaluate(given: Any) -> dict[str, Any]:
     problems = numbers.read_problems(read_rows(given.data, given.limit), given.data)
     solved = numbers.read_problems(read_rows(given.examples, given.shots), given.examples) if given.examples else []
 
+    progress = report_progress('problems')
+
     def answer(prompts: list[str]) -> list[str]:
         options = {'max_new_tokens': given.max_new_tokens, 'stop': numbers.STOP, 'batch_size': given.batch_size}
-        return [result.text for result in model.generate(prompts, **options)]
+        texts: list[str] = []
+        while len(texts) < len(prompts):  # in parts, to show how far it is
+            part = prompts[len(texts) : len(texts) + 4 * given.batch_size]
+            texts += [result.text for result in model.generate(part, **options)]
+            progress(len(texts))
+        return texts
 
     return dataclasses.asdict(numbers.exact_match(answer, problems, solved))
 

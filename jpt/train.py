@@ -1,4 +1,10 @@
-"""Every training job: `python -m jpt.train --config=configs/quickstart.py --workdir=out/quickstart`."""
+"""Every training job: `python -m jpt.train --config=configs/quickstart.py --workdir=out/quickstart`.
+
+The way to the line that computes the loss: `run_job` in training/run.py; `make_job` in training/job.py, which chooses
+the objective, `language_modeling` in training/objective.py or `logit_distillation` in distill/objective.py; its `last`,
+which calls `linear_loss` in kernels/head_loss.py with a token loss of kernels/token_losses.py. The loop is
+training/loop.py.
+"""
 
 import sys
 from pathlib import Path

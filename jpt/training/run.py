@@ -85,8 +85,12 @@ def open_assets(config: TrainConfig) -> tuple[Tokenizer, Path]:
 
 
 def check_vocabulary(job: Job, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where the tokenizer has ids that the model's embedding does not have."""
+    """Raises ValueError where the tokenizer has ids, or a row positions, that the model has no embedding for."""
     cfg = job.models['model'].cfg
+    if cfg.learned_positions and job.config.batch.length > cfg.max_length:
+        raise ValueError(
+            f"config.batch.length={job.config.batch.length}: expected at most the model's {cfg.max_length} positions"
+        )
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
             f'the tokenizer in {tokenizer.source} has ids up to {tokenizer.vocab_size - 1}: expected less than the '
