@@ -39,6 +39,7 @@ def our_step(shape: dict[str, Any]) -> Callable[[], Any]:
         'data': {'paths': ('stdlib:train',)},
         'batch': {'size': ROWS, 'length': LENGTH},
         'schedule': {'warmup': 10},
+        'compute': {'unroll': shape['num_hidden_layers']},  # as the quickstart's configs have it
     }
     job = make_job(from_config_dict(TrainConfig, config_dict(TrainConfig, values), 'config'))
     ids = tokens(shape['vocab_size'])

@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
             'eval': {'data': {'paths': ('stdlib:held_out',), 'packing': 'concat'}, 'every': 300},
             'batch': {'size': 8, 'length': 256},
             'steps': 900,
+            'compute': {'unroll': 4},  # on CPU a scan over layers first fills what it stacks with zeros
             'optimizer': {'name': 'muon'},
             'schedule': {'kind': 'wsd', 'lr': 5e-3, 'warmup': 50, 'decay_steps': 350},
             'checkpoint': {'every': 100},

@@ -33,14 +33,15 @@ class Options(NamedTuple):
     tile: Tile | None = None
 
 
-def choose_tile(T: int, S: int) -> Tile:
+def choose_tile(B: int, T: int, S: int) -> Tile:
     """Tile sizes by platform, measured by benchmarks/attention.py.
 
-    On CPU a tile of scores should stay in the second-level cache, and one row at a time lets every row skip by its own
-    documents. On GPU a step must be large enough to fill the device.
+    On CPU a tile of scores should stay in the second-level cache; one row at a time lets every row skip by its own
+    documents, but short rows have little to skip and go together. On GPU a step must be large enough to fill it.
     """
-    queries, keys = (64, 64) if platform() == 'cpu' else (1024, 1024)
-    return Tile(1, min(queries, T), min(keys, S))
+    if platform() != 'cpu':
+        return Tile(1, min(1024, T), min(1024, S))
+    return Tile(math.gcd(4, B) if T <= 256 else 1, min(64, T), min(64, S))
 
 
 class Layout(NamedTuple):
@@ -100,7 +101,7 @@ def own_kv_heads(N: int, K: int):
 
 def _directions(options: Options, q, k):
     """(forward, backward) for the sequence layout of here: whole, ring or gathered."""
-    tile = options.tile or choose_tile(q.shape[1], k.shape[1])
+    tile = options.tile or choose_tile(q.shape[0], q.shape[1], k.shape[1])
     rule, axes = options.scores, manual([SEQUENCE])
     if not axes:
         return partial(blockwise.forward, scores=rule, tile=tile), partial(blockwise.backward, scores=rule, tile=tile)
