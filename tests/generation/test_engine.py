@@ -10,6 +10,7 @@ import pytest
 
 from jpt.generation.decode import bucket
 from jpt.generation.engine import generate
+from jpt.generation.prompts import check_lengths
 from jpt.generation.sampling import SamplingConfig, draw, stack
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import forward, init, unembed
@@ -167,6 +168,22 @@ def test_logits_that_are_not_numbers_are_an_error(model):
 def test_what_cannot_be_done_is_said_before_anything_runs(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(TinyModel(), prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ('rope', 'longest'),
+    [
+        (Rope(), 40),
+        (Rope(kind='yarn', factor=4.0, original_length=30), 120),
+        (Rope(kind='yarn', original_length=8), 40),
+    ],
+)
+def test_positions_that_yarn_adds_may_be_used_though_max_length_is_without_them(rope, longest):
+    """Qwen2.5's instruction for long texts adds the scaling and leaves max_position_embeddings alone."""
+    cfg = dataclasses.replace(TinyModel().config, segments=(Segment((LayerKind(rope, None, 8),), 2),))
+    check_lengths(cfg, [[1] * 10], [longest - 10])
+    with pytest.raises(ValueError, match=f'together at most {longest} '):
+        check_lengths(cfg, [[1] * 10], [longest - 9])
 
 
 def test_an_unknown_setting_is_a_type_error_that_lists_the_known_ones():

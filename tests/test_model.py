@@ -1,0 +1,41 @@
+"""The face: what it refuses, and that a model saved or exported is the model that was loaded."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+import jpt
+from jpt.models.names import to_hf
+
+MODELS = pathlib.Path(__file__).parent / 'golden' / 'models'
+
+
+@pytest.mark.parametrize(
+    ('tokens', 'positions', 'message'),
+    [
+        ([1, 2], None, r'tokens have shape \(2,\): expected \[B, T\]'),
+        ([[1, 101]], None, 'token ids from 1 to 101: expected ids from 0 to 100'),
+        ([[1] * 41], None, 'position 40: the model has embeddings of 40 positions'),
+        ([[1, 2]], [[39, 40]], 'position 40: the model has embeddings of 40 positions'),
+    ],
+)
+def test_what_has_no_logits_is_an_error(tokens, positions, message):
+    """Without the last two checks the answer would be NaN."""
+    with pytest.raises(ValueError, match=message):
+        jpt.load(MODELS / 'gpt2').logits(tokens, positions)
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'qwen3', 'gemma3_text'])
+def test_saved_and_exported_models_hold_the_same_bits(name, tmp_path):
+    model = jpt.load(MODELS / name)
+    model.save(tmp_path / 'jpt')
+    model.export(tmp_path / 'hf')
+    wanted = to_hf(model.config, model.params)
+    for path in (tmp_path / 'jpt', tmp_path / 'hf'):
+        again = jpt.load(path)
+        assert again.config == model.config
+        found = to_hf(again.config, again.params)
+        assert found.keys() == wanted.keys()
+        for tensor, values in wanted.items():
+            np.testing.assert_array_equal(found[tensor], values)
