@@ -76,7 +76,7 @@ def qwen3_8b(changes: dict[str, Any]) -> Planned:
     """The compiled step of configs/qwen3_8b.py on eight H100, with changes by the names of the fields."""
     config = runpy.run_path(str(CONFIGS / 'qwen3_8b.py'))['get_config']()
     config.update_from_flattened_dict(changes)
-    return plan_step(from_config_dict(TrainConfig, config, 'config'), topology_devices(8))
+    return plan_step(from_config_dict(TrainConfig, config, 'config'), topology_devices(8), with_buffers=True)
 
 
 def name_of(mesh: dict[str, int]) -> str:

@@ -75,13 +75,13 @@ def define_flags() -> Any:
     return config_flags.DEFINE_config_file('config', None, 'A file of configs/, with a function get_config().')
 
 
-def plan_step(config: TrainConfig, devices: list[Any]) -> Planned:
-    """Compiles the training step of a job for devices that need not be here.
+def plan_step(config: TrainConfig, devices: list[Any], *, with_buffers: bool = False) -> Planned:
+    """Compiles the training step of a config for devices that need not be here; see `compile_step`.
 
     Raises:
         ValueError: settings that do not hold, or do not fit the devices.
     """
-    return compile_step(make_job(config, devices))
+    return compile_step(make_job(config, devices), with_buffers=with_buffers)
 
 
 def compile_step(job: Job, *, with_buffers: bool = False) -> Planned:
