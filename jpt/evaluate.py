@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,17 +122,16 @@ def evaluate(given: Any) -> dict[str, Any]:
     if given.task == 'perplexity':
         teacher = load(given.teacher, dtype=given.dtype) if given.teacher else None
         texts = read_texts(given.data, given.limit)
-        return dataclasses.asdict(
-            text_perplexity(
-                model,
-                texts,
-                teacher=teacher,
-                length=length,
-                context=given.context,
-                batch_size=given.batch_size,
-                progress=report_progress('tokens'),
-            )
+        found = text_perplexity(
+            model,
+            texts,
+            teacher=teacher,
+            length=length,
+            context=given.context,
+            batch_size=given.batch_size,
+            progress=report_progress('tokens'),
         )
+        return {name: value for name, value in dataclasses.asdict(found).items() if not math.isnan(value)}
     if model.tokenizer is None:
         raise ValueError('--model has no tokenizer, so questions cannot be asked')
     if given.task == 'choices':
@@ -166,15 +166,31 @@ def evaluate(given: Any) -> dict[str, Any]:
     return dataclasses.asdict(numbers.exact_match(answer, problems, solved))
 
 
+UNITS = {
+    'loss': 'nats per token',
+    'perplexity': 'per token',
+    'kl': 'nats per token, KL(teacher || model)',
+    'agreement': 'of tokens have the same likeliest token as the teacher',
+    'accuracy': 'of all are right',
+    'mean': 'of questions are right',
+    'subject_mean': 'the mean over subjects',
+}
+
+
+def as_json(results: dict[str, Any]) -> dict[str, Any]:
+    """Results for a file: JSON has no infinity, so a perplexity that overflows is null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in results.items()}
+
+
 def show(results: dict[str, Any]) -> str:
-    """Results as aligned lines; a table within them follows below."""
+    """Results as aligned lines with their units; a table within them follows below."""
     width = max(map(len, results))
     lines, tables = [], []
     for name, value in results.items():
         if isinstance(value, dict):
             tables += [f'  {key}  {part:.4f}' for key, part in sorted(value.items())]
         elif isinstance(value, float):
-            lines.append(f'{name:{width}}  {value:.4f}')
+            lines.append(f'{name:{width}}  {value:<10.4f}  {UNITS.get(name, "")}'.rstrip())
         else:
             lines.append(f'{name:{width}}  {value:,}')
     return '\n'.join(lines + tables)
@@ -193,7 +209,7 @@ def main(argv: list[str]) -> None:
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(show(results))
-    record = {'model': given.model, 'data': given.data, 'task': given.task, **results}
+    record = {'model': given.model, 'data': given.data, 'task': given.task, **as_json(results)}
     if given.output:
         Path(given.output).write_text(json.dumps(record, indent=1) + '\n')
     if given.json:
