@@ -1,4 +1,4 @@
-"""The files that travel with weights: tokenizer, generation_config.json, config.json of the source."""
+"""The files that travel with weights: tokenizer, generation_config.json, config.json and card of the source."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 
-GENERATION_FILE, CONFIG_FILE = 'generation_config.json', 'config.json'
-COMPANIONS = (GENERATION_FILE, CONFIG_FILE)
+GENERATION_FILE, CONFIG_FILE, CARD_FILE = 'generation_config.json', 'config.json', 'README.md'
+COMPANIONS = (GENERATION_FILE, CONFIG_FILE, CARD_FILE)
 
 
 def copy_assets(source: Path, target: Path, names: tuple[str, ...] = TOKENIZER_FILES + COMPANIONS) -> list[str]:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from jpt import __version__
 from jpt.checkpoint.about import model_differences
-from jpt.checkpoint.assets import CONFIG_FILE, GENERATION_FILE, copy_assets, open_tokenizer
+from jpt.checkpoint.assets import CARD_FILE, CONFIG_FILE, GENERATION_FILE, copy_assets, open_tokenizer
+from jpt.checkpoint.card import model_card
 from jpt.checkpoint.directories import check_absent, new_directory
 from jpt.checkpoint.hf_import import read_config
 from jpt.checkpoint.safetensors import TensorSpec
@@ -85,7 +85,7 @@ def write_hf(
     Args:
         source: the model.
         path: the directory to make; it appears when it is complete. It must not exist, or be empty.
-        source_dir: where tokenizer files, generation_config.json and the remaining fields of config.json come from.
+        source_dir: where tokenizer files, generation_config.json, remaining fields of config.json and the card lie.
         max_shard_size: such as '5GB'.
         report: called with the name and the bytes of what has been written.
 
@@ -111,7 +111,7 @@ def write_hf(
         _write_json(directory / CONFIG_FILE, hf_config(source.cfg, dtype, origin))
         if origin is not None:
             copy_assets(origin, directory, (*TOKENIZER_FILES, GENERATION_FILE))
-        (directory / 'README.md').write_text(model_card(source.cfg, dtype, specs), 'utf-8')
+        (directory / CARD_FILE).write_text(model_card(source.cfg, dtype, specs, origin), 'utf-8')
         files = list(writer.shards)
     return [Path(path) / file for file in files]
 
@@ -186,30 +186,6 @@ def _spelled_alike(written: dict[str, Any], source: dict[str, Any]) -> dict[str,
         if name in written and ACTIVATION_NAMES.get(source.get(name, '')) == ACTIVATION_NAMES[written[name]]:
             found[name] = source[name]
     return found
-
-
-def model_card(cfg: ModelConfig, dtype: str, specs: dict[str, TensorSpec]) -> str:
-    """README.md of an exported model: the metadata that the Hub reads, and what the model is."""
-    count = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in specs.values())
-    kinds = 'layers' if cfg.num_layers > 1 else 'layer'
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- jpt
----
-
-# {cfg.family} with {count:,} parameters
-
-Exported by jpt {__version__}: {cfg.num_layers} {kinds}, width {cfg.width}, {cfg.num_heads} query heads,
-{cfg.num_kv_heads} key and value heads, vocabulary {cfg.vocab_size:,}, up to {cfg.max_length:,} positions, weights in
-{dtype}.
-
-```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained('.', dtype='auto')
-```
-"""
 
 
 def _write_json(path: Path, content: Any) -> None:
