@@ -197,16 +197,22 @@ def _bounds(planned: Planned, chip: Chip) -> list[str]:
         setting = f'{layout.pipe} stages, {job.plan.num_microbatches} microbatches'
         setting += f', {layout.chunks} chunks per device' if layout.chunks > 1 else ''
         lines.append(f'pipeline bubbles       {100 * idle:12.1f} %     of a step ({job.plan.schedule}, {setting})')
-    times = {'products': flops / chip.bfloat16 / (1 - idle), 'collectives': sent / chip.link}
-    bound = max(times.values())
-    note = 'bubbles included' if idle else 'nothing recomputed'
+    narrow = job.config.compute.dtype == 'bfloat16'
+    peak = chip.bfloat16 if narrow else chip.bfloat16 / 2  # XLA multiplies float32 in TF32
+    touched = 2 * sum(planned.parts.get(name, 0) for name in ('params', 'optimizer', 'average', 'gradients'))
+    touched += planned.parts.get('frozen', 0)
+    products, memory, link = flops / peak / (1 - idle), touched / chip.bandwidth, sent / chip.link
+    bound = max(products, memory, link)
+    note = f'{"bfloat16" if narrow else "TF32"}, ' + ('bubbles included' if idle else 'nothing recomputed')
     return [
         *lines,
         f'operations             {flops / 1e12:12.3f} TFLOP per device and step (formula: jpt/training/flops.py)',
-        f'products at best       {1e3 * times["products"]:12.3f} ms    at {chip.bfloat16 / 1e12:.0f} TFLOP/s, {note}',
-        f'collectives at best    {1e3 * times["collectives"]:12.3f} ms    {gib(int(sent))} sent by each device '
-        f'at {chip.link / 1e9:.0f} GB/s',
-        f'roofline               {1e3 * bound:12.3f} ms    a step, {tokens / bound:,.0f} tokens/s on all devices',
+        f'products at best       {1e3 * products:12.3f} ms    at {peak / 1e12:.0f} TFLOP/s: {note}',
+        f'memory at best         {1e3 * memory:12.3f} ms    {gib(touched)} at {chip.bandwidth / 1e9:,.0f} GB/s: state '
+        'and gradients, once in and out',
+        f'collectives at best    {1e3 * link:12.3f} ms    {gib(int(sent))} sent by each device '
+        f'at {chip.link / 1e9:.0f} GB/s, nothing overlapped',
+        f'roofline               {1e3 * bound:12.3f} ms    per step, the longest; {tokens / bound:,.0f} tokens/s',
     ]
 
 
@@ -215,6 +221,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
     logging.set_verbosity(logging.WARNING)
+    jax.config.update('jax_platforms', 'cpu')  # a GPU that is here is left alone, one that is not is not looked for
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'  # what the compiler warns of here, the plan says itself
     given = flags.FLAGS
     chip = CHIPS[given.chip]
