@@ -1,9 +1,12 @@
 """The face: what it refuses, and that a model saved or exported is the model that was loaded."""
 
 import pathlib
+import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jpt
 from jpt.models.names import to_hf
@@ -39,3 +42,20 @@ def test_saved_and_exported_models_hold_the_same_bits(name, tmp_path):
         assert found.keys() == wanted.keys()
         for tensor, values in wanted.items():
             np.testing.assert_array_equal(found[tensor], values)
+
+
+@pytest.mark.parametrize('stored', [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.float16])
+def test_weights_of_any_stored_dtype_are_computed_with_and_cast_on_request(stored, tmp_path):
+    tensors = {
+        name: values.astype(stored) for name, values in load_file(MODELS / 'llama' / 'model.safetensors').items()
+    }
+    save_file(tensors, tmp_path / 'model.safetensors')
+    shutil.copy(MODELS / 'llama' / 'config.json', tmp_path)
+    model = jpt.load(tmp_path)
+    assert model.compute.dtype == ('float16' if stored is np.float16 else 'bfloat16')
+    wide = jpt.load(tmp_path, dtype='float32')
+    assert wide.compute.dtype == 'float32'
+    for kept, cast in zip(*(to_hf(m.config, m.params).items() for m in (model, wide)), strict=True):
+        assert kept[1].dtype == stored
+        np.testing.assert_array_equal(kept[1], tensors[kept[0]])
+        np.testing.assert_array_equal(cast[1], tensors[cast[0]].astype(np.float32))
