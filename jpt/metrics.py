@@ -15,6 +15,7 @@ from jpt.training.flops import mfu
 from jpt.training.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 Sums = Mapping[str, tuple[Any, Any]]
+Window = Mapping[str, Sequence[float]]  # (sum, count) by name, JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,22 @@ class Metrics:
     rest, which is the step; tokens per second and MFU leave out evaluation and checkpoints, the time left does not.
     """
 
-    def __init__(self, run: Run, writers: Sequence[Writer], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        run: Run,
+        writers: Sequence[Writer],
+        clock: Callable[[], float] = time.perf_counter,
+        window: Window | None = None,
+    ) -> None:
         self._run, self._writers, self._clock = run, writers, clock
         self._pending: tuple[int, Sums] | None = None
         self._last_written = run.first_step
         self._reset()
+        self._window = {name: (pair[0], pair[1]) for name, pair in (window or {}).items()}
+
+    def window(self) -> Window:
+        """What has been added up since the last row. A run that resumes with it writes the row that it would have."""
+        return {name: list(pair) for name, pair in self._window.items()}
 
     def push(self, step: int, sums: Sums) -> dict[str, float] | None:
         """Takes the device values of step number `step` (from 1) and returns those of the one before as numbers."""

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOST_AFTER, STUCK_AFTER = 20.0, 90.0  # generous: on a busy machine a process takes long to start
 
 
@@ -36,20 +37,19 @@ def environment() -> dict[str, str]:
 
 
 class Job:
-    """The running processes of one job."""
+    """The running processes of one job, one for each command."""
 
-    def __init__(self, workdir: pathlib.Path, task: str, count: int = 2):
-        self.task = task
-        coordinator = f'127.0.0.1:{free_port()}'
+    def __init__(self, commands: Sequence[Sequence[str]]):
         self.running = [
             subprocess.Popen(
-                [sys.executable, __file__, coordinator, str(count), str(index), str(workdir), task],
+                [sys.executable, *command],
+                cwd=ROOT,
                 env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for index in range(count)
+            for command in commands
         ]
 
     def result(self, index: int, timeout: float = 600) -> tuple[int, str, str]:
@@ -57,10 +57,41 @@ class Job:
         out, err = self.running[index].communicate(timeout=timeout)
         return self.running[index].returncode, out, err
 
+    def wait_for(self, happened: Callable[[], bool]) -> bool:
+        """Looks again and again until something has happened, or process 0 has ended; whether it had happened."""
+        while not happened():
+            try:
+                self.running[0].wait(0.01)
+            except subprocess.TimeoutExpired:
+                continue
+            return happened()
+        return True
+
+    def send(self, number: signal.Signals, *indices: int) -> None:
+        for index in indices or range(len(self.running)):
+            self.running[index].send_signal(number)
+
     def kill(self) -> None:
         for process in self.running:
             process.kill()
             process.communicate()
+
+
+def start_task(workdir: pathlib.Path, task: str, count: int = 2) -> Job:
+    """Processes of this very file that do a task together."""
+    coordinator = f'127.0.0.1:{free_port()}'
+    return Job([[__file__, coordinator, str(count), str(index), str(workdir), task] for index in range(count)])
+
+
+def start_training(config: str, workdir: pathlib.Path, *flags: str, count: int = 2) -> Job:
+    """`python -m jpt.train` as a user starts it: `count` processes, or one that knows of no others."""
+    command = ['-m', 'jpt.train', f'--config={config}', f'--workdir={workdir}', *flags]
+    if count == 1:
+        return Job([command])
+    joined = ['enabled=True', f'coordinator=127.0.0.1:{free_port()}', f'num_processes={count}']
+    joined += ['lost_after=600']  # no fault is expected, and the machine may be busy
+    command += [f'--config.multihost.{setting}' for setting in joined]
+    return Job([[*command, f'--config.multihost.process_id={index}'] for index in range(count)])
 
 
 def train(devices: list[Any] | None = None) -> list[float]:

@@ -1,5 +1,6 @@
 """Rows of metrics: what they hold, when they appear, and what survives a killed run."""
 
+import dataclasses
 import io
 import json
 import struct
@@ -46,6 +47,27 @@ def _metrics(writer, clock, **changes):
         'log_every': 2,
     }
     return Metrics(Run(**(values | changes)), [writer], clock)
+
+
+def test_a_run_that_resumes_within_a_row_writes_the_whole_row():
+    rows = {name: Memory() for name in ('whole', 'before', 'after')}
+    whole = _metrics(rows['whole'], Clock(), log_every=4)
+    before = _metrics(rows['before'], Clock(), log_every=4)
+    for step in (1, 2, 3, 4):
+        whole.push(step, {'loss': (0.1 * step, step)})
+    whole.flush()
+    for step in (1, 2):
+        before.push(step, {'loss': (0.1 * step, step)})
+    before.flush()
+    window = json.loads(json.dumps(before.window()))
+    run = dataclasses.replace(before._run, first_step=2)
+    after = Metrics(run, [rows['after']], Clock(), window)
+    for step in (3, 4):
+        after.push(step, {'loss': (0.1 * step, step)})
+    after.flush()
+    assert rows['before'].rows == []
+    assert rows['after'].rows[0][1]['loss'] == rows['whole'].rows[0][1]['loss'] == pytest.approx(0.1)
+    assert after.window() == whole.window() == {}
 
 
 def test_values_come_one_step_late_and_rows_are_sums_over_counts():

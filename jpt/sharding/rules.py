@@ -180,38 +180,30 @@ def state_specs(state: Any, params: Any, specs: Any, sizes: Mapping[str, int]) -
     return jax.tree_util.tree_map_with_path(spec_of, state)
 
 
-def storage_specs(tree: Any, rules: Rules) -> Any:
-    """How a tree in the canonical layout lies on a mesh while it is saved or restored: over all devices that divide it.
+def storage_specs(specs: Any, stored: Any, sizes: Mapping[str, int]) -> Any:
+    """How a tree in the canonical layout lies on a mesh while it is read, saved or restored.
 
-    The tree may be a whole training state. A dimension takes the mesh axes of its rule as far as they divide it, and
-    `pipe`, which divides layers only in the device layout, goes to the first dimension that it divides. What has no
-    rule is replicated. Nothing is computed in this layout, so nothing can collide.
+    specs: of its leaves in the device layout. stored: arrays or shapes of the canonical one. A dimension keeps the mesh
+    axes that divide it; an axis that does not (`pipe`, for seven layers on four stages; those of a vocabulary without
+    its padding) goes to the first dimension that it divides, so that no device holds a whole leaf for want of padding.
+    Nothing is computed in this layout, so nothing can collide.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _storage_spec(path_keys(path), tuple(leaf.shape), rules), tree
-    )
+    return map_specs(lambda spec, leaf: _storage_spec(spec, tuple(leaf.shape), sizes), specs, stored)
 
 
-def _storage_spec(keys: Keys, shape: tuple[int, ...], rules: Rules) -> P:
-    try:
-        axes = logical_axes(keys, rules.logical_axes)
-    except ValueError:
-        return P()
-    if len(axes) > len(shape):
-        return P()
-    free = {axis: size for axis, size in rules.sizes.items() if size > 1}
-    parts: list[tuple[str, ...]] = []
-    for axis, size in zip((None,) * (len(shape) - len(axes)) + axes, shape, strict=True):
-        part: tuple[str, ...] = ()
-        for mesh_axis in rules.mesh_axes[axis] if axis is not None else ():
-            if mesh_axis in free and size % (_ways(part, rules.sizes) * free[mesh_axis]) == 0:
-                part = (*part, mesh_axis)
-                del free[mesh_axis]
-        parts.append(part)
-    if 'pipe' in free:
-        for dim, size in enumerate(shape):
-            if size % (_ways(parts[dim], rules.sizes) * free['pipe']) == 0:
-                parts[dim] = (*parts[dim], 'pipe')
+def _storage_spec(spec: P, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
+    wanted = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+    if len(wanted) == len(shape) + 2:  # [pipe, chunks, slots, ...] is [R, ...] in storage
+        wanted = [(*wanted[0], *wanted[1], *wanted[2]), *wanted[3:]]
+    parts: list[tuple[str, ...]] = [() for _ in shape]
+    order = [(axis, [dim]) for dim, axes in enumerate(wanted) for axis in axes]
+    everywhere = list(range(len(shape)))
+    for axis, dims in order + [(axis, everywhere) for axis, _ in order]:  # first at home, then wherever it fits
+        if any(axis in part for part in parts):
+            continue
+        for dim in dims:
+            if shape[dim] % (_ways(parts[dim], sizes) * sizes[axis]) == 0:
+                parts[dim] = (*parts[dim], axis)
                 break
     return P(*(part[0] if len(part) == 1 else (part or None) for part in parts))
 

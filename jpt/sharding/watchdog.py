@@ -103,7 +103,7 @@ class Watchdog:
         self.own = Heartbeat(process, socket.gethostname(), os.getpid())
         self.lost_after, self.stuck_after, self.end, self.clock = lost_after, stuck_after, end, clock
         self.interval = min(5.0, lost_after / 4, stuck_after / 4 or 5.0)
-        self.progress = clock()
+        self.progress = self.looked = clock()
         others = [other for other in range(num_processes) if other != process]
         self.others = {other: Seen(Heartbeat(other, 'unknown', 0), self.progress) for other in others}
         self.left_over = {other: self._read(other) for other in others}  # files of an earlier run say nothing
@@ -153,12 +153,22 @@ class Watchdog:
 
     def _look(self) -> str | None:
         now = self.clock()
+        asleep = now - self.looked - self.interval
+        self.looked = now
+        if asleep > self.interval:
+            self._forgive(asleep)
         for other, before in self.others.items():
             heartbeat = self._read(other)
             if heartbeat is not None and heartbeat not in (before.heartbeat, self.left_over[other]):
                 self.others[other] = Seen(heartbeat, now)
         with self.lock:
             return verdict(self.own, now, self.progress, self.others, self.lost_after, self.stuck_after)
+
+    def _forgive(self, seconds: float) -> None:
+        """Leaves out a time in which this thread itself did not run: a whole machine may have been suspended."""
+        self.others = {other: seen._replace(since=seen.since + seconds) for other, seen in self.others.items()}
+        with self.lock:
+            self.progress += seconds
 
     def _stop(self, message: str) -> None:
         text = f'watchdog: {message}; ending process {self.own.process} with exit code {EXIT_CODE}'

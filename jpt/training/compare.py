@@ -1,10 +1,13 @@
 """Teacher, distilled student and the same student from scratch, side by side on held-out text."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from jpt.checkpoint.source import to_host
 from jpt.data.pipeline import make_pipeline
 from jpt.evaluation.score import Reference, score
 from jpt.model import Model, load
@@ -24,6 +27,10 @@ def compare(config: TrainConfig, distilled: Model, scratch: Model, workdir: Path
     if config.compare is None or config.teacher is None or config.teacher.path is None or config.eval.data is None:
         raise ValueError('config.compare needs config.teacher and config.eval.data')
     teacher = load(config.teacher.path, dtype=config.compute.dtype)
+    if jax.process_count() > 1:  # each process compares for itself, on a device of its own
+        distilled, scratch = (
+            dataclasses.replace(m, params=jax.tree.map(to_host, m.params)) for m in (distilled, scratch)
+        )
     models = dict(zip(NAMES, (teacher, distilled, scratch), strict=True))
     scores = [held_out(name, model, teacher, config) for name, model in models.items()]
     samples = [
@@ -42,11 +49,13 @@ def compare(config: TrainConfig, distilled: Model, scratch: Model, workdir: Path
     png = workdir / 'curves.png'
     paths = {'distilled': workdir / 'metrics.jsonl', 'from scratch': workdir / 'scratch' / 'metrics.jsonl'}
     curves = {name: _curve(path) for name, path in paths.items()}
-    save_curves(png, curves, scores[0].loss, 'Student with and without its teacher')
     parts = [table(scores), verdict(scores[1], scores[2])]
     if samples:
         parts += ['Samples:', sample_text(samples)]
     text = '\n\n'.join(parts)
+    if jax.process_index() != 0:
+        return text
+    save_curves(png, curves, scores[0].loss, 'Student with and without its teacher')
     (workdir / 'comparison.md').write_text(text + '\n')
     (workdir / 'comparison.json').write_text(json.dumps([row._asdict() for row in scores], indent=1) + '\n')
     return f'\n{text}\n\nCurves: {png}\nStudent: {workdir / "model"}'

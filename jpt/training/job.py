@@ -1,6 +1,7 @@
 """From settings to everything that a run needs: models, mesh, plan, objective, optimizer, step, first state."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,10 @@ from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
-from jpt.sharding.layout import to_canonical_layout, to_device_layout
+from jpt.sharding.layout import Layout, to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 from jpt.sharding.plan import Plan, make_plan
-from jpt.sharding.rules import shardings, state_specs
+from jpt.sharding.rules import Rules, param_specs, shardings, state_specs, storage_specs, units_of
 from jpt.training.ema import init_ema
 from jpt.training.freeze import merge, partition
 from jpt.training.objective import Objective, language_modeling
@@ -188,8 +189,8 @@ def places_of(state: TrainState) -> TrainState:
 
 def first_state(job: Job) -> TrainState:
     """The state before the first step, on its devices: weights read or drawn, moments zero."""
-    loaded = {name: load_tree(w.source) for name, w in job.models.items() if w.source is not None}
-    drawn = {name: w for name, w in job.models.items() if w.source is None}
+    loaded = {name: _load(job, name) for name, weights in job.models.items() if weights.source is not None}
+    drawn = {name: weights for name, weights in job.models.items() if weights.source is None}
 
     def make(loaded: dict[str, Any], key: jax.Array) -> TrainState:
         draw, rest = jax.random.split(key)
@@ -199,45 +200,72 @@ def first_state(job: Job) -> TrainState:
     return jax.jit(make, out_shardings=places_of(job.state))(loaded, jax.random.key(job.config.seed))
 
 
-def canonical(job: Job, state: TrainState) -> TrainState:
-    """The state as checkpoints hold it: canonical layout, and no teacher, whose own checkpoint has it."""
-    kept = state._replace(frozen={'model': state.frozen['model']})
-    layout = job.plan.layouts['model']
-    if not (layout.staged or layout.padded_vocab > layout.vocab):
-        return kept
-    return jax.jit(functools.partial(to_canonical_layout, layout))(kept)
+def _load(job: Job, name: str) -> Any:
+    """A model's weights in the canonical layout, without adapters; each process reads what its devices hold."""
+    source = job.models[name].source
+    assert source is not None
+    shapes = _abstract_models(job.config, {name: job.models[name]})[name]
+    layout = job.plan.layouts[name]
+    placed = jax.eval_shape(functools.partial(to_device_layout, layout), shapes)
+    specs = param_specs(placed, Rules(job.mesh.shape, units_of(source.cfg), layout.staged))
+    return load_tree(source, shardings(job.mesh, storage_specs(specs, shapes, job.mesh.shape)))
+
+
+def _kept(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: all but the teacher, whose own checkpoint has it."""
+    return state._replace(frozen={'model': state.frozen['model']})
 
 
 def canonical_shapes(job: Job) -> TrainState:
-    """What a checkpoint of this job holds; with shardings where the layouts are the same."""
-    kept = job.state._replace(frozen={'model': job.state.frozen['model']})
-    layout = job.plan.layouts['model']
-    if not (layout.staged or layout.padded_vocab > layout.vocab):
-        return kept
-    return jax.eval_shape(functools.partial(to_canonical_layout, layout), kept)
+    """What a checkpoint of this job holds, with the sharding of each leaf while it is saved or restored."""
+    kept = _kept(job.state)
+    stored = jax.eval_shape(functools.partial(to_canonical_layout, job.plan.layouts['model']), kept)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, kept)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        stored,
+        shardings(job.mesh, storage_specs(specs, stored, job.mesh.shape)),
+    )
+
+
+def canonical(job: Job, state: TrainState) -> TrainState:
+    """The state as checkpoints hold it: in the canonical layout, without the teacher.
+
+    Where the layouts differ (pipelines, a padded vocabulary) the leaves that change are new arrays, divided over the
+    devices like those of the state; all others are the state's own.
+    """
+    return _laid_out(to_canonical_layout, job.plan.layouts['model'], _kept(state), canonical_shapes(job))
 
 
 def from_canonical(job: Job, kept: TrainState) -> TrainState:
     """The state on its devices, from what a checkpoint held; a teacher is read from its own source."""
-    layout = job.plan.layouts['model']
-    teachers = {name: w for name, w in job.models.items() if name != 'model'}
-    loaded = {name: load_tree(w.source) for name, w in teachers.items() if w.source is not None}
-
-    def make(kept: TrainState, loaded: dict[str, Any]) -> TrainState:
-        state = to_device_layout(layout, kept)
-        others = {name: to_device_layout(job.plan.layouts[name], tree) for name, tree in loaded.items()}
-        return state._replace(frozen=state.frozen | others)
-
-    return jax.jit(make, out_shardings=places_of(job.state))(kept, loaded)
+    state = _laid_out(to_device_layout, job.plan.layouts['model'], kept, _kept(job.state))
+    teachers = {
+        name: _laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), job.state.frozen[name])
+        for name in job.models
+        if name != 'model'
+    }
+    return state._replace(frozen=state.frozen | teachers)
 
 
-def adapted_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
-    """The trained model's parameters in the canonical layout; the moving average if asked, where there is one."""
+def _laid_out(change: Callable[[Layout, Any], Any], layout: Layout, tree: Any, wanted: Any) -> Any:
+    """A tree in the layout and on the devices of the abstract tree `wanted`; leaves that change make one program."""
+    same = jax.tree.map(lambda leaf, to: leaf if leaf.shape == to.shape else None, tree, wanted)
+    others = jax.tree.map(lambda leaf, to: None if leaf.shape == to.shape else leaf, tree, wanted)
+    if not jax.tree.leaves(others):
+        return tree
+    places = jax.tree.map(lambda leaf, to: None if leaf.shape == to.shape else to.sharding, tree, wanted)
+    return merge(jax.jit(change, static_argnums=0, out_shardings=places)(layout, others), same)
+
+
+def trained_parameters(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
+    """The trainable leaves in the canonical layout; their moving average if asked, where there is one."""
     params = state.ema if averaged and state.ema is not None else state.params
-    kept = canonical(job, state._replace(params=params))
-    return merge(kept.params, kept.frozen['model'])
+    return _laid_out(to_canonical_layout, job.plan.layouts['model'], params, canonical_shapes(job).params)
 
 
 def whole_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
-    """The same with adapters merged into their kernels."""
-    return merge_lora(adapted_model(job, state, averaged=averaged))
+    """The model's parameters in the canonical layout, trained and frozen, adapters merged into their kernels."""
+    layout, shapes = job.plan.layouts['model'], canonical_shapes(job).frozen['model']
+    frozen = _laid_out(to_canonical_layout, layout, state.frozen['model'], shapes)
+    return merge_lora(merge(trained_parameters(job, state, averaged=averaged), frozen))

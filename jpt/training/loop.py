@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from jpt.checkpoint.manager import CheckpointManager
 from jpt.data.batch import Batch
 from jpt.data.tokenizer import Tokenizer
-from jpt.metrics import Metrics, Run, make_writers
+from jpt.metrics import Metrics, Run, Window, make_writers
 from jpt.sharding.watchdog import STOPPED, Watchdog
 from jpt.training.ema import averaged
 from jpt.training.feed import Feed
@@ -37,8 +36,10 @@ class StoppedError(SystemExit):
     """The run was asked to stop and saved its state first."""
 
 
-def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None) -> TrainState:
+def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, dog: Watchdog) -> TrainState:
     """Trains from the newest checkpoint in workdir/checkpoints, or from the start, to the last step.
+
+    `dog` watches over the processes of the job, and is told what this one begins.
 
     Raises:
         StoppedError: on SIGTERM or SIGINT, after saving; the same command goes on from there.
@@ -50,12 +51,12 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None) ->
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
         manager = stack.enter_context(open_manager(job, workdir, assets))
+        dog.beat(0, 'reading weights')
         with explain_out_of_memory(memory_parts(job, job.batch)):
-            state, step = restore_or_begin(job, manager, feed)
-        metrics = make_metrics(job, workdir, step)
+            state, step, window = restore_or_begin(job, manager, feed)
+        metrics = make_metrics(job, workdir, step, window)
         stack.callback(metrics.close)
         metrics.say(f'resuming at step {step}' if step else 'starting at step 0')
-        dog = stack.enter_context(make_watchdog(config, workdir))
         asked = stack.enter_context(Interrupt())
         trace = stack.enter_context(Trace(config.log.profile, workdir / 'profile'))
         saver = _Saver(job, manager, feed, metrics)
@@ -98,7 +99,8 @@ class _Saver:
 
     def save(self, step: int, state: TrainState) -> None:
         with self._metrics.timed('checkpoint'):
-            self._manager.save(step, canonical(self._job, state), data=self._feed.get_state(), metrics=self.scores)
+            data = {'feed': self._feed.get_state(), 'window': self._metrics.window()}
+            self._manager.save(step, canonical(self._job, state), data=data, metrics=self.scores)
         self.scores = None
 
 
@@ -123,7 +125,7 @@ def _asked_to_stop(asked: Interrupt, step: int) -> str | None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        return 'SIGTERM' if multihost_utils.reached_preemption_sync_point(step) else None
+        return 'SIGTERM to one of its processes' if multihost_utils.reached_preemption_sync_point(step) else None
     return asked.asked.name if asked.asked else None
 
 
@@ -186,18 +188,22 @@ def open_manager(job: Job, workdir: Path, assets: Path | None) -> CheckpointMana
     )
 
 
-def restore_or_begin(job: Job, manager: CheckpointManager, feed: Feed) -> tuple[TrainState, int]:
-    """The newest checkpoint's state with the data at its place, or the first state."""
+def restore_or_begin(job: Job, manager: CheckpointManager, feed: Feed) -> tuple[TrainState, int, Window]:
+    """The newest checkpoint's state, its step and what was measured since its last row, or the first state.
+
+    The feed goes to its place too.
+    """
     if manager.latest_step() is None:
-        return first_state(job), 0
+        return first_state(job), 0, {}
     restored = manager.restore(canonical_shapes(job))
-    if restored.data is not None:
-        feed.set_state(restored.data)
-    return from_canonical(job, restored.state), restored.step
+    if restored.data is None:
+        raise ValueError(f'{manager.directory}: step {restored.step} does not say where its data stood')
+    feed.set_state(restored.data['feed'])
+    return from_canonical(job, restored.state), restored.step, restored.data['window']
 
 
-def make_metrics(job: Job, workdir: Path, step: int) -> Metrics:
-    """Console, JSON lines and whatever else the run asks for."""
+def make_metrics(job: Job, workdir: Path, step: int, window: Window) -> Metrics:
+    """Console, JSON lines and whatever else the run asks for; `step` and `window` are those of a checkpoint."""
     config = job.config
     writers = make_writers(
         workdir,
@@ -216,18 +222,16 @@ def make_metrics(job: Job, workdir: Path, step: int) -> Metrics:
         log_every=config.log.every,
         first_step=step,
     )
-    return Metrics(run, writers)
+    return Metrics(run, writers, window=window)
 
 
-@contextlib.contextmanager
-def make_watchdog(config: TrainConfig, workdir: Path) -> Iterator[Watchdog]:
+def make_watchdog(config: TrainConfig, workdir: Path) -> Watchdog:
     """A watchdog over all processes of the job."""
     settings = config.multihost
-    with Watchdog(
+    return Watchdog(
         os.fspath(workdir),
         jax.process_index(),
         jax.process_count(),
         lost_after=settings.lost_after,
         stuck_after=settings.stuck_after,
-    ) as dog:
-        yield dog
+    )

@@ -1,27 +1,35 @@
 """A whole job: train, export, and where a distillation asks for it, compare with the same student without a teacher."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jpt.checkpoint.assets import open_tokenizer
+from jpt.checkpoint.directories import new_directory
 from jpt.checkpoint.opening import open_model
 from jpt.checkpoint.peft import write_adapter
+from jpt.checkpoint.source import to_host
 from jpt.data.tokenizer import Tokenizer
 from jpt.model import Model
 from jpt.training.compare import compare
-from jpt.training.job import Job, adapted_model, make_job, whole_model
-from jpt.training.loop import train
+from jpt.training.job import Job, make_job, trained_parameters, whole_model
+from jpt.training.loop import make_watchdog, train
 from jpt.training.overview import overview
 from jpt.training.settings import TrainConfig
+from jpt.training.state import TrainState
+
+RESULTS = 'results.json'  # which step each result is of
 
 
 def run_job(config: TrainConfig, workdir: Path) -> Model:
     """Runs a job in its folder and returns the trained model; a run that was stopped goes on where it was.
 
     Under workdir: checkpoints/, metrics.jsonl, and model/, a Hugging Face directory of the result (of the moving
-    average, where the run keeps one).
+    average, where the run keeps one); adapter/ where adapters were trained.
 
     Raises:
         ValueError, FileNotFoundError: settings or files that do not hold, by name, before anything is trained.
@@ -41,24 +49,70 @@ def run_job(config: TrainConfig, workdir: Path) -> Model:
 def train_model(config: TrainConfig, workdir: Path) -> Model:
     """One training run and its exported result."""
     tokenizer, assets = open_assets(config)
-    job = make_job(config)
-    check_vocabulary(job, tokenizer)
     workdir.mkdir(parents=True, exist_ok=True)
-    say(overview(job))
-    state = train(job, workdir, tokenizer, assets)
-    cfg = job.models['model'].cfg
-    model = Model(cfg, whole_model(job, state, averaged=True), tokenizer, assets)
+    check_results(workdir)
+    with make_watchdog(config, workdir) as dog:
+        job = make_job(config)
+        check_vocabulary(job, tokenizer)
+        say(overview(job))
+        state = train(job, workdir, tokenizer, assets, dog)
+        dog.beat(config.steps, 'export')
+        model = Model(job.models['model'].cfg, whole_model(job, state, averaged=True), tokenizer, assets)
+        export(job, state, model, workdir)
+    return model
+
+
+def export(job: Job, state: TrainState, model: Model, workdir: Path) -> None:
+    """Writes the results of a run beside its checkpoints; every process calls this."""
+    config = job.config
     if config.lora is not None:
         adapter = workdir / 'adapter'
-        if not adapter.exists():
-            write_adapter(adapter, cfg, adapted_model(job, state), config.model.path)
+        if needed(adapter, config.steps):
+            factors = jax.tree.map(to_host, trained_parameters(job, state, averaged=True))
+            if jax.process_index() == 0:
+                with new_directory(adapter) as directory:
+                    write_adapter(directory, model.config, factors, config.model.path)
         say(f'saved    {adapter} (a PEFT adapter)')
     if config.checkpoint.export:
         target = workdir / 'model'
-        if not target.exists():
+        if needed(target, config.steps):
             model.export(target)
         say(f'saved    {target} (transformers, vLLM and SGLang load it), checkpoints in {workdir / "checkpoints"}')
-    return model
+
+
+def check_results(workdir: Path) -> None:
+    """Raises ValueError where something that this run did not write stands in the place of a result."""
+    made = _made(workdir)
+    for name in ('model', 'adapter'):
+        if (workdir / name).exists() and name not in made:
+            raise ValueError(f'{workdir / name} is not of this run: expected nothing there; move it, or change workdir')
+
+
+def needed(result: Path, step: int) -> bool:
+    """Whether a result is still to be written, as process 0 sees it; what it held after fewer steps is removed first.
+
+    Which step it is of is written down before the result itself, which appears in one piece: so a run that is killed in
+    between writes it again, and one that goes on for more steps does not leave an old one there.
+    """
+    answer = False
+    if jax.process_index() == 0:
+        made = _made(result.parent)
+        answer = not result.exists() or made.get(result.name) != step
+        if answer:
+            shutil.rmtree(result, ignore_errors=True)
+            fresh = result.parent / f'.{RESULTS}.incomplete'
+            fresh.write_text(json.dumps(made | {result.name: step}) + '\n')
+            fresh.replace(result.parent / RESULTS)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        answer = bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+    return answer
+
+
+def _made(workdir: Path) -> dict[str, int]:
+    path = workdir / RESULTS
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def say(text: str) -> None:

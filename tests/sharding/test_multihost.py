@@ -1,6 +1,10 @@
 """Several real processes on CPU, joined by jax.distributed: the same losses as one, and an end when one has a fault."""
 
+import dataclasses
 import json
+import os
+import re
+import subprocess
 
 import jax
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 
 from jpt.sharding.multihost import LAUNCHERS, MultihostConfig, join_processes
 from jpt.sharding.watchdog import EXIT_CODE
+from jpt.training.settings import TrainConfig
 
 # Whether a process counts as dead or as stuck depends on how far the others saw it come; test_watchdog.py beside this
 # file holds the verdicts one by one. Here it must be named, in time, by real processes.
@@ -23,7 +28,7 @@ FAULTS = {
 @pytest.fixture(scope='module')
 def jobs(tmp_path_factory):
     """All jobs at once: most of the time they wait."""
-    running = {task: processes.Job(tmp_path_factory.mktemp(task), task) for task in ('train', *FAULTS)}
+    running = {task: processes.start_task(tmp_path_factory.mktemp(task), task) for task in ('train', *FAULTS)}
     yield running
     for job in running.values():
         job.kill()
@@ -76,3 +81,35 @@ def test_settings_that_do_not_hold(fields, words):
         MultihostConfig(**fields)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['docs/multihost.md', 'scripts/slurm.sh'])
+def test_every_setting_that_the_page_and_the_script_name_exists(name):
+    text = (processes.ROOT / name).read_text()
+    settings = set(re.findall(r'config\.(\w+\.\w+)', text)) | set(re.findall(r'\b(multihost\.\w+)', text))
+    settings.discard('multihost.md')
+    assert settings
+    config = dataclasses.asdict(TrainConfig(task='pretrain', model=None, data=None))
+    for setting in settings:
+        group, field = setting.split('.')
+        assert field in config[group], setting
+
+
+@pytest.mark.parametrize(('restarts', 'again'), [('0', True), ('3', False)])
+def test_the_slurm_script_starts_the_job_again_three_times(tmp_path, restarts, again):
+    """srun and scontrol stand in: they write down what they are called with."""
+    for command, code in (('srun', EXIT_CODE), ('scontrol', 0)):
+        path = tmp_path / command
+        path.write_text(f'#!/bin/bash\necho "{command} $*" >> {tmp_path}/calls\nexit {code}\n')
+        path.chmod(0o755)
+    environment = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '17', 'SLURM_RESTART_COUNT': restarts}
+    script = ['bash', str(processes.ROOT / 'scripts' / 'slurm.sh')]
+    done = subprocess.run([*script, 'configs/a.py', 'out', '--config.steps=3'], env=environment)
+    assert done.returncode == EXIT_CODE
+    calls = (tmp_path / 'calls').read_text().splitlines()
+    assert calls[0] == (
+        'srun --kill-on-bad-exit=1 --label python -m jpt.train --config=configs/a.py --workdir=out '
+        '--config.multihost.enabled=True --config.steps=3'
+    )
+    assert calls[1:] == (['scontrol requeue 17'] if again else [])
+    assert subprocess.run(script, env=environment, stderr=subprocess.DEVNULL).returncode == 2

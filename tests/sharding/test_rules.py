@@ -163,24 +163,51 @@ def test_optimizer_state_lies_as_its_parameters():
 
 
 def test_what_is_saved_lies_on_all_devices_that_divide_it():
-    rules = Rules(SIZES | {'pipe': 4}, Units(6, 3))
-    tree = {
+    sizes = SIZES | {'pipe': 4}
+    mlp = {
+        'up': {'kernel': P('pipe', None, None, 'tensor', 'fsdp')},
+        'down': {'kernel': P('pipe', None, None, 'fsdp', 'tensor')},
+    }
+    specs = {
         'mu': {
-            'embed': {'embedding': jnp.zeros((50257, 8))},
-            'lm_head': {'kernel': jnp.zeros((50256, 8))},
-            'layers': [[{'mlp': {'up': {'kernel': jnp.zeros((8, 12, 6))}, 'down': {'kernel': jnp.zeros((7, 8, 12))}}}]],
+            'embed': {'embedding': P(('pipe', 'tensor'), 'fsdp')},
+            'lm_head': {'kernel': P(('pipe', 'tensor'), 'fsdp')},
+            'layers': [[{'mlp': mlp, 'attn_norm': {'scale': P('pipe', None, None, None)}}]],
+            'final_norm': {'scale': P(None)},
+            'statistics': P(),
+        },
+        'updates': P(),
+        'frozen': None,
+    }
+    stored = {
+        'mu': {
+            'embed': {'embedding': jnp.zeros((50257, 16))},
+            'lm_head': {'kernel': jnp.zeros((50254, 6))},
+            'layers': [
+                [
+                    {
+                        'mlp': {'up': {'kernel': jnp.zeros((8, 12, 6))}, 'down': {'kernel': jnp.zeros((7, 8, 12))}},
+                        'attn_norm': {'scale': jnp.zeros((7, 5))},
+                    }
+                ]
+            ],
             'final_norm': {'scale': jnp.zeros(6)},
+            'statistics': jnp.zeros((3, 4)),
         },
         'updates': jnp.zeros(()),
+        'frozen': None,
     }
-    got = storage_specs(tree, rules)
-    assert got['mu']['embed']['embedding'] == P(None, ('fsdp', 'pipe'))
-    assert got['mu']['lm_head']['kernel'] == P(('pipe', 'tensor'), 'fsdp')
-    layer = got['mu']['layers'][0][0]['mlp']
-    assert layer['up']['kernel'] == P('pipe', 'tensor', 'fsdp')
-    assert layer['down']['kernel'] == P(None, ('fsdp', 'pipe'), 'tensor')
+    got = storage_specs(specs, stored, sizes)
+    assert got['mu']['embed']['embedding'] == P(None, ('fsdp', 'pipe', 'tensor'))
+    assert got['mu']['lm_head']['kernel'] == P('tensor', 'fsdp')
+    layer = got['mu']['layers'][0][0]
+    assert layer['mlp']['up']['kernel'] == P('pipe', 'tensor', 'fsdp')
+    assert layer['mlp']['down']['kernel'] == P(None, ('fsdp', 'pipe'), 'tensor')
+    assert layer['attn_norm']['scale'] == P(None, None)
     assert got['mu']['final_norm']['scale'] == P(None)
+    assert got['mu']['statistics'] == P(None, None)
     assert got['updates'] == P()
+    assert got['frozen'] is None
 
 
 def test_specs_are_cut_down_to_some_axes():

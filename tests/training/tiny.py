@@ -1,6 +1,11 @@
-"""A training job that takes seconds: a two-layer model on a few sentences."""
+"""A training job that takes seconds: a two-layer model on a few sentences.
+
+As a config file: `python -m jpt.train --config=tests/training/tiny.py:FOLDER`, the text being written to FOLDER.
+"""
 
 import pathlib
+
+from ml_collections import ConfigDict
 
 from jpt.config import config_dict, from_config_dict
 from jpt.training.settings import TrainConfig
@@ -21,9 +26,9 @@ ARCHITECTURE = {
 TEXT = [f'def add_{i}(a, b):\n    """Return {i} + a + b."""\n    return {i} + a + b\n' for i in range(40)]
 
 
-def settings(folder: pathlib.Path, **changes: object) -> TrainConfig:
-    """The settings of the tiny job, its text written to `folder`, with top-level fields replaced."""
-    path = folder / 'text.txt'
+def get_config(folder: str, **changes: object) -> ConfigDict:
+    """Settings of the tiny job, its text written to `folder`, with top-level fields replaced."""
+    path = pathlib.Path(folder) / 'text.txt'
     path.write_text('<|cut|>'.join(TEXT))
     data = {'paths': (str(path),), 'separator': '<|cut|>', 'prefetch': 0}
     values = {
@@ -38,4 +43,9 @@ def settings(folder: pathlib.Path, **changes: object) -> TrainConfig:
         'checkpoint': {'every': 3, 'export': False},
         'log': {'every': 1},
     }
-    return from_config_dict(TrainConfig, config_dict(TrainConfig, values | changes), 'config')
+    return config_dict(TrainConfig, values | changes)
+
+
+def settings(folder: pathlib.Path, **changes: object) -> TrainConfig:
+    """The same as the dataclass that programs take."""
+    return from_config_dict(TrainConfig, get_config(str(folder), **changes), 'config')
