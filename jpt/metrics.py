@@ -49,8 +49,9 @@ class Metrics:
         self._run, self._writers, self._clock = run, writers, clock
         self._pending: tuple[int, Sums] | None = None
         self._last_written = run.first_step
+        self._window: dict[str, tuple[float, float]] = {}
         self._reset()
-        self._window = {name: (pair[0], pair[1]) for name, pair in (window or {}).items()}
+        self._window |= {name: (pair[0], pair[1]) for name, pair in (window or {}).items()}
 
     def window(self) -> Window:
         """What has been added up since the last row. A run that resumes with it writes the row that it would have."""
@@ -147,7 +148,7 @@ class Metrics:
 
     def _reset(self) -> None:
         self._uncounted = 0
-        self._window: dict[str, tuple[float, float]] = {}
+        self._window = {}
         self._spent: dict[str, float] = {}
         self._start = self._clock()
 

@@ -6,7 +6,7 @@ Layout of a jpt checkpoint, the same for a step of a training run and for a mode
     state/                  the tree, by Orbax: params/..., and for a training step opt_state/..., step, key, ...
     assets/                 tokenizer files, generation_config.json, config.json of the source
     config/config.json      the run's configuration (training)
-    data/data.json          the state of the data iterator (training)
+    data/data.json          the state of the data iterator, and of whatever else goes on where it stopped (training)
     manifest/manifest.json  checksums of all of the above
 """
 
