@@ -27,7 +27,7 @@ from jpt.training.job import first_state, make_job
 from jpt.training.settings import TrainConfig
 
 GOAL_MS = 0.5
-WARM = 10  # calls that are not counted: the first one compiles
+ROUNDS, WARM = 4, 5  # turns of each function; calls of a turn that are not counted: the very first one compiles
 ROWS, LENGTH = 1, 4
 
 
@@ -63,6 +63,14 @@ class Timed:
         self.wall: list[float] = []
         self.thread: list[float] = []
 
+    def several(self, count: int) -> None:
+        """So many calls on end, after some that are not counted."""
+        for _ in range(WARM):
+            self.once()
+        del self.wall[-WARM:], self.thread[-WARM:]
+        for _ in range(count):
+            self.once()
+
     def once(self) -> None:
         """One call; the wait for its result comes after the clock has stopped."""
         wall, thread = time.perf_counter(), time.thread_time()
@@ -92,16 +100,16 @@ def measure(layers: int, steps: int) -> dict[str, Any]:
         'unstacked': plain([*rest, *apart]),
         'step': Timed(lambda state: job.step(state, batch)[0], state),  # last: it donates the arrays copied above
     }
-    for _ in range(steps + WARM):
+    for _ in range(ROUNDS):  # a few calls on end, as in the loop: each function finds its own code and arrays in cache
         for run in runs.values():
-            run.once()
+            run.several(steps // ROUNDS)
     counts = {'plain': len(leaves) + len(batch), 'unstacked': len(rest) + len(apart)}
     counts['step'] = len(jax.tree.leaves(state)) + len(batch)
     return {
         name: {
-            'median_ms': statistics.median(run.wall[WARM:]),
-            'best_ms': min(run.wall[WARM:]),
-            'thread_ms': statistics.median(run.thread[WARM:]),
+            'median_ms': statistics.median(run.wall),
+            'best_ms': min(run.wall),
+            'thread_ms': statistics.median(run.thread),
             'arrays': counts[name],
         }
         for name, run in runs.items()
