@@ -79,7 +79,7 @@ def held_out(name: str, model: Model, teacher: Model, config: TrainConfig) -> Sc
         evaluate=True,
     )
     sums, tokens = np.zeros(3), 0.0
-    reference = Reference(teacher.config, teacher.params)
+    reference = None if model is teacher else Reference(teacher.config, teacher.params)
     for number, batch in enumerate(pipeline):
         if config.eval.batches and number == config.eval.batches:
             break
@@ -90,4 +90,6 @@ def held_out(name: str, model: Model, teacher: Model, config: TrainConfig) -> Sc
         tokens += float(mask.sum())
     pipeline.close()
     loss, kl, agreement = sums / tokens
+    if model is teacher:  # it need not be run twice to agree with itself
+        kl, agreement = 0.0, 1.0
     return Scores(name, count_parameters(model.params), loss, kl, agreement)

@@ -42,6 +42,7 @@ def run_job(config: TrainConfig, workdir: Path) -> Model:
         if alone.tokenizer is None:
             alone = dataclasses.replace(alone, tokenizer=str(model.assets))
         scratch = train_model(alone, workdir / 'scratch')
+        say('\nOn held-out text ...')
         say(compare(config, model, scratch, workdir))
     return model
 
