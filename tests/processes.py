@@ -85,13 +85,13 @@ def start_task(workdir: pathlib.Path, task: str, count: int = 2) -> Job:
 
 def start_training(config: str, workdir: pathlib.Path, *flags: str, count: int = 2) -> Job:
     """`python -m jpt.train` as a user starts it: `count` processes, or one that knows of no others."""
-    command = ['-m', 'jpt.train', f'--config={config}', f'--workdir={workdir}', *flags]
+    command = ['-m', 'jpt.train', f'--config={config}', f'--workdir={workdir}']
     if count == 1:
-        return Job([command])
+        return Job([[*command, *flags]])
     joined = ['enabled=True', f'coordinator=127.0.0.1:{free_port()}', f'num_processes={count}']
     joined += ['lost_after=600']  # no fault is expected, and the machine may be busy
     command += [f'--config.multihost.{setting}' for setting in joined]
-    return Job([[*command, f'--config.multihost.process_id={index}'] for index in range(count)])
+    return Job([[*command, f'--config.multihost.process_id={index}', *flags] for index in range(count)])
 
 
 def train(devices: list[Any] | None = None) -> list[float]:
