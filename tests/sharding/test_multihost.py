@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 
 import jax
@@ -23,12 +24,13 @@ FAULTS = {
     'stuck': ['process 1', 'no progress for'],
     'raises': ['process 1 (host', 'ValueError: malformed line 17'],
 }
+TASKS = ('train', 'coordinator-killed', *FAULTS)
 
 
 @pytest.fixture(scope='module')
 def jobs(tmp_path_factory):
     """All jobs at once: most of the time they wait."""
-    running = {task: processes.start_task(tmp_path_factory.mktemp(task), task) for task in ('train', *FAULTS)}
+    running = {task: processes.start_task(tmp_path_factory.mktemp(task), task) for task in TASKS}
     yield running
     for job in running.values():
         job.kill()
@@ -44,6 +46,13 @@ def test_two_processes_train_to_the_losses_of_one(jobs):
     alone = processes.train(jax.devices()[:1])
     np.testing.assert_allclose(both[0], alone, rtol=1e-5)
     assert alone[2] < alone[0]
+
+
+def test_the_death_of_process_0_ends_the_other_at_once(jobs):
+    """It is the coordinator too: JAX may see that before the watchdog does, and ends the others itself."""
+    code, _, message = jobs['coordinator-killed'].result(1)
+    assert code in (EXIT_CODE, -signal.SIGABRT), message
+    assert 'process 0 (host' in message or 'the leader task was preempted/died' in message
 
 
 @pytest.mark.parametrize('task', FAULTS)
