@@ -121,7 +121,15 @@ def _adapted(config: TrainConfig, models: dict[str, Any], key: jax.Array) -> dic
     lora = config.lora
     if lora is None:
         return models
-    model = add_lora(models['model'], key, lora.targets, rank=lora.rank, alpha=lora.alpha, place='config.lora.targets')
+    model = add_lora(
+        models['model'],
+        key,
+        lora.targets,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        rank_stabilized=lora.rank_stabilized,
+        place='config.lora.targets',
+    )
     return models | {'model': model}
 
 

@@ -77,6 +77,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ('layers/**/attn/{q,k,v,out}',)  # path patterns of linear layers
     rank: int = 8
     alpha: float = 16.0
+    rank_stabilized: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
 
     def __post_init__(self) -> None:
         require(self, 'rank', self.rank > 0, 'a positive integer')

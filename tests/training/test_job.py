@@ -10,6 +10,7 @@ from tiny import ARCHITECTURE, settings
 
 from jpt.checkpoint.manager import CheckpointMismatch
 from jpt.model import load
+from jpt.quant.dot import LoraKernel
 from jpt.training import job as jobs
 from jpt.training import loop
 from jpt.training.run import train_model
@@ -75,12 +76,14 @@ def test_where_the_layout_is_the_same_nothing_is_copied(tmp_path):
 
 def test_weights_are_read_in_parts_with_adapters_and_a_teacher(tmp_path):
     path = str(MODELS / 'llama_tied')
-    given = {'model': {'path': path}, 'task': 'distill', 'teacher': {'path': path}, 'lora': {'rank': 2}}
+    given = {'model': {'path': path}, 'task': 'distill', 'teacher': {'path': path}, 'lora': {'rank': 4, 'alpha': 6.0, 'rank_stabilized': True}}
     job = jobs.make_job(settings(tmp_path, **given, **PIPE))
     for name in ('model', 'teacher'):
         for leaf_name, leaf in leaves(jobs._load(job, name)):
             assert not leaf.sharding.is_fully_replicated or leaf.size < 1000, leaf_name
     state = jobs.first_state(job)
+    kernels = jax.tree.leaves(state.params, is_leaf=lambda node: isinstance(node, LoraKernel))
+    assert {kernel.scale for kernel in kernels} == {3.0}  # alpha / sqrt(rank)
     expected = load(path).params
     assert_same(jobs.whole_model(job, state), expected)
     back = jobs.from_canonical(job, jobs.canonical(job, state))
