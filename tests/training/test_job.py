@@ -76,7 +76,8 @@ def test_where_the_layout_is_the_same_nothing_is_copied(tmp_path):
 
 def test_weights_are_read_in_parts_with_adapters_and_a_teacher(tmp_path):
     path = str(MODELS / 'llama_tied')
-    given = {'model': {'path': path}, 'task': 'distill', 'teacher': {'path': path}, 'lora': {'rank': 4, 'alpha': 6.0, 'rank_stabilized': True}}
+    lora = {'rank': 4, 'alpha': 6.0, 'rank_stabilized': True}
+    given = {'model': {'path': path}, 'task': 'distill', 'teacher': {'path': path}, 'lora': lora}
     job = jobs.make_job(settings(tmp_path, **given, **PIPE))
     for name in ('model', 'teacher'):
         for leaf_name, leaf in leaves(jobs._load(job, name)):
