@@ -138,15 +138,14 @@ def generate_until(
     for number, (_, options) in enumerate(requests):
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(number)
     for key, numbers in groups.items():
-        options = json.loads(key)
+        options = {name: value for name, value in json.loads(key).items() if value is not None}
         until = options.pop('until', None) or ()
         count = int(options.pop('max_gen_toks', options.pop('max_new_tokens', 256)))
         sampled = options.pop('do_sample', options.get('temperature', 0) > 0)
         sampling = {name: options.pop(name) for name in SAMPLING if name in options}
         if options:
             raise ValueError(f'generate_until: {sorted(options)}: expected until, max_gen_toks, do_sample, {SAMPLING}')
-        if not sampled:
-            sampling = {'temperature': 0.0}
+        sampling = {'temperature': 1.0} | sampling if sampled else {'temperature': 0.0}  # 1, as transformers has it
         room = max(length - count, 1)
         prompts = [encode(requests[number][0])[-room:] for number in numbers]
         stop = (until,) if isinstance(until, str) else tuple(until)

@@ -106,6 +106,21 @@ def test_requests_of_equal_options_are_one_batch():
         generate_until(model, encode, [('a', {'num_beams': 4})], 1, 16)
 
 
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [
+        ({'do_sample': True, 'top_p': 0.9}, {'temperature': 1.0, 'top_p': 0.9}),
+        ({'do_sample': True, 'temperature': None}, {'temperature': 1.0}),
+        ({'temperature': None, 'top_p': None, 'until': None}, {'temperature': 0.0}),
+        ({'do_sample': None, 'temperature': 0.3}, {'temperature': 0.3}),
+    ],
+)
+def test_sampling_that_is_asked_for_without_a_temperature_has_temperature_1(given, expected):
+    model = Model()
+    generate_until(model, encode, [('ab', given | {'max_gen_toks': 2})], 1, 16)
+    assert model.asked[0][1] == {'max_new_tokens': 2, 'stop': (), 'batch_size': 1} | expected
+
+
 def test_the_adapter_is_a_model_of_the_harness(monkeypatch):
     class LM(abc.ABC):  # the abstract methods of lm_eval.api.model.LM
         @abc.abstractmethod
