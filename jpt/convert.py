@@ -89,9 +89,10 @@ def convert(
         report(name, done, total)
 
     if to == 'hf':
-        write_hf(source, output_dir, source_dir=opened.assets, max_shard_size=max_shard_size, report=count)
+        companions = {'source_dir': opened.assets, 'origin': opened.origin}
+        write_hf(source, output_dir, **companions, max_shard_size=max_shard_size, report=count)
     else:
-        write_model(source, output_dir, assets=opened.assets, report=count)
+        write_model(source, output_dir, assets=opened.assets, origin=opened.origin, report=count)
     weights = list(Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*'))
     return Conversion(
         source.cfg.family,

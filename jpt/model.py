@@ -34,6 +34,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     assets: Path | None = None  # the directory that tokenizer files and generation_config.json were read from
     mesh: Mesh | None = None
+    origin: Path | None = None  # the directory of the model that the weights were made from: its card is theirs
 
     @property
     def compute(self) -> Compute:
@@ -70,11 +71,11 @@ class Model:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a jpt checkpoint."""
-        save_model(path, self.config, self.params, self.assets)
+        save_model(path, self.config, self.params, self.assets, self.origin)
 
     def export(self, path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> None:
         """Writes a Hugging Face directory, in the dtype of the weights unless told otherwise."""
-        export_hf(path, self.config, self.params, source_dir=self.assets, dtype=dtype)
+        export_hf(path, self.config, self.params, source_dir=self.assets, origin=self.origin, dtype=dtype)
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -114,4 +115,4 @@ def load(path: str | os.PathLike[str], mesh: Mesh | None = None, dtype: DTypeLik
             put(shapes, leaf.path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
         placed = shardings(mesh, param_specs(shapes, Rules(mesh.shape, units_of(cfg), False)))
     params = load_tree(opened.source, placed)
-    return Model(cfg, params, open_tokenizer(opened.assets), opened.assets, mesh)
+    return Model(cfg, params, open_tokenizer(opened.assets), opened.assets, mesh, opened.origin)

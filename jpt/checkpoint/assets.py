@@ -7,7 +7,7 @@ from pathlib import Path
 from jpt.data.tokenizer import TOKENIZER_FILES, Tokenizer
 
 GENERATION_FILE, CONFIG_FILE, CARD_FILE = 'generation_config.json', 'config.json', 'README.md'
-COMPANIONS = (GENERATION_FILE, CONFIG_FILE, CARD_FILE)
+COMPANIONS = (GENERATION_FILE, CONFIG_FILE)
 
 
 def copy_assets(source: Path, target: Path, names: tuple[str, ...] = TOKENIZER_FILES + COMPANIONS) -> list[str]:
@@ -17,6 +17,13 @@ def copy_assets(source: Path, target: Path, names: tuple[str, ...] = TOKENIZER_F
     for name in found:
         shutil.copyfile(source / name, target / name)
     return found
+
+
+def copy_companions(assets: Path, origin: Path | None, target: Path) -> None:
+    """Copies tokenizer and companions of `assets`; a card only from `origin`, the model that the weights came from."""
+    copy_assets(assets, target)
+    if origin is not None:
+        copy_assets(origin, target, (CARD_FILE,))
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -1,4 +1,8 @@
-"""README.md of an exported model: what the Hub reads, what the model is, and the card of the model it was made from."""
+"""README.md of an exported model: what the Hub reads, what the model is, and the card of the model it was made from.
+
+The last is there only where weights were read from that model. The card that lies beside a tokenizer says nothing of
+weights that were drawn at random, or came from elsewhere.
+"""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +29,8 @@ _SOURCE = '## The card of the model that this was made from\n'
 def model_card(cfg: ModelConfig, dtype: str, specs: Mapping[str, TensorSpec], source: Path | None = None) -> str:
     """The card of a model, with that of the directory `source` below it where that has one.
 
-    The metadata (licence, languages, base model) stays as the source has it: it belongs to the weights.
+    The metadata (licence, languages, base model) stays as the source has it: it belongs to the weights. So `source` is
+    the directory of the model that the weights were read from, and None where they were drawn at random.
     """
     count = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in specs.values())
     kinds = 'layers' if cfg.num_layers > 1 else 'layer'

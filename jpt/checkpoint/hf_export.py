@@ -77,6 +77,7 @@ def write_hf(
     path: str | os.PathLike[str],
     *,
     source_dir: str | os.PathLike[str] | None = None,
+    origin: str | os.PathLike[str] | None = None,
     max_shard_size: str | int = '5GB',
     report: Callable[[str, int], Any] = lambda name, size: None,
 ) -> list[Path]:
@@ -85,7 +86,8 @@ def write_hf(
     Args:
         source: the model.
         path: the directory to make; it appears when it is complete. It must not exist, or be empty.
-        source_dir: where tokenizer files, generation_config.json, remaining fields of config.json and the card lie.
+        source_dir: where tokenizer files, generation_config.json and remaining fields of config.json lie.
+        origin: the directory of the model that the weights were read from, for its card; None: from none.
         max_shard_size: such as '5GB'.
         report: called with the name and the bytes of what has been written.
 
@@ -101,17 +103,18 @@ def write_hf(
         if len(dtypes) > 1:
             raise ValueError(f'{name}: its parts have different dtypes: {", ".join(sorted(map(str, dtypes)))}')
         specs[name] = TensorSpec(dtypes.pop(), parts[0].source.stored_shape(parts[0].shape))
-    origin = None if source_dir is None else Path(source_dir)
+    assets = None if source_dir is None else Path(source_dir)
     with new_directory(path) as directory:
         with ShardedWriter(directory, specs, max_shard_size) as writer:
             for name, parts in tensors.items():
                 _write_tensor(writer, name, parts, source)
                 report(name, specs[name].nbytes)
         dtype = str(specs[next(iter(specs))].dtype)
-        _write_json(directory / CONFIG_FILE, hf_config(source.cfg, dtype, origin))
-        if origin is not None:
-            copy_assets(origin, directory, (*TOKENIZER_FILES, GENERATION_FILE))
-        (directory / CARD_FILE).write_text(model_card(source.cfg, dtype, specs, origin), 'utf-8')
+        _write_json(directory / CONFIG_FILE, hf_config(source.cfg, dtype, assets))
+        if assets is not None:
+            copy_assets(assets, directory, (*TOKENIZER_FILES, GENERATION_FILE))
+        card = model_card(source.cfg, dtype, specs, None if origin is None else Path(origin))
+        (directory / CARD_FILE).write_text(card, 'utf-8')
         files = list(writer.shards)
     return [Path(path) / file for file in files]
 
@@ -138,6 +141,7 @@ def export_hf(
     params: Any,
     *,
     source_dir: str | os.PathLike[str] | None = None,
+    origin: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
     max_shard_size: str | int = '5GB',
 ) -> None:
@@ -149,7 +153,7 @@ def export_hf(
     check_absent(path)
     source = TreeSource(cfg, params, dtype)
     if jax.process_index() == 0:
-        write_hf(source, path, source_dir=source_dir, max_shard_size=max_shard_size)
+        write_hf(source, path, source_dir=source_dir, origin=origin, max_shard_size=max_shard_size)
         return
     for parts in tensors_of(cfg).values():  # takes part in gathering the arrays, in the same order
         for part in parts:

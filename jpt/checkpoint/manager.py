@@ -58,6 +58,7 @@ class CheckpointManager:
         model: goes into each checkpoint, and must equal the stored one on restore.
         assets: a directory with the tokenizer's files and companions; they go into each checkpoint, and the tokenizer
             must equal the stored one on restore.
+        origin: the directory of the model that the weights were read from, for its card; None: from none.
         config: the run's configuration, JSON; kept for the record.
         background: write while training goes on. `save` returns when the arrays have been copied.
 
@@ -74,6 +75,7 @@ class CheckpointManager:
         best_mode: Literal['min', 'max'] = 'min',
         model: ModelConfig | None = None,
         assets: str | os.PathLike[str] | None = None,
+        origin: str | os.PathLike[str] | None = None,
         config: Mapping[str, Any] | None = None,
         background: bool = True,
     ) -> None:
@@ -83,6 +85,7 @@ class CheckpointManager:
         self.best_metric, self.best_mode = best_metric, best_mode
         self._model, self._config = model, config
         self._assets = None if assets is None else Path(assets)
+        self._origin = None if origin is None else Path(origin)
         self._tokenizer = tokenizer_fingerprint(self._assets)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy(max_to_keep),
@@ -138,7 +141,9 @@ class CheckpointManager:
             raise ValueError(f'metrics {sorted(metrics)}: expected {self.best_metric!r}, which chooses the best')
         leaves = named_leaves(state)
         about = layout.About('training', specs_of(leaves), self._model, self._tokenizer, statics_of(state))
-        args = save_args(about, leaves, assets=self._assets, config=self._config, data=data, with_metrics=True)
+        args = save_args(
+            about, leaves, assets=self._assets, origin=self._origin, config=self._config, data=data, with_metrics=True
+        )
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         self._orbax.save(step, args=args, metrics=numbers, force=True)
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jpt.checkpoint import about as layout
 from jpt.checkpoint.array_store import Streamed, open_array, write_state
-from jpt.checkpoint.assets import copy_assets, has_tokenizer, tokenizer_fingerprint
+from jpt.checkpoint.assets import copy_companions, has_tokenizer, tokenizer_fingerprint
 from jpt.checkpoint.directories import check_absent, new_directory
 from jpt.checkpoint.dtypes import cast, cast_target, is_floating
 from jpt.checkpoint.manifest import MANIFEST_FILE, verify, write_manifest
@@ -156,7 +156,11 @@ def load_model(
 
 
 def save_model(
-    path: str | os.PathLike[str], cfg: ModelConfig, params: Any, assets: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    cfg: ModelConfig,
+    params: Any,
+    assets: str | os.PathLike[str] | None = None,
+    origin: str | os.PathLike[str] | None = None,
 ) -> None:
     """Saves parameters, sharded as they may be, as a jpt checkpoint; every process of a job calls this.
 
@@ -164,6 +168,7 @@ def save_model(
         path: the directory to make; it appears when it is complete.
         cfg, params: the model.
         assets: a directory whose tokenizer files, generation_config.json and config.json travel along.
+        origin: the directory of the model that the weights were read from, for its card; None: from none.
 
     Raises:
         FileExistsError: there is something at `path`.
@@ -176,13 +181,13 @@ def save_model(
     target = check_absent(path).absolute()
     source = TreeSource(cfg, params)
     named = {PARAMS + name_of(leaf.path): source.array(leaf) for leaf in leaves(cfg)}
-    directory = None if assets is None else Path(assets)
+    directory, card = (None if given is None else Path(given) for given in (assets, origin))
     about = layout.About('model', specs_of(named), cfg, tokenizer_fingerprint(directory))
     if target.is_dir() and jax.process_index() == 0:
         target.rmdir()
     handler = ocp.CompositeCheckpointHandler(handler_registry=handler_registry())
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(target, args=save_args(about, named, assets=directory))
+        checkpointer.save(target, args=save_args(about, named, assets=directory, origin=card))
 
 
 def write_model(
@@ -190,6 +195,7 @@ def write_model(
     path: str | os.PathLike[str],
     *,
     assets: str | os.PathLike[str] | None = None,
+    origin: str | os.PathLike[str] | None = None,
     report: Callable[[str, int], Any] = lambda name, size: None,
 ) -> None:
     """Writes a model as a jpt checkpoint with a block of one leaf in memory at a time; in a single process.
@@ -210,7 +216,7 @@ def write_model(
             (target / item).mkdir(exist_ok=True)
         (target / layout.MODEL / layout.MODEL_FILE).write_text(json.dumps(layout.to_json(about)), 'utf-8')
         if directory is not None:
-            copy_assets(directory, target / layout.ASSETS)
+            copy_companions(directory, None if origin is None else Path(origin), target / layout.ASSETS)
         write_manifest(target, target / layout.MANIFEST, items)
 
 

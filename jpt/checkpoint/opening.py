@@ -16,10 +16,11 @@ SHIPPED = {'quickstart': Path(__file__).resolve().parents[1] / 'assets' / 'quick
 
 
 class Opened(NamedTuple):
-    """A model's weights, and the directory of its tokenizer and companions (None where there are none)."""
+    """A model's weights, and the directories of its tokenizer and companions and of its card (None: there are none)."""
 
     source: LeafSource
     assets: Path | None
+    origin: Path | None
 
 
 def model_directory(path: str | os.PathLike[str]) -> Path:
@@ -60,12 +61,12 @@ def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> 
         raise FileNotFoundError(f'{directory}: no such directory')
     if is_adapter(directory):
         base = open_model(base_model(directory), dtype)
-        return Opened(AdaptedSource(base.source, directory), base.assets)
+        return Opened(AdaptedSource(base.source, directory), base.assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        return Opened(HuggingFaceSource(directory, dtype), directory)
+        return Opened(HuggingFaceSource(directory, dtype), directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no {CONFIG_FILE}') from error
     stored = StoredSource(directory, dtype)
-    return Opened(stored, stored.assets)
+    return Opened(stored, stored.assets, stored.assets)

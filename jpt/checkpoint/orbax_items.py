@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jpt.checkpoint import about as layout
-from jpt.checkpoint.assets import copy_assets
+from jpt.checkpoint.assets import copy_companions
 from jpt.checkpoint.manifest import write_manifest
 from jpt.checkpoint.tree import LeafSpec, from_storable, nest, parts_of, to_storable
 
@@ -26,7 +26,7 @@ class AssetsHandler(ocp.CheckpointHandler):
 
     def save(self, directory: Any, args: 'AssetsSave') -> None:
         if jax.process_index() == 0:
-            copy_assets(Path(args.source), Path(directory))
+            copy_companions(Path(args.source), args.origin, Path(directory))
 
     def restore(self, directory: Any, args: Any = None) -> Any:
         return Path(directory)
@@ -34,8 +34,8 @@ class AssetsHandler(ocp.CheckpointHandler):
 
 @ocp.args.register_with_handler(AssetsHandler, for_save=True, for_restore=True)
 class AssetsSave(ocp.args.CheckpointArgs):
-    def __init__(self, source: str | Path = '') -> None:
-        self.source = source
+    def __init__(self, source: str | Path = '', origin: Path | None = None) -> None:
+        self.source, self.origin = source, origin
 
 
 class ManifestHandler(ocp.CheckpointHandler):
@@ -88,6 +88,7 @@ def save_args(
     leaves: Mapping[str, Any],
     *,
     assets: str | Path | None = None,
+    origin: Path | None = None,
     config: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     with_metrics: bool = False,
@@ -104,7 +105,7 @@ def save_args(
     if data is not None:
         items[layout.DATA] = ocp.args.JsonSave(dict(data))
     if assets is not None:
-        items[layout.ASSETS] = AssetsSave(assets)
+        items[layout.ASSETS] = AssetsSave(assets, origin)
     items[layout.MANIFEST] = ManifestSave((*items, METRICS) if with_metrics else tuple(items))
     return ocp.args.Composite(**items)
 

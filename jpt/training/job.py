@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jpt.sharding.layout import Layout, to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 from jpt.sharding.plan import Plan, make_plan
 from jpt.sharding.rules import Rules, param_specs, shardings, state_specs, storage_specs, units_of
+from jpt.training.ema import averaged as averaged_parameters
 from jpt.training.ema import init_ema
 from jpt.training.freeze import merge, partition
 from jpt.training.objective import Objective, language_modeling
@@ -35,6 +37,7 @@ class Weights(NamedTuple):
 
     cfg: ModelConfig
     source: LeafSource | None
+    origin: Path | None = None  # the directory with the card of these weights
 
 
 class Job(NamedTuple):
@@ -56,8 +59,8 @@ class Job(NamedTuple):
 def open_weights(given: ModelSource, dtype: str | None) -> Weights:
     """The model that a source names."""
     if given.path is not None:
-        source = open_model(given.path, dtype).source
-        return Weights(source.cfg, source)
+        opened = open_model(given.path, dtype)
+        return Weights(opened.source.cfg, opened.source, opened.origin)
     return Weights(config_from_hf(given.architecture or {}), None)
 
 
@@ -267,8 +270,11 @@ def _laid_out(change: Callable[[Layout, Any], Any], layout: Layout, tree: Any, w
 
 
 def trained_parameters(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
-    """The trainable leaves in the canonical layout; their moving average if asked, where there is one."""
-    params = state.ema if averaged and state.ema is not None else state.params
+    """The trainable leaves in the canonical layout; their moving average if asked, where there is one.
+
+    The average has the dtypes of the parameters, as evaluation scores it.
+    """
+    params = averaged_parameters(state.ema, state.params) if averaged else state.params
     return _laid_out(to_canonical_layout, job.plan.layouts['model'], params, canonical_shapes(job).params)
 
 

@@ -184,6 +184,7 @@ def open_manager(job: Job, workdir: Path, assets: Path | None) -> CheckpointMana
         best_metric=BEST if job.config.eval.data is not None else None,
         model=job.models['model'].cfg,
         assets=assets,
+        origin=job.models['model'].origin,
         config=json.loads(json.dumps(dataclasses.asdict(job.config))),
     )
 
@@ -192,10 +193,18 @@ def restore_or_begin(job: Job, manager: CheckpointManager, feed: Feed) -> tuple[
     """The newest checkpoint's state, its step and what was measured since its last row, or the first state.
 
     The feed goes to its place too.
+
+    Raises:
+        ValueError: the checkpoint is from after the last step of this job, or has no place in its data.
     """
     if manager.latest_step() is None:
         return first_state(job), 0, {}
     restored = manager.restore(canonical_shapes(job))
+    if restored.step > job.config.steps:
+        raise ValueError(
+            f'{manager.directory}: the checkpoint is at step {restored.step}, beyond config.steps={job.config.steps}: '
+            f'expected at least {restored.step} steps, or another workdir'
+        )
     if restored.data is None:
         raise ValueError(f'{manager.directory}: step {restored.step} does not say where its data stood')
     feed.set_state(restored.data['feed'])

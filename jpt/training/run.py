@@ -58,7 +58,8 @@ def train_model(config: TrainConfig, workdir: Path) -> Model:
         say(overview(job))
         state = train(job, workdir, tokenizer, assets, dog)
         dog.beat(config.steps, 'export')
-        model = Model(job.models['model'].cfg, whole_model(job, state, averaged=True), tokenizer, assets)
+        cfg, origin = job.models['model'].cfg, job.models['model'].origin
+        model = Model(cfg, whole_model(job, state, averaged=True), tokenizer, assets, origin=origin)
         export(job, state, model, workdir)
     return model
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jpt.checkpoint.assets import copy_assets
+from jpt.checkpoint.assets import copy_companions
 from jpt.checkpoint.card import model_card
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
@@ -43,7 +43,7 @@ def test_a_second_export_says_nothing_twice(tmp_path):
     (first / 'README.md').write_text(FRONT + '# Some model\n')
     card = written(first)
     (second / 'README.md').write_text(card)
-    assert copy_assets(second, tmp_path / 'assets') == ['README.md']  # as into a jpt checkpoint
+    copy_companions(second, second, tmp_path / 'assets')  # as into a jpt checkpoint
     assert written(tmp_path / 'assets') == card
     (second / 'README.md').write_text(written())
     assert written(second) == written()
@@ -53,3 +53,16 @@ def test_a_card_without_metadata_gets_some(tmp_path):
     (tmp_path / 'README.md').write_text('Just text.\n')
     assert written(tmp_path).startswith('---\nlibrary_name: transformers\n')
     assert written(tmp_path).endswith('\n\nJust text.\n')
+
+
+def test_the_card_beside_a_tokenizer_does_not_travel(tmp_path):
+    tokenizer, base = tmp_path / 'tokenizer', tmp_path / 'base'
+    for directory, text in ((tokenizer, 'of the tokenizer'), (base, 'of the base')):
+        directory.mkdir()
+        (directory / 'README.md').write_text(text)
+        (directory / 'config.json').write_text(text)
+    for origin, card in ((None, None), (base, 'of the base')):
+        target = tmp_path / f'assets of {card}'
+        copy_companions(tokenizer, origin, target)
+        assert (target / 'config.json').read_text() == 'of the tokenizer'
+        assert ((target / 'README.md').read_text() if (target / 'README.md').exists() else None) == card

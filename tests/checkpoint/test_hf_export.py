@@ -69,6 +69,7 @@ def test_the_config_is_read_back_and_keeps_harmless_fields(write_hf_dir: Write, 
 def test_tokenizer_generation_config_and_card_travel(write_hf_dir: Write, tmp_path: Path, tokenizer_dir: Path) -> None:
     cfg, params = load_hf(write_hf_dir(LLAMA, llama_tensors()))
     (tokenizer_dir / 'generation_config.json').write_text('{"eos_token_id": [2]}')
+    (tokenizer_dir / 'README.md').write_text('---\nlicense: other\n---\nThe model that has this tokenizer.\n')
     export_hf(tmp_path / 'out', cfg, params, source_dir=tokenizer_dir)
     for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json'):
         assert (tmp_path / 'out' / name).read_bytes() == (tokenizer_dir / name).read_bytes()
@@ -76,6 +77,9 @@ def test_tokenizer_generation_config_and_card_travel(write_hf_dir: Write, tmp_pa
     count = sum(array.size for array in llama_tensors().values())
     assert card.startswith('---\nlibrary_name: transformers\n')
     assert f'llama with {count:,} parameters' in card
+    assert 'that has this tokenizer' not in card
+    export_hf(tmp_path / 'derived', cfg, params, origin=tokenizer_dir)
+    assert (tmp_path / 'derived' / 'README.md').read_text().startswith('---\nlicense: other\n---\n')
 
 
 def test_special_ids_of_a_model_without_a_source_are_its_tokenizers(

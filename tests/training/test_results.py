@@ -29,6 +29,8 @@ def test_a_run_that_goes_on_exports_anew(tmp_path):
     assert contents[0][0] != contents[1][0]
     assert contents[0][1] != contents[1][1]
     assert contents[1] == contents[2]
+    assert 'made from' not in (workdir / 'model' / 'README.md').read_text()  # random weights, another's tokenizer
+    assert not (workdir / 'checkpoints' / '2' / 'assets' / 'README.md').exists()
 
 
 def test_a_result_is_written_where_it_is_missing_or_of_another_step(tmp_path):
