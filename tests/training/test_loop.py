@@ -44,6 +44,15 @@ def test_a_run_learns_evaluates_and_saves(whole):
     np.testing.assert_array_equal(loaded.logits(tokens), model.logits(tokens))
 
 
+def test_a_run_is_not_taken_back_to_an_earlier_step(whole):
+    workdir, _ = whole
+    before = (workdir / 'metrics.jsonl').read_bytes()
+    message = r'checkpoints: the checkpoint is at step 7, beyond config\.steps=5'
+    with pytest.raises(ValueError, match=message):
+        train_model(settings(workdir.parent, steps=5), workdir)
+    assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
 class CrashError(RuntimeError):
     """Stands for anything that ends a process between steps."""
 
