@@ -156,7 +156,7 @@ class Watchdog:
         asleep = now - self.looked - self.interval
         self.looked = now
         if asleep > self.interval:
-            self._forgive(asleep)
+            self._forgive(asleep, now)
         for other, before in self.others.items():
             heartbeat = self._read(other)
             if heartbeat is not None and heartbeat not in (before.heartbeat, self.left_over[other]):
@@ -164,11 +164,16 @@ class Watchdog:
         with self.lock:
             return verdict(self.own, now, self.progress, self.others, self.lost_after, self.stuck_after)
 
-    def _forgive(self, seconds: float) -> None:
-        """Leaves out a time in which this thread itself did not run: a whole machine may have been suspended."""
-        self.others = {other: seen._replace(since=seen.since + seconds) for other, seen in self.others.items()}
+    def _forgive(self, seconds: float, now: float) -> None:
+        """Leaves out a time in which this thread itself did not run: a whole machine may have been suspended.
+
+        The main thread may have moved since it woke up, and what it began is never in the future.
+        """
+        self.others = {
+            other: seen._replace(since=min(now, seen.since + seconds)) for other, seen in self.others.items()
+        }
         with self.lock:
-            self.progress += seconds
+            self.progress = min(now, self.progress + seconds)
 
     def _stop(self, message: str) -> None:
         text = f'watchdog: {message}; ending process {self.own.process} with exit code {EXIT_CODE}'

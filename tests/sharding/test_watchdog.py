@@ -106,6 +106,22 @@ def test_a_time_in_which_the_watchdog_itself_did_not_run_says_nothing(tmp_path):
     assert 'process 1 (host there, pid 20) has given no sign of life for 11 s' in dog._look()
 
 
+def test_what_was_begun_after_a_pause_is_not_in_the_future(tmp_path):
+    """The main thread wakes up and beats before the watchdog looks: 40 seconds count from that beat, not from later."""
+    clock = Clock()
+    dog = Watchdog(tmp_path, 0, 1, lost_after=10.0, stuck_after=40.0, clock=clock)
+    assert dog._look() is None
+    clock.now = 998.0
+    dog.beat(3)
+    clock.now = 1000.0
+    assert dog._look() is None
+    assert dog.progress == 1000.0
+    for clock.now in range(1002, 1041, 2):
+        assert dog._look() is None
+    clock.now = 1042.0
+    assert 'no progress for 42 s' in dog._look()
+
+
 def test_the_file_says_how_a_process_ended(tmp_path):
     def read():
         return json.loads((tmp_path / FOLDER / 'process_0.json').read_text())
