@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.adapted import is_adapter
+from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.source import LeafSource, load_tree
 from jpt.data.batch import Batch, empty_batch
 from jpt.distill.objective import logit_distillation
@@ -72,6 +73,12 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch(mesh, config.batch.size, config.batch.length, config.batch.microbatches)
+    path = config.model.path
+    if config.lora is not None and path is not None and is_adapter(model_directory(path)):
+        raise ValueError(
+            f'config.model.path={path}: a PEFT adapter, and config.lora would train another on top of it, which no '
+            f'program opens: expected a model; python -m jpt.convert --input={path} --to=hf merges the adapter into one'
+        )
     models = {'model': open_weights(config.model, config.compute.param_dtype)}
     if config.teacher is not None:
         models['teacher'] = open_weights(config.teacher, config.compute.dtype)

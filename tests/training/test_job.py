@@ -118,3 +118,16 @@ def test_a_run_goes_on_on_other_meshes_with_the_same_losses(tmp_path, monkeypatc
         config = settings(tmp_path, **({'model': ODD, 'eval': {}, 'steps': 7} | changes))
         with pytest.raises(CheckpointMismatch, match=line):
             train_model(config, tmp_path / 'moved')
+
+
+def test_an_average_is_exported_in_the_dtypes_of_the_parameters(tmp_path):
+    """It is kept in float32, and scored in bfloat16: 1 + 1 / 512 is not a bfloat16 number, 1 is the nearest."""
+    config = odd_settings(tmp_path, ema=0.9, compute={'param_dtype': 'bfloat16'})
+    job = jobs.make_job(config)
+    state = jobs.first_state(job)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.ema)} == {'float32'}
+    state = state._replace(ema=jax.tree.map(lambda leaf: np.full_like(leaf, 1 + 1 / 512), state.ema))
+    exported = jobs.whole_model(job, state, averaged=True)
+    for name, leaf in leaves(exported):
+        assert leaf.dtype == 'bfloat16', name
+        assert np.all(np.asarray(leaf, np.float32) == 1), name
