@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.typing import DTypeLike
 
 from jpt.checkpoint.adapted import AdaptedSource, is_adapter, named_base
-from jpt.checkpoint.assets import CONFIG_FILE
+from jpt.checkpoint.assets import CONFIG_FILE, open_tokenizer
 from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
 from jpt.checkpoint.model_dir import StoredSource, find_checkpoint
 from jpt.checkpoint.source import LeafSource
@@ -29,15 +29,18 @@ def model_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def base_model(adapter: Path) -> Path:
-    """The directory of the model that a PEFT adapter belongs to: as it is named, or beside the adapter.
+    """The directory of the model that a PEFT adapter belongs to.
+
+    A relative name is first seen from the adapter, then from the current directory, and last is that of a model that
+    jpt ships: an adapter that travels with its base finds it wherever they are opened.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is an adapter itself.
     """
     name = named_base(adapter)
-    for directory in (model_directory(name), adapter / name):
-        if directory.is_dir():
+    for directory in (adapter / name, Path(name), SHIPPED.get(name)):
+        if directory is not None and directory.is_dir():
             if is_adapter(directory):
                 raise ValueError(f'{adapter} is a PEFT adapter of {directory}, which is an adapter too')
             return directory
@@ -50,7 +53,8 @@ def base_model(adapter: Path) -> Path:
 def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Opened:
     """Opens a Hugging Face directory or a jpt checkpoint (a model, a step of a run, or a run's workdir).
 
-    A PEFT adapter is merged into the model that it names as its base, which must be a directory too.
+    A PEFT adapter is merged into the model that it names as its base, which must be a directory too. Where a tokenizer
+    lies beside the adapter it is taken in place of the base's, since the adapter was trained with it.
 
     Raises:
         FileNotFoundError: none of these.
@@ -61,7 +65,8 @@ def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> 
         raise FileNotFoundError(f'{directory}: no such directory')
     if is_adapter(directory):
         base = open_model(base_model(directory), dtype)
-        return Opened(AdaptedSource(base.source, directory), base.assets, base.origin)
+        assets = base.assets if open_tokenizer(directory) is None else directory
+        return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
         return Opened(HuggingFaceSource(directory, dtype), directory, directory)
     try:

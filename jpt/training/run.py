@@ -10,7 +10,7 @@ import numpy as np
 
 from jpt.checkpoint.assets import open_tokenizer
 from jpt.checkpoint.directories import new_directory
-from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.peft import write_adapter
 from jpt.checkpoint.source import to_host
 from jpt.data.tokenizer import Tokenizer
@@ -43,7 +43,8 @@ def run_job(config: TrainConfig, workdir: Path) -> Model:
             alone = dataclasses.replace(alone, tokenizer=str(model.assets))
         scratch = train_model(alone, workdir / 'scratch')
         say('\nOn held-out text ...')
-        say(compare(config, model, scratch, workdir))
+        with make_watchdog(config, workdir) as dog:
+            say(compare(config, model, scratch, workdir, dog))
     return model
 
 
@@ -51,7 +52,7 @@ def train_model(config: TrainConfig, workdir: Path) -> Model:
     """One training run and its exported result."""
     tokenizer, assets = open_assets(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    check_results(workdir)
+    check_results(config, workdir)
     with make_watchdog(config, workdir) as dog:
         job = make_job(config)
         check_vocabulary(job, tokenizer)
@@ -72,39 +73,41 @@ def export(job: Job, state: TrainState, model: Model, workdir: Path) -> None:
         if needed(adapter, config.steps):
             factors = jax.tree.map(to_host, trained_parameters(job, state, averaged=True))
             if jax.process_index() == 0:
-                with new_directory(adapter) as directory:
-                    write_adapter(directory, model.config, factors, config.model.path)
+                with new_directory(beside(adapter)) as directory:
+                    write_adapter(directory, model.config, factors, base_name(config))
+                swap_in(adapter, config.steps)
         say(f'saved    {adapter} (a PEFT adapter)')
     if config.checkpoint.export:
         target = workdir / 'model'
         if needed(target, config.steps):
-            model.export(target)
+            model.export(beside(target))
+            if jax.process_index() == 0:
+                swap_in(target, config.steps)
         say(f'saved    {target} (transformers, vLLM and SGLang load it), checkpoints in {workdir / "checkpoints"}')
 
 
-def check_results(workdir: Path) -> None:
-    """Raises ValueError where something that this run did not write stands in the place of a result."""
+def base_name(config: TrainConfig) -> str | None:
+    """What an adapter names as its base: an absolute path, which holds wherever the adapter is opened."""
+    return None if config.model.path is None else str(model_directory(config.model.path).resolve())
+
+
+def check_results(config: TrainConfig, workdir: Path) -> None:
+    """Raises ValueError where something that no run wrote stands in the place of a result of this one."""
     made = _made(workdir)
-    for name in ('model', 'adapter'):
-        if (workdir / name).exists() and name not in made:
+    for name, writes in (('model', config.checkpoint.export), ('adapter', config.lora is not None)):
+        if writes and (workdir / name).exists() and name not in made:
             raise ValueError(f'{workdir / name} is not of this run: expected nothing there; move it, or change workdir')
 
 
 def needed(result: Path, step: int) -> bool:
-    """Whether a result is still to be written, as process 0 sees it; what it held after fewer steps is removed first.
+    """Whether a result is still to be written, as process 0 sees it; the place `beside` it is then free.
 
-    Which step it is of is written down before the result itself, which appears in one piece: so a run that is killed in
-    between writes it again, and one that goes on for more steps does not leave an old one there.
+    What it held after fewer steps stays until `swap_in`.
     """
     answer = False
     if jax.process_index() == 0:
-        made = _made(result.parent)
-        answer = not result.exists() or made.get(result.name) != step
-        if answer:
-            shutil.rmtree(result, ignore_errors=True)
-            fresh = result.parent / f'.{RESULTS}.incomplete'
-            fresh.write_text(json.dumps(made | {result.name: step}) + '\n')
-            fresh.replace(result.parent / RESULTS)
+        answer = not result.exists() or _made(result.parent).get(result.name) != step
+        shutil.rmtree(beside(result), ignore_errors=True)  # of a process that was killed before it swapped
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -112,9 +115,39 @@ def needed(result: Path, step: int) -> bool:
     return answer
 
 
+def beside(result: Path) -> Path:
+    """Where a result is written before it takes the place of an older one."""
+    return result.with_name(f'{result.name}.new')
+
+
+def swap_in(result: Path, step: int) -> None:
+    """Gives what lies beside a result its name and removes the older one; for process 0.
+
+    Which step it is of is written down while there is no result, so a run that is killed in between writes it again.
+    """
+    old = result.with_name(f'{result.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if result.exists():
+        result.rename(old)
+    fresh = result.parent / f'.{RESULTS}.incomplete'
+    fresh.write_text(json.dumps(_made(result.parent) | {result.name: step}) + '\n')
+    fresh.replace(result.parent / RESULTS)
+    beside(result).rename(result)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _made(workdir: Path) -> dict[str, int]:
+    """{result: step} of what runs in this folder wrote."""
     path = workdir / RESULTS
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        made = json.loads(path.read_text())
+    except ValueError:
+        made = None
+    if not isinstance(made, dict) or not all(isinstance(step, int) for step in made.values()):
+        raise ValueError(f'{path} is damaged: expected an object of results and their steps; move it and the results')
+    return made
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jpt
-from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.opening import SHIPPED, base_model, open_model
 from jpt.checkpoint.safetensors import load_file
 from jpt.convert import convert
 from jpt.models.names import to_hf
@@ -64,3 +64,24 @@ def test_a_base_that_is_not_here_is_named(adapter):
 def test_an_adapter_without_a_model_is_an_error(base, message, adapter):
     with pytest.raises(ValueError, match=message):
         open_model(adapter('llama', base))
+
+
+def test_a_base_is_looked_for_beside_the_adapter_then_here_then_among_the_shipped(adapter, tmp_path, monkeypatch):
+    directory = adapter('llama', 'quickstart')
+    here = tmp_path / 'here'
+    monkeypatch.chdir(tmp_path)
+    assert base_model(directory) == SHIPPED['quickstart']
+    for folder, expected in ((here, pathlib.Path('quickstart')), (directory, directory / 'quickstart')):
+        (folder / 'quickstart').mkdir(parents=True)
+        monkeypatch.chdir(here)
+        assert base_model(directory) == expected
+
+
+def test_a_tokenizer_beside_the_adapter_is_taken(adapter, tokenizer_dir):
+    base = GOLDEN / 'models' / 'llama'
+    directory = adapter('llama', str(base))
+    (directory / 'tokenizer_config.json').write_text('{}')  # no tokenizer yet
+    assert open_model(directory)[1:] == (base, base)
+    shutil.copytree(tokenizer_dir, directory, dirs_exist_ok=True)
+    assert open_model(directory)[1:] == (directory, base)
+    assert jpt.load(directory).tokenizer.source == str(directory)
