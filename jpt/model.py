@@ -22,6 +22,7 @@ from jpt.generation.engine import GenerationResult, generate
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.names import leaves, put
 from jpt.models.transformer import forward, unembed
+from jpt.quant.lora import is_weight
 from jpt.sharding.rules import Rules, param_specs, shardings, units_of
 
 
@@ -38,9 +39,15 @@ class Model:
 
     @property
     def compute(self) -> Compute:
-        """How it is run: in the dtype of its weights, in bfloat16 where that has eight bits."""
-        dtype = self.params['embed']['embedding'].dtype
-        return Compute(dtype='bfloat16' if dtype.itemsize == 1 else dtype)
+        """How it is run: in the widest dtype of its weights, in bfloat16 where all have eight bits.
+
+        Adapters do not count: their factors are float32 whatever the kernels are.
+        """
+        weights = jax.tree.leaves(self.params, is_leaf=is_weight)
+        dtypes = {
+            leaf.dtype for leaf in weights if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
+        }
+        return Compute(dtype=functools.reduce(jnp.promote_types, sorted(dtypes, key=str)) if dtypes else 'bfloat16')
 
     def logits(
         self, tokens_BT: ArrayLike, positions_BT: ArrayLike | None = None, segment_ids_BT: ArrayLike | None = None

@@ -3,6 +3,8 @@
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jpt
 from jpt.models.names import to_hf
+from jpt.quant.dot import LoraKernel
 
 MODELS = pathlib.Path(__file__).parent / 'golden' / 'models'
 
@@ -42,6 +45,25 @@ def test_saved_and_exported_models_hold_the_same_bits(name, tmp_path):
         assert found.keys() == wanted.keys()
         for tensor, values in wanted.items():
             np.testing.assert_array_equal(found[tensor], values)
+
+
+@pytest.mark.parametrize(
+    ('embedding', 'norm', 'expected'),
+    [
+        ('bfloat16', 'bfloat16', 'bfloat16'),
+        ('bfloat16', 'float32', 'float32'),
+        ('float8_e4m3fn', 'float16', 'float16'),
+        ('float16', 'bfloat16', 'float32'),  # neither holds the other
+        ('float8_e4m3fn', 'float8_e5m2', 'bfloat16'),
+    ],
+)
+def test_a_model_of_several_dtypes_is_computed_in_the_widest(embedding, norm, expected):
+    def table(dtype):
+        return jax.ShapeDtypeStruct((2, 2), jnp.dtype(dtype))
+
+    adapted = LoraKernel(table('float8_e5m2'), table('float32'), table('float32'), 1.0)
+    params = {'embed': {'embedding': table(embedding)}, 'layers': [adapted], 'final_norm': {'scale': table(norm)}}
+    assert jpt.Model(None, params).compute.dtype == expected
 
 
 @pytest.mark.parametrize('stored', [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.float16])
