@@ -11,6 +11,7 @@ from jpt.checkpoint.source import to_host
 from jpt.data.pipeline import make_pipeline
 from jpt.evaluation.score import Reference, score
 from jpt.model import Model, load
+from jpt.sharding.watchdog import Watchdog
 from jpt.training.overview import count_parameters
 from jpt.training.report import Curve, Sample, Scores, read_curve, sample_text, save_curves, smooth, table, verdict
 from jpt.training.settings import TrainConfig
@@ -18,8 +19,10 @@ from jpt.training.settings import TrainConfig
 NAMES = ('teacher', 'distilled', 'from scratch')
 
 
-def compare(config: TrainConfig, distilled: Model, scratch: Model, workdir: Path) -> str:
+def compare(config: TrainConfig, distilled: Model, scratch: Model, workdir: Path, dog: Watchdog) -> str:
     """Writes workdir/comparison.json, comparison.md and curves.png, and returns the text of comparison.md.
+
+    `dog` watches over the processes, and is told what this one begins.
 
     Raises:
         ValueError: no held-out text, no comparison asked for, or no teacher.
@@ -32,33 +35,34 @@ def compare(config: TrainConfig, distilled: Model, scratch: Model, workdir: Path
             dataclasses.replace(m, params=jax.tree.map(to_host, m.params)) for m in (distilled, scratch)
         )
     models = dict(zip(NAMES, (teacher, distilled, scratch), strict=True))
-    scores = [held_out(name, model, teacher, config) for name, model in models.items()]
-    samples = [
-        Sample(name, prompt, result.text)
-        for name, model in models.items()
-        for prompt, result in zip(
-            config.compare.prompts,
-            model.generate(
-                list(config.compare.prompts),
-                max_new_tokens=config.compare.sample_tokens,
-                temperature=config.compare.temperature,
-            ),
-            strict=True,
-        )
-    ]
-    png = workdir / 'curves.png'
-    paths = {'distilled': workdir / 'metrics.jsonl', 'from scratch': workdir / 'scratch' / 'metrics.jsonl'}
-    curves = {name: _curve(path) for name, path in paths.items()}
+    scores = [held_out(name, model, teacher, config, dog) for name, model in models.items()]
+    samples = [sample for name, model in models.items() for sample in _samples(name, model, config, dog)]
     parts = [table(scores), verdict(scores[1], scores[2])]
     if samples:
         parts += ['Samples:', sample_text(samples)]
     text = '\n\n'.join(parts)
     if jax.process_index() != 0:
         return text
+    dog.beat(config.steps, 'comparison, curves')
+    png = workdir / 'curves.png'
+    paths = {'distilled': workdir / 'metrics.jsonl', 'from scratch': workdir / 'scratch' / 'metrics.jsonl'}
+    curves = {name: _curve(path) for name, path in paths.items()}
     save_curves(png, curves, scores[0].loss, 'Student with and without its teacher')
     (workdir / 'comparison.md').write_text(text + '\n')
     (workdir / 'comparison.json').write_text(json.dumps([row._asdict() for row in scores], indent=1) + '\n')
     return f'\n{text}\n\nCurves: {png}\nStudent: {workdir / "model"}'
+
+
+def _samples(name: str, model: Model, config: TrainConfig, dog: Watchdog) -> list[Sample]:
+    """What a model writes after each prompt."""
+    assert config.compare is not None
+    dog.beat(config.steps, f'comparison, samples of {name}')
+    results = model.generate(
+        list(config.compare.prompts),
+        max_new_tokens=config.compare.sample_tokens,
+        temperature=config.compare.temperature,
+    )
+    return [Sample(name, prompt, result.text) for prompt, result in zip(config.compare.prompts, results, strict=True)]
 
 
 def _curve(path: Path) -> Curve:
@@ -67,7 +71,7 @@ def _curve(path: Path) -> Curve:
     return Curve(curve.tokens, smooth(curve.values, 0.8))
 
 
-def held_out(name: str, model: Model, teacher: Model, config: TrainConfig) -> Scores:
+def held_out(name: str, model: Model, teacher: Model, config: TrainConfig, dog: Watchdog) -> Scores:
     """One model's scores on all of the held-out text."""
     assert config.eval.data is not None
     assert model.tokenizer is not None
@@ -83,6 +87,7 @@ def held_out(name: str, model: Model, teacher: Model, config: TrainConfig) -> Sc
     for number, batch in enumerate(pipeline):
         if config.eval.batches and number == config.eval.batches:
             break
+        dog.beat(config.steps, f'comparison, {name}, batch {number}')
         scores = score(model.config, model.params, batch, reference=reference, compute=model.compute)
         mask = np.asarray(batch.loss_mask, np.float64)
         parts = (-scores.log_prob, scores.kl, scores.agreement)
