@@ -150,7 +150,8 @@ def export_hf(
     With several processes all of them call this; process 0 writes. Rows that pad the vocabulary for a mesh are left
     out. Other arguments and errors as `write_hf`.
     """
-    check_absent(path)
+    if jax.process_index() == 0:  # the others may look when it has begun to write
+        check_absent(path)
     source = TreeSource(cfg, params, dtype)
     if jax.process_index() == 0:
         write_hf(source, path, source_dir=source_dir, origin=origin, max_shard_size=max_shard_size)
