@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jpt
-from jpt.checkpoint.manifest import MANIFEST_FILE
+from jpt.checkpoint.manifest import MANIFEST_FILE, CheckpointMismatch
 from jpt.checkpoint.tree import LeafSpec
 from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
 
@@ -55,6 +55,7 @@ def read_about(directory: Path) -> About:
 
     Raises:
         FileNotFoundError: it is no jpt checkpoint.
+        CheckpointMismatch: written in an older format, without a field that this version needs.
         ValueError: damaged, or of a format that this version does not read.
     """
     path = directory / MODEL / MODEL_FILE
@@ -67,7 +68,9 @@ def read_about(directory: Path) -> About:
         leaves = {name: LeafSpec(dtype, tuple(shape)) for name, (dtype, shape) in content['leaves'].items()}
         model = None if content['model'] is None else model_from_json(content['model'])
         return About(content['kind'], leaves, model, content['tokenizer'], content['statics'], content['jpt'])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise CheckpointMismatch(f'{path}: no field {error}: written in an older format than jpt reads') from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f'{path}: cannot be read as the description of a checkpoint: {error}') from error
 
 

@@ -15,7 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jpt.checkpoint import about as layout
 from jpt.checkpoint.assets import tokenizer_fingerprint
-from jpt.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, verify
+from jpt.checkpoint.manifest import MANIFEST_FILE, CheckpointMismatch, DamagedCheckpoint, verify
 from jpt.checkpoint.orbax_items import METRICS, handler_registry, restore_leaves, save_args
 from jpt.checkpoint.tree import (
     differences,
@@ -27,10 +27,6 @@ from jpt.checkpoint.tree import (
     statics_of,
 )
 from jpt.models.config import ModelConfig
-
-
-class CheckpointMismatch(ValueError):  # noqa: N818 (what it is, as a user would say it)
-    """A checkpoint holds other leaves, shapes, dtypes, another model or tokenizer than what it is to be restored to."""
 
 
 class Restored(NamedTuple):

@@ -22,6 +22,11 @@ class DamagedCheckpoint(ValueError):  # noqa: N818 (what it is, as a user would 
     """Files of a checkpoint are missing, or are not what was saved."""
 
 
+class CheckpointMismatch(ValueError):  # noqa: N818 (what it is, as a user would say it)
+    """A checkpoint holds other leaves, shapes, dtypes, another model or tokenizer than what it is to be restored to,
+    or is written in an older form than this version reads."""
+
+
 def file_checksum(path: Path) -> str:
     """CRC-32 of a file, as eight hexadecimal digits."""
     crc = 0
@@ -66,16 +71,23 @@ def verify(directory: Path, manifest: Path, share: tuple[int, int] = (0, 1)) -> 
 
     Raises:
         DamagedCheckpoint: names every file that is missing, has another size, or other content.
+        CheckpointMismatch: the manifest is whole, but of a format that this version does not read.
     """
     try:
         content = json.loads(manifest.read_text('utf-8'))
+        if isinstance(content, dict) and content.keys() == {'files'}:  # whole, and without what was added later
+            raise CheckpointMismatch(f"{manifest}: no checksum 'crc32' of the list: written in an older format")
         files, recorded = content['files'], content['crc32']
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f'{directory}: {manifest.name} is missing; it is no finished jpt checkpoint') from error
+    except CheckpointMismatch:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f'{manifest}: not a manifest ({error!r})') from error
     if (found := _checksum_of(files)) != recorded:
         raise DamagedCheckpoint(f'{manifest}: checksum {found}, expected {recorded}')
+    if any(not {'bytes', 'crc32'} <= set(entry) for entry in files.values()):
+        raise CheckpointMismatch(f'{manifest}: expected bytes and crc32 of each file: written in another format')
     mine = [item for number, item in enumerate(sorted(files.items())) if number % share[1] == share[0]]
     with ThreadPoolExecutor(_THREADS) as pool:
         faults = [fault for fault in pool.map(lambda item: _fault(directory / item[0], *item), mine) if fault]

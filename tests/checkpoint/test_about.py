@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jpt.checkpoint import about as layout
+from jpt.checkpoint.manifest import CheckpointMismatch
 from jpt.checkpoint.tree import LeafSpec
 from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
 
@@ -90,3 +91,12 @@ def test_differences_of_models_name_the_fields() -> None:
         'model.tied: True in the checkpoint, expected False',
     ]
     assert layout.model_differences(CONFIG, CONFIG) == []
+
+
+@pytest.mark.parametrize('field', ['format', 'statics', 'tokenizer'])
+def test_a_description_without_a_field_is_of_an_older_format(tmp_path: Path, field: str) -> None:
+    content = layout.to_json(ABOUT)
+    del content[field]
+    write(tmp_path, content)
+    with pytest.raises(CheckpointMismatch, match=f"no field '{field}': written in an older format"):
+        layout.read_about(tmp_path)

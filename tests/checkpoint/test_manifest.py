@@ -1,11 +1,19 @@
 """Checksums: known values, and every way in which a file can differ from what was saved."""
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
 
-from jpt.checkpoint.manifest import MANIFEST_FILE, DamagedCheckpoint, file_checksum, verify, write_manifest
+from jpt.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointMismatch,
+    DamagedCheckpoint,
+    file_checksum,
+    verify,
+    write_manifest,
+)
 
 
 def make(directory: Path) -> Path:
@@ -108,3 +116,16 @@ def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
         manifest.write_bytes(raw[:length])
         with pytest.raises(DamagedCheckpoint, match='not a manifest'):
             verify(tmp_path, manifest)
+
+
+def test_a_manifest_of_an_older_format_is_no_damage(tmp_path: Path) -> None:
+    """Damage would have the checkpoint set aside."""
+    manifest = make(tmp_path)
+    manifest.write_text(json.dumps({'files': json.loads(manifest.read_text())['files']}))
+    with pytest.raises(CheckpointMismatch, match=r"no checksum 'crc32' of the list: written in an older format"):
+        verify(tmp_path, manifest)
+    files = {'model/model.json': {'size': 2}}
+    text = json.dumps(files, sort_keys=True).encode()
+    manifest.write_text(json.dumps({'files': files, 'crc32': f'{zlib.crc32(text):08x}'}))
+    with pytest.raises(CheckpointMismatch, match='expected bytes and crc32 of each file'):
+        verify(tmp_path, manifest)
