@@ -52,7 +52,6 @@ class Planned(NamedTuple):
     """A compiled step and what it needs; bytes are per device."""
 
     job: Job
-    hlo: str
     parts: dict[str, int]  # by the names in PARTS; all but gradients and rest are there between steps
     traffic: list[Collective]
     buffers: list[Buffer]  # largest first; empty where the compiler was not asked
@@ -101,8 +100,7 @@ def compile_step(job: Job, *, with_buffers: bool = False) -> Planned:
     beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts['gradients'] = min(parts['gradients'], beside)
     parts['rest'] = beside - parts['gradients']
-    hlo = compiled.as_text()
-    return Planned(job, hlo, parts, collectives(hlo), sorted(buffers, reverse=True))
+    return Planned(job, parts, collectives(compiled.as_text()), sorted(buffers, reverse=True))
 
 
 def read_buffers(report: str) -> list[Buffer]:
@@ -172,8 +170,7 @@ def describe(planned: Planned, chip: Chip) -> str:
     if not fits(planned, chip):
         lines += ['', 'largest tensors of the state:']
         lines += [f'  {gib(size):>12}   {name}' for name, size in largest(planned.job)]
-        sizes = planned.parts | {'ema': planned.parts.get('average', 0)}
-        lines += ['', *remedies(sorted(sizes, key=lambda name: -sizes[name]))]
+        lines += ['', *remedies(sorted(planned.parts, key=lambda name: -planned.parts[name]))]
     return '\n'.join([*lines, '', *_traffic(planned), '', *_bounds(planned, chip)])
 
 

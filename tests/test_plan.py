@@ -47,7 +47,7 @@ def test_bubbles_are_those_of_the_closed_forms(pipe, chunks, count, schedule):
     job = job_of({'pipe': pipe, 'data': 8 // pipe}, count, pipeline=schedule, chunks=chunks)
     expected = (pipe - 1) / (chunks * count + pipe - 1)
     assert idle_share(job) == pytest.approx(expected, rel=1e-12)
-    text = describe(Planned(job, '', {'params': GIB, 'gradients': GIB, 'rest': 0}, [], []), H100)
+    text = describe(Planned(job, {'params': GIB, 'gradients': GIB, 'rest': 0}, [], []), H100)
     assert f'{100 * expected:.1f} %     of a step ({schedule}, {pipe} stages, {count} microbatches' in text
 
 
@@ -58,7 +58,7 @@ def flat():
 
 def test_without_stages_there_are_no_bubbles(flat):
     assert idle_share(flat) == 0
-    text = describe(Planned(flat, '', {'params': GIB, 'gradients': GIB, 'rest': 0}, [], []), H100)
+    text = describe(Planned(flat, {'params': GIB, 'gradients': GIB, 'rest': 0}, [], []), H100)
     assert 'bubbles' not in text
     assert 'collectives: none' in text
 
@@ -80,7 +80,7 @@ def test_gradients_are_wide_and_divided_as_the_parameters(flat):
     ],
 )
 def test_verdict_knows_what_jax_takes(flat, size, expected):
-    planned = Planned(flat, '', {'params': int(size * GIB), 'gradients': 0, 'rest': 0}, [], [])
+    planned = Planned(flat, {'params': int(size * GIB), 'gradients': 0, 'rest': 0}, [], [])
     assert verdict(planned, H100).startswith(expected)
     assert fits(planned, H100) == (size < 75.15)
     assert fits(planned, H200)
@@ -89,7 +89,7 @@ def test_verdict_knows_what_jax_takes(flat, size, expected):
 
 def test_what_does_not_fit_names_the_largest_and_what_to_change(flat):
     parts = {'params': 20 * GIB, 'optimizer': 30 * GIB, 'batch': 10, 'gradients': 15 * GIB, 'rest': 40 * GIB}
-    planned = Planned(flat, '', parts, [], [Buffer(3 * GIB, 'bf16[36,8,4096,4096]')])
+    planned = Planned(flat, parts, [], [Buffer(3 * GIB, 'bf16[36,8,4096,4096]')])
     text = describe(planned, H100)
     assert '105.00 GiB' in text
     assert '3.00 GiB   bf16[36,8,4096,4096]' in text

@@ -14,8 +14,9 @@ import numpy as np
 _REMEDIES: dict[str, str] = {
     'params': "mesh.fsdp or mesh.tensor larger; compute.param_dtype='bfloat16'; lora, or freeze",
     'optimizer': "optimizer.moments='int8' or 'bfloat16'; mesh.fsdp larger; optimizer.name='muon' (one moment); lora",
-    'frozen': 'mesh.fsdp or mesh.tensor larger; a smaller teacher, or a recorded one',
-    'ema': 'ema=None',
+    'frozen': 'mesh.fsdp or mesh.tensor larger; a smaller teacher',
+    'average': 'ema=None',
+    'gradients': 'mesh.fsdp or mesh.tensor larger; lora, or freeze',
     'batch': 'batch.size smaller',
     'rest': "batch.microbatches larger; compute.remat='full'; batch.length smaller; mesh.context or mesh.tensor larger",
 }

@@ -21,7 +21,7 @@ def _parts():
     params = {'kernel': shape((2**14, 2**13), jnp.float32, 'fsdp', 'tensor'), 'hole': None}
     moments = {'kernel': shape((2**14, 2**13), jnp.bfloat16, 'fsdp'), 'scale': shape((8,), jnp.float32)}
     batch = np.zeros((8, 256), np.int32)
-    return {'params': params, 'optimizer': moments, 'batch': batch, 'ema': None}
+    return {'params': params, 'optimizer': moments, 'batch': batch, 'average': None}
 
 
 def test_bytes_are_those_of_one_shard():
