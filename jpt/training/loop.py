@@ -42,7 +42,8 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
     `dog` watches over the processes of the job, and is told what this one begins.
 
     Raises:
-        StoppedError: on SIGTERM or SIGINT, after saving; the same command goes on from there.
+        StoppedError: on SIGTERM or SIGINT, after saving; the same command goes on from there. At the last step only
+            where a comparison follows.
         NotFiniteError: naming the batch, which is saved under workdir.
     """
     config = job.config
@@ -81,7 +82,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
                 check_finite(metrics.flush(), previous, workdir)
                 dog.beat(step, 'checkpoint')
                 saver.save(step, state)
-            if stop and not last:
+            if stop and not (last and config.compare is None):  # a comparison is more work
                 manager.wait()
                 metrics.say(f'asked to stop ({stop}): saved step {step}; the same command goes on from here')
                 raise StoppedError(STOPPED)
@@ -116,7 +117,7 @@ def _first_or_next(job: Job, metrics: Metrics, state: TrainState, batch: Batch) 
 def memory_parts(job: Job, batch: Any) -> dict[str, Any]:
     """What a device holds, by the names that an out-of-memory message uses."""
     state = job.state
-    parts = {'params': state.params, 'optimizer': state.opt_state, 'frozen': state.frozen, 'ema': state.ema}
+    parts = {'params': state.params, 'optimizer': state.opt_state, 'frozen': state.frozen, 'average': state.ema}
     return parts | {'batch': batch}
 
 

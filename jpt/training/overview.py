@@ -55,8 +55,7 @@ def overview(job: Job) -> str:
         count = count_parameters(job.state.frozen['teacher'])
         lines.append(f'teacher  {job.models["teacher"].cfg.family}, {count:,} parameters, from {config.teacher.path}')
     lines.append(f'data     {describe_data(config.data)}')
-    if config.eval.data is not None:
-        lines.append(f'held out {describe_data(config.eval.data)}')
+    lines.append(f'held out {"none" if config.eval.data is None else describe_data(config.eval.data)}')
     tokens = config.batch.size * config.batch.length
     split = f', {config.batch.microbatches} microbatches' if config.batch.microbatches > 1 else ''
     lines.append(

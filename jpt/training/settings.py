@@ -167,4 +167,8 @@ class TrainConfig:
         has_teacher = self.teacher is not None
         require(self, 'teacher', has_teacher == (self.task == 'distill'), 'a model where task is distill, else None')
         require(self, 'compare', self.compare is None or self.task == 'distill', "None, unless task is 'distill'")
+        has_text = self.compare is None or self.eval.data is not None
+        require(self, 'compare', has_text, 'None, unless eval.data.paths names held-out text to compare on')
+        traced = self.log.profile[1] if self.log.profile else 1
+        require(self, 'steps', traced <= self.steps, f'at least {traced}, the last step of log.profile')
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')

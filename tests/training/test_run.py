@@ -1,11 +1,14 @@
-"""What a job and its tokenizer must agree on before anything is trained."""
+"""What the parts of a job must agree on before anything is trained, and a stop between its two runs."""
 
 import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from tiny import ARCHITECTURE, TOKENIZER, settings
 
-from jpt.training.run import check_vocabulary
+from jpt.config import ConfigError
+from jpt.training import loop
+from jpt.training.run import check_vocabulary, run_job, train_model
 
 
 @dataclasses.dataclass
@@ -32,3 +35,32 @@ def test_ids_and_positions_without_an_embedding_are_named():
         check_vocabulary(job(64, True), Tokens(101))
     with pytest.raises(ValueError, match=r"config\.batch\.length=65: expected at most the model's 64 positions"):
         check_vocabulary(job(65, True), Tokens(100))
+
+
+DISTILL = {
+    'task': 'distill',
+    'model': {'architecture': ARCHITECTURE},
+    'teacher': {'path': str(TOKENIZER)},
+    'compare': {'sample_tokens': 2},
+}
+
+
+def test_a_comparison_needs_held_out_text(tmp_path):
+    with pytest.raises(ConfigError, match=r'compare=.*expected None, unless eval\.data\.paths names held-out text'):
+        settings(tmp_path, **DISTILL, eval={})
+
+
+def test_a_trace_ends_with_the_run_at_the_latest(tmp_path):
+    assert settings(tmp_path, steps=4, log={'profile': (2, 4)}).log.profile == (2, 4)
+    with pytest.raises(ConfigError, match=r'steps=4: expected at least 5, the last step of log\.profile'):
+        settings(tmp_path, steps=4, log={'profile': (2, 5)})
+
+
+def test_a_stop_at_the_last_step_is_obeyed_where_a_comparison_follows(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, '_asked_to_stop', lambda asked, step: 'SIGTERM')
+    config, workdir = settings(tmp_path, **DISTILL, steps=1, schedule={'lr': 1e-2}), tmp_path / 'run'
+    with pytest.raises(loop.StoppedError):
+        run_job(config, workdir)
+    assert (workdir / 'checkpoints' / '1').is_dir()
+    assert not (workdir / 'scratch').exists()
+    train_model(config, workdir)  # nothing is left to train, so nothing to stop
