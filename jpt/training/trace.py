@@ -15,6 +15,7 @@ class Trace:
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path) -> None:
         self._steps, self._folder, self._running = steps, folder, False
+        self._first = 0  # the first step that is recorded
 
     def __enter__(self) -> 'Trace':
         return self
@@ -23,7 +24,7 @@ class Trace:
         """To be called before step number `step`: begins where it is time. A context manager that marks the step."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1] and not self._running:
             jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            self._running, self._first = True, step
         return jax.profiler.StepTraceAnnotation('step', step_num=step)
 
     def after(self, step: int, results: Any) -> str | None:
@@ -32,8 +33,7 @@ class Trace:
             return None
         jax.block_until_ready(results)
         self._stop()
-        first, last = self._steps
-        return f'profiler trace of steps {first} to {last}: tensorboard --logdir={self._folder}, or Perfetto'
+        return f'profiler trace of steps {self._first} to {step}: tensorboard --logdir={self._folder}, or Perfetto'
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -44,7 +44,8 @@ def test_steps_that_are_recorded(tmp_path, calls, asked, steps, expected):
     assert [call if isinstance(call, int) else call[0] for call in calls] == expected
     ended = asked is not None and steps[0] <= asked[1] <= steps[-1]
     assert len(notes) == ended
-    assert all(str(tmp_path) in note for note in notes)
+    recorded = [step for step in steps if asked and asked[0] <= step <= asked[1]]
+    assert all(f'of steps {recorded[0]} to {recorded[-1]}: ' in note and str(tmp_path) in note for note in notes)
 
 
 def test_an_error_ends_the_trace(tmp_path, calls):
