@@ -20,32 +20,36 @@ from timing import in_turn, machine
 
 from jpt.config import config_dict, from_config_dict
 from jpt.data.batch import Batch
-from jpt.training.job import first_state, make_job
+from jpt.training.job import Job, first_state, make_job
 from jpt.training.settings import TrainConfig
 
 ROWS, LENGTH = 8, 256
 
 
-def tokens(vocab: int) -> np.ndarray:
-    """Random ids [ROWS, LENGTH + 1]."""
-    return np.random.default_rng(0).integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
+def tokens(vocab: int, rows: int = ROWS, length: int = LENGTH) -> np.ndarray:
+    """Random ids [rows, length + 1]."""
+    return np.random.default_rng(0).integers(0, vocab, (rows, length + 1)).astype(np.int32)
 
 
-def our_step(shape: dict[str, Any]) -> Callable[[], Any]:
-    """A training step of jpt, the state carried along."""
-    values = {
+def random_job(shape: dict[str, Any], rows: int, length: int, **values: Any) -> tuple[Job, Batch]:
+    """A pretraining job of a model of this shape, and a batch of rows that are one text each."""
+    given = {
         'task': 'pretrain',
         'model': {'architecture': shape},
         'data': {'paths': ('stdlib:train',)},
-        'batch': {'size': ROWS, 'length': LENGTH},
+        'batch': {'size': rows, 'length': length},
         'schedule': {'warmup': 10},
-        'compute': {'unroll': shape['num_hidden_layers']},  # as the quickstart's configs have it
+        **values,
     }
-    job = make_job(from_config_dict(TrainConfig, config_dict(TrainConfig, values), 'config'))
-    ids = tokens(shape['vocab_size'])
-    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
-    batch = Batch(ids[:, :-1], ids[:, 1:], np.ones((ROWS, LENGTH), np.float32), places, np.ones_like(places))
-    batch = jax.tree.map(jnp.asarray, batch)
+    job = make_job(from_config_dict(TrainConfig, config_dict(TrainConfig, given), 'config'))
+    ids = tokens(shape['vocab_size'], rows, length)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    batch = Batch(ids[:, :-1], ids[:, 1:], np.ones((rows, length), np.float32), places, np.ones_like(places))
+    return job, jax.tree.map(jnp.asarray, batch)
+
+
+def step_of(job: Job, batch: Batch) -> Callable[[], Any]:
+    """A training step of jpt, the state carried along."""
     state = first_state(job)
 
     def run() -> Any:
@@ -93,7 +97,9 @@ def main() -> None:
     print(f'{"":10}{"":12}{"jpt tok/s":>12}{"transformers":>14}{"ratio":>8}')
     rows: list[dict[str, Any]] = []
     for name, shape in shapes().items():
-        runs = {'jpt': our_step(shape)}
+        # Layers unrolled as in the quickstart's configs.
+        job, batch = random_job(shape, ROWS, LENGTH, compute={'unroll': shape['num_hidden_layers']})
+        runs = {'jpt': step_of(job, batch)}
         peer = peer_step(shape)
         if peer is not None:
             runs['transformers'] = peer
