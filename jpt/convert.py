@@ -93,16 +93,22 @@ def convert(
         write_hf(source, output_dir, **companions, max_shard_size=max_shard_size, report=count)
     else:
         write_model(source, output_dir, assets=opened.assets, origin=opened.origin, report=count)
-    weights = list(Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*'))
+    files = Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*')
+    return _made(source, total, [path.stat().st_size for path in files], time.perf_counter() - start)
+
+
+def _made(source: LeafSource, total: int, files: list[int], seconds: float) -> Conversion:
+    """What was written: `total` bytes of weights, in files of these sizes."""
+    wanted = leaves(source.cfg)
     return Conversion(
-        source.cfg.family,
-        sum(math.prod(leaf.shape) for leaf in leaves(source.cfg)),
-        total,
-        ', '.join(sorted({str(source.dtype(leaf)) for leaf in leaves(source.cfg)})),
-        source.cfg.vocab_size,
-        len(weights),
-        max(path.stat().st_size for path in weights),
-        time.perf_counter() - start,
+        family=source.cfg.family,
+        parameters=sum(math.prod(leaf.shape) for leaf in wanted),
+        bytes=total,
+        dtypes=', '.join(sorted({str(source.dtype(leaf)) for leaf in wanted})),
+        vocabulary=source.cfg.vocab_size,
+        files=len(files),
+        largest_file=max(files),
+        seconds=seconds,
     )
 
 

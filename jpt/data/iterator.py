@@ -45,9 +45,15 @@ class WindowIterator(grain.DatasetIterator):
         return window
 
     def get_state(self) -> dict[str, Any]:
+        """Where the batches stand, as JSON values: equal on all hosts."""
         return {'position': self._position, 'taken': list(self._taken)}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where a state of `get_state` stood.
+
+        Raises:
+            ValueError: the state is of other data, by the setting that differs.
+        """
         self._position, self._taken = int(state['position']), [int(count) for count in state['taken']]
 
 

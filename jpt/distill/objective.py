@@ -56,6 +56,7 @@ def logit_distillation(
     def last(
         params: Tree, frozen: Tree, carry: dict[str, jax.Array], micro: Batch, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
+        """The loss between both models' logits, which exist chunk by chunk only."""
         both = models(params, frozen)
         hidden = {name: final_norm(cfg, both[name], carry[name]) for name, cfg in configs.items()}
         result = linear_loss(

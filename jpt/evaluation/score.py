@@ -50,6 +50,7 @@ def _score(
     rows = -count % chunk
 
     def of_chunk(parts: tuple[list[jax.Array], jax.Array]) -> Scores:
+        """Scores [chunk] from the hidden states [chunk, D] of each model, whose logits exist only here."""
         hidden_parts, targets = parts
         logits = [unembed(c, p, part) for (c, p), part in zip(models, hidden_parts, strict=True)]
         log_p = jax.nn.log_softmax(logits[0], axis=-1)

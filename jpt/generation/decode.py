@@ -122,6 +122,7 @@ def decode(
         return (done < steps) & jnp.any(rows.active_B)
 
     def step(state: tuple[jax.Array, Rows, Drawn]) -> tuple[jax.Array, Rows, Drawn]:
+        """The token drawn last goes through the model, and the next one is drawn."""
         done, rows, drawn = state
         result = forward(
             program.cfg,

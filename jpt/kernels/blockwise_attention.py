@@ -118,6 +118,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, places: Places, scores: Scores, tile: Tile):
     groups, q_blocks = plan.length.shape
 
     def one_tile(step):
+        """(out, lse) of one tile of queries, which walks over the key blocks that it needs."""
         group, block = step // q_blocks, step % q_blocks
         q = q_tiles[group, block]
         q_places = plan.places.q_positions[group, block], plan.places.q_segments[group, block]
@@ -167,12 +168,14 @@ def backward(q_BTNH, k_BSKH, v_BSKH, places: Places, lse_BTN, delta_BTN, dout_BT
     groups, q_blocks = plan.length.shape
 
     def one_tile(carry, step):
+        """Adds one tile of queries to dk and dv, and gives its dq."""
         group, block = step // q_blocks, step % q_blocks
         q, dout = q_tiles[group, block], dout_tiles[group, block]
         lse, delta = lse_tiles[group, block], delta_tiles[group, block]
         q_places = plan.places.q_positions[group, block], plan.places.q_segments[group, block]
 
         def visit(index, state):
+            """One block of keys: its scores again, and what they add to the three gradients."""
             dq, dk, dv = state
             j = plan.order[group, block, index]
             here = Places(q_places[0], plan.places.k_positions[group, j], q_places[1], plan.places.k_segments[group, j])

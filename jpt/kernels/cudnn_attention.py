@@ -47,6 +47,7 @@ def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, lengths_B, scores: Scores):
     window = None if scores.mask.window is None else (scores.mask.window - 1, 0)
 
     def shard(q, k, v, lengths):
+        """What one device computes: its rows and heads."""
         if layout.shared_kv:
             own = own_kv_heads(N, K)
             k, v = k[:, :, own], v[:, :, own]

@@ -178,6 +178,7 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, with_gradien
     part = stats if axis_size(rule.vocab_axes) > 1 else hidden.dtype
 
     def step(carry, chunked):
+        """One chunk of tokens: its logits, loss and metrics, and both gradients."""
         total, sums, dkernel = carry
         h_CD, weight_C, args_C = chunked
         logits_CV, slope = _logits(h_CD, kernel, vocab, rule.soft_cap, stats)

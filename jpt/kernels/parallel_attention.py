@@ -160,6 +160,7 @@ def _attend_bwd(options: Options, residuals, dout_BTNH):
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
 
     def shard(q, k, v, sinks, places, out, lse, dout):
+        """Gradients of one device's rows, tokens and heads; what heads share is summed over them."""
         delta = jnp.sum(out.astype(lse.dtype) * dout.astype(lse.dtype), axis=-1)
         whole_k, whole_v = k, v
         if layout.shared_kv:

@@ -135,6 +135,7 @@ def _run_segment(
     blocks = [apply_block(cfg, kind, compute) for kind in segment.kinds]
 
     def period(run: _Run, step: tuple[list[Params], jax.Array | None]) -> tuple[_Run, None]:
+        """The layers of one period, one after the other."""
         params, repeat = step
         hidden, keys, values, taps = run.hidden_BTD, list(run.keys), list(run.values), dict(run.taps)
         for kind, block in enumerate(blocks):

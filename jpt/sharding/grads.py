@@ -213,6 +213,8 @@ def _parts(objective: Objective, plan: Plan, frozen: Tree, frozen_layers: Tree, 
         return objective.last(*opened, carry, micro, counts)
 
     def branch(runs: dict[str, Run]) -> Callable[[Tree, jax.Array, Tree, Tree], Tree]:
+        """The stages whose models have these runs of layers, as one function of a chunk's layers."""
+
         def stage(layers: Tree, chunk: jax.Array, carry: Tree, micro: Tree) -> Tree:
             at = jnp.maximum(chunk, 0) * layout.pipe + jax.lax.axis_index(pipeline.AXIS)
             frozen_runs = {}

@@ -55,6 +55,8 @@ def gpipe(parts: Parts, layers: Tree, ends: Tree, micros: Tree) -> Result:
     count = jax.tree.leaves(micros)[0].shape[0]
 
     def loss(layers: Tree, ends: Tree) -> tuple[jax.Array, Tree]:
+        """All microbatches through all stages, then the head on each."""
+
         def tick(arrived: Tree, t: jax.Array) -> tuple[Tree, Tree]:
             entered = _enter(parts.first(ends, _at(micros, jnp.minimum(t, count - 1))))
             carry = _where(me == 0, entered, arrived)
@@ -109,6 +111,7 @@ def one_f_one_b(parts: Parts, table: Timetable, layers: Tree, ends: Tree, micros
     carry, total, sums = _empty(parts, ends, micros)
 
     def tick(state: _State, row: Any) -> tuple[_State, None]:
+        """One row of the timetable: forward, head, backward, embedding, each where this device has work."""
         here, out = _advance(parts, layers, ends, micros, row, state.arrived)
         held = _put(state.held, here, _mine(row.forward).slot)
 

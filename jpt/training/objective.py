@@ -67,6 +67,7 @@ def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
     def last(
         params: Tree, frozen: Tree, hidden: jax.Array, micro: Batch, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
+        """Cross-entropy from the hidden states after the last layer."""
         model = merge(params, frozen['model'])
         result = linear_loss(
             final_norm(cfg, model, hidden),
