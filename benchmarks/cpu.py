@@ -12,52 +12,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from decode import measure, shapes
+from jobs import random_job, step_of, tokens
 from timing import in_turn, machine
 
-from jpt.config import config_dict, from_config_dict
-from jpt.data.batch import Batch
-from jpt.training.job import Job, first_state, make_job
-from jpt.training.settings import TrainConfig
-
 ROWS, LENGTH = 8, 256
-
-
-def tokens(vocab: int, rows: int = ROWS, length: int = LENGTH) -> np.ndarray:
-    """Random ids [rows, length + 1]."""
-    return np.random.default_rng(0).integers(0, vocab, (rows, length + 1)).astype(np.int32)
-
-
-def random_job(shape: dict[str, Any], rows: int, length: int, **values: Any) -> tuple[Job, Batch]:
-    """A pretraining job of a model of this shape, and a batch of rows that are one text each."""
-    given = {
-        'task': 'pretrain',
-        'model': {'architecture': shape},
-        'data': {'paths': ('stdlib:train',)},
-        'batch': {'size': rows, 'length': length},
-        'schedule': {'warmup': 10},
-        **values,
-    }
-    job = make_job(from_config_dict(TrainConfig, config_dict(TrainConfig, given), 'config'))
-    ids = tokens(shape['vocab_size'], rows, length)
-    places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    batch = Batch(ids[:, :-1], ids[:, 1:], np.ones((rows, length), np.float32), places, np.ones_like(places))
-    return job, jax.tree.map(jnp.asarray, batch)
-
-
-def step_of(job: Job, batch: Batch) -> Callable[[], Any]:
-    """A training step of jpt, the state carried along."""
-    state = first_state(job)
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = job.step(state, batch)
-        return metrics
-
-    return run
 
 
 def peer_step(shape: dict[str, Any]) -> Callable[[], Any] | None:
@@ -73,7 +33,7 @@ def peer_step(shape: dict[str, Any]) -> Callable[[], Any] | None:
     plain = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{'params': decayed, 'weight_decay': 0.1}, {'params': plain, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
-    ids = torch.from_numpy(tokens(shape['vocab_size'])[:, :-1].astype(np.int64))
+    ids = torch.from_numpy(tokens(shape['vocab_size'], ROWS, LENGTH)[:, :-1].astype(np.int64))
 
     def run() -> Any:
         loss = network(input_ids=ids, labels=ids).loss

@@ -19,21 +19,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jobs import random_job
 from timing import machine
 
-from jpt.config import config_dict, from_config_dict
-from jpt.data.batch import empty_batch
-from jpt.training.job import first_state, make_job
-from jpt.training.settings import TrainConfig
+from jpt.training.job import first_state
 
 GOAL_MS = 0.5
 ROUNDS, WARM = 4, 5  # turns of each function; calls of a turn that are not counted: the very first one compiles
 ROWS, LENGTH = 1, 4
 
 
-def settings(layers: int) -> TrainConfig:
-    """A stack of tiny layers, trained by AdamW on one device."""
-    architecture = {
+def stack(layers: int) -> dict[str, Any]:
+    """The config.json of a stack of tiny layers."""
+    return {
         'model_type': 'qwen3',
         'vocab_size': 32,
         'hidden_size': 8,
@@ -45,14 +43,6 @@ def settings(layers: int) -> TrainConfig:
         'max_position_embeddings': LENGTH,
         'tie_word_embeddings': False,
     }
-    values = {
-        'task': 'pretrain',
-        'model': {'architecture': architecture},
-        'data': {'paths': ('text.txt',)},
-        'batch': {'size': ROWS, 'length': LENGTH},
-        'mesh': {'data': 1},
-    }
-    return from_config_dict(TrainConfig, config_dict(TrainConfig, values), 'config')
 
 
 class Timed:
@@ -88,9 +78,8 @@ def plain(arrays: list[jax.Array]) -> Timed:
 
 def measure(layers: int, steps: int) -> dict[str, Any]:
     """Milliseconds and numbers of arrays (arguments) by function."""
-    job = make_job(settings(layers), jax.devices()[:1])
+    job, batch = random_job(stack(layers), ROWS, LENGTH, jax.devices()[:1])
     state = first_state(job)
-    batch = jax.device_put(empty_batch(ROWS, LENGTH), job.batch_shardings)
     leaves = [leaf for leaf in jax.tree.leaves(state) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     stacked = [leaf for leaf in leaves if leaf.ndim and leaf.shape[0] == layers]
     rest = [leaf for leaf in leaves if not (leaf.ndim and leaf.shape[0] == layers)]

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cpu import random_job, step_of
 from decode import CONFIGS
+from jobs import random_job, step_of
 from timing import in_turn, machine
 
 import jpt

@@ -27,7 +27,6 @@ from jpt.checkpoint.source import LeafSource
 from jpt.models.names import leaves
 
 FORMATS = ('hf', 'jpt')
-Report = Callable[[str, int], Any]
 
 
 class Conversion(NamedTuple):

@@ -5,28 +5,12 @@ import importlib.util
 import sys
 import types
 
-import numpy as np
 import pytest
+from letters import encode, likes
 
 from jpt.evaluation.harness import generate_until, log_likelihoods, make_adapter, pair_ids, rolling_pieces
-from jpt.evaluation.score import Scores
 
 BOS = 1
-
-
-def encode(text):
-    return list(text.encode())
-
-
-def likes(letter):
-    """A score under which this letter is likelier than all others."""
-
-    def of(batch):
-        log_prob = np.where(batch.targets == ord(letter), -0.1, -5.0).astype(np.float32)
-        zeros = np.zeros_like(log_prob)
-        return Scores(log_prob, (batch.targets == ord(letter)).astype(np.float32), zeros, zeros)
-
-    return of
 
 
 def test_pairs_keep_the_space_with_the_continuation():

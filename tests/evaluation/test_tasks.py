@@ -6,29 +6,14 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from letters import encode, likes
 
 from jpt.evaluation.choices import Question, ask, multiple_choice, prompt_of, read_questions
 from jpt.evaluation.numbers import Problem, exact_match, final_number, read_problems
 from jpt.evaluation.rows import read_rows
-from jpt.evaluation.score import Scores
 
 SUM = Question('sums', 'What is 1 + 1?', ('1', '2', '3', '4'), 1)
 LAST = Question('letters', 'Which is last?', ('a', 'b'), 1)
-
-
-def bytes_of(text):
-    return list(text.encode())
-
-
-def likes(letter):
-    """A score under which this letter is likelier than all others."""
-
-    def of(batch):
-        log_prob = np.where(batch.targets == ord(letter), -0.1, -5.0).astype(np.float32)
-        zeros = np.zeros_like(log_prob)
-        return Scores(log_prob, (batch.targets == ord(letter)).astype(np.float32), zeros, zeros)
-
-    return of
 
 
 def test_prompts_are_written_as_mmlu_does():
@@ -39,19 +24,19 @@ def test_prompts_are_written_as_mmlu_does():
 
 
 def test_the_likeliest_letter_is_the_answer():
-    right = multiple_choice(likes('B'), bytes_of, [SUM, LAST], batch_size=4, length=200)
+    right = multiple_choice(likes('B'), encode, [SUM, LAST], batch_size=4, length=200)
     assert (right.questions, right.right, right.mean) == (2, 2, 1.0)
     assert right.by_subject == {'sums': 1.0, 'letters': 1.0}
-    wrong = multiple_choice(likes('A'), bytes_of, [SUM, LAST], batch_size=3, length=200)
+    wrong = multiple_choice(likes('A'), encode, [SUM, LAST], batch_size=3, length=200)
     assert wrong.right == 0
 
 
 def test_examples_that_do_not_fit_are_left_out_and_a_question_that_does_not_is_named():
-    room = len(bytes_of(prompt_of(SUM, []))) + 3
-    kept = multiple_choice(likes('B'), bytes_of, [SUM], [SUM, SUM], shots=2, batch_size=1, length=room)
+    room = len(encode(prompt_of(SUM, []))) + 3
+    kept = multiple_choice(likes('B'), encode, [SUM], [SUM, SUM], shots=2, batch_size=1, length=room)
     assert kept.right == 1
     with pytest.raises(ValueError, match='question 1 has'):
-        multiple_choice(likes('B'), bytes_of, [SUM], batch_size=1, length=10)
+        multiple_choice(likes('B'), encode, [SUM], batch_size=1, length=10)
 
 
 @pytest.mark.parametrize(
