@@ -1,5 +1,8 @@
 """The small modules every model is made of: linear map, norms."""
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,15 @@ from jpt.quant.dot import dot
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     """The vector [n] shaped to be added to or multiplied with `like` [..., n]."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, of which the backward pass keeps the arguments only and computes the rest again.
+
+    For elementwise work, which costs less than to write and read what autodiff would keep of it: of a norm wide copies
+    of its input, of an activation several arrays of a layer's widest kind.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 class Linear(nn.Module):
@@ -56,9 +68,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         initial: flax_typing.Initializer = nn.initializers.zeros if self.offset else nn.initializers.ones
         scale = self.param('scale', initial, (x.shape[-1],))
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * along_last(self.offset + scale.astype(wide.dtype), wide)).astype(x.dtype)
+        return recomputed(partial(_rms_norm, eps=self.eps, offset=self.offset))(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -70,11 +80,21 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-        scaled = normed * along_last(scale.astype(wide.dtype), wide) + along_last(bias.astype(wide.dtype), wide)
-        return scaled.astype(x.dtype)
+        return recomputed(partial(_layer_norm, eps=self.eps))(x, scale, bias)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * along_last(offset + scale.astype(wide.dtype), wide)).astype(x.dtype)
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    scaled = normed * along_last(scale.astype(wide.dtype), wide) + along_last(bias.astype(wide.dtype), wide)
+    return scaled.astype(x.dtype)
 
 
 def norm(cfg: ModelConfig, name: str) -> nn.Module:

@@ -7,7 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jpt.models.config import ModelConfig
-from jpt.models.layers import Linear
+from jpt.models.layers import Linear, recomputed
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'silu': jax.nn.silu,
@@ -31,7 +31,7 @@ class MLP(nn.Module):
         up_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, name='up')(x_BTD), 'mlp_up')
         if cfg.gated_mlp:
             gate_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, name='gate')(x_BTD), 'mlp_gate')
-            inner_BTF = activation(gate_BTF) * up_BTF
+            inner_BTF = recomputed(lambda gate, up: activation(gate) * up)(gate_BTF, up_BTF)
         else:
-            inner_BTF = activation(up_BTF)
+            inner_BTF = recomputed(activation)(up_BTF)
         return Linear(cfg.width, cfg.mlp_bias, (2 * cfg.num_layers) ** -0.5, name='down')(inner_BTF)

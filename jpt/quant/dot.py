@@ -8,7 +8,6 @@ layer of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -103,14 +102,17 @@ def _dot_array(x: jax.Array, kernel: Array, axis: int = 1) -> jax.Array:
     return _product(x, kernel.astype(x.dtype), axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+def _plain_product(x: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
     contract = ((x.ndim - 1,), (axis,)), ((), ())
     return jax.lax.dot_general(x, matrix, contract, preferred_element_type=x.dtype)
 
 
+_product = jax.custom_vjp(_plain_product, nondiff_argnums=(2,))
+
+
 def _product_fwd(x: jax.Array, matrix: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, matrix, axis), (x, matrix)
+    # Not _product: remat='dots' would not see that its result is that of a product.
+    return _plain_product(x, matrix, axis), (x, matrix)
 
 
 def _product_bwd(axis: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -120,7 +122,7 @@ def _product_bwd(axis: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Arra
     elementwise work that makes it: for an MLP's gate that is the wide one, and its copy took a sixth of a step.
     """
     x, matrix = residuals
-    dx = _product(dy, matrix, 1 - axis)
+    dx = _plain_product(dy, matrix, 1 - axis)
     rows = tuple(range(x.ndim - 1))
     wide = dy.shape[-1] > x.shape[-1]
     left, right = (x, dy) if wide else (dy, x)
