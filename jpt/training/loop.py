@@ -62,6 +62,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
         trace = stack.enter_context(Trace(config.log.profile, workdir / 'profile'))
         saver = _Saver(job, manager, feed, metrics)
         previous: tuple[int, Batch] | None = None
+        stop: str | None = None
         while step < config.steps:
             dog.beat(step)
             with metrics.timed('data'):
@@ -82,11 +83,13 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
                 check_finite(metrics.flush(), previous, workdir)
                 dog.beat(step, 'checkpoint')
                 saver.save(step, state)
-            if stop and not (last and config.compare is None):  # a comparison is more work
-                manager.wait()
-                metrics.say(f'asked to stop ({stop}): saved step {step}; the same command goes on from here')
-                raise StoppedError(STOPPED)
+            if stop:
+                break
         manager.wait()
+        stop = stop or (asked.asked.name if asked.asked else None)  # also while the last step was saved
+        if stop and (step < config.steps or config.compare is not None):  # a comparison is more work
+            metrics.say(f'asked to stop ({stop}): saved step {step}; the same command goes on from here')
+            raise StoppedError(STOPPED)
         metrics.say(f'data     {feed.pipeline.describe()}')
     return state
 

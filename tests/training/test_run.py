@@ -1,6 +1,8 @@
 """What the parts of a job must agree on before anything is trained, and a stop between its two runs."""
 
 import dataclasses
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -56,8 +58,14 @@ def test_a_trace_ends_with_the_run_at_the_latest(tmp_path):
         settings(tmp_path, steps=4, log={'profile': (2, 5)})
 
 
-def test_a_stop_at_the_last_step_is_obeyed_where_a_comparison_follows(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, '_asked_to_stop', lambda asked, step: 'SIGTERM')
+def test_a_signal_during_the_last_save_is_obeyed_where_a_comparison_follows(tmp_path, monkeypatch):
+    save = loop.CheckpointManager.save
+
+    def save_and_signal(*args, **more):
+        save(*args, **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.CheckpointManager, 'save', save_and_signal)
     config, workdir = settings(tmp_path, **DISTILL, steps=1, schedule={'lr': 1e-2}), tmp_path / 'run'
     with pytest.raises(loop.StoppedError):
         run_job(config, workdir)
