@@ -22,11 +22,11 @@ FLAGS = (
 DIVIDED = ('--config.mesh.data=1', '--config.mesh.fsdp=2')  # each process holds half of every matrix
 
 
-def losses(workdir, first=1):
-    """[loss] from step `first` on; a step that stands there twice, or not at all, is an error."""
+def losses(workdir, first=1, last=STEPS):
+    """[loss] from step `first` to the `last` one; a step that stands there twice, or not at all, is an error."""
     rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     found = [(row['step'], row['loss']) for row in rows if 'loss' in row]
-    assert [step for step, _ in found] == list(range(found[0][0], STEPS + 1))
+    assert [step for step, _ in found] == list(range(found[0][0], last + 1))
     return [loss for step, loss in found if step >= first]
 
 
@@ -121,3 +121,18 @@ def test_two_processes_export_what_one_does(whole, tmp_path):
     assert names == sorted(path.name for path in (whole / 'model').iterdir())
     for name in names:
         assert (alone / name).read_bytes() == (whole / 'model' / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    'axis', ['pipe', *(pytest.param(axis, marks=pytest.mark.full) for axis in ('data', 'tensor', 'context'))]
+)
+def test_any_axis_may_cross_processes(runs, tmp_path, axis):
+    """A step's collectives, a save and an export, whatever is divided; losses to the rounding of another order."""
+    workdir, steps = runs.folder / axis, 4
+    mesh = tuple(f'--config.mesh.{name}={size}' for name, size in {'data': 1, axis: 2}.items())
+    job = processes.start_training(f'{CONFIG}:{runs.folder}', workdir, *FLAGS, f'--config.steps={steps}', *mesh)
+    runs.jobs.append(job)
+    succeed(job)
+    train_model(settings(tmp_path, steps=steps), tmp_path / 'run')
+    np.testing.assert_allclose(losses(workdir, last=steps), losses(tmp_path / 'run', last=steps), rtol=1e-5)
+    assert (workdir / 'model' / 'model.safetensors').exists()
