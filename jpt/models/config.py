@@ -160,8 +160,9 @@ def unplaced(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 class Compute:
     """How a model is run; nothing here changes what is computed, up to rounding.
 
-    remat: 'none' keeps what the backward pass needs, 'full' keeps each layer's input only, 'dots' keeps the results of
-    matrix products; 'save:a,b' keeps what is named (see `block.NAMES`), 'offload:a,b' keeps it in host memory.
+    remat: 'none' keeps the operands of products and the inputs of norms and activations, 'full' each layer's input
+    only, 'dots' the results of matrix products; 'save:a,b' keeps what is named (see `block.NAMES`), 'offload:a,b' keeps
+    it in host memory.
     """
 
     dtype: DTypeLike = 'float32'
