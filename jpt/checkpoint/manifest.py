@@ -75,15 +75,15 @@ def verify(directory: Path, manifest: Path, share: tuple[int, int] = (0, 1)) -> 
     """
     try:
         content = json.loads(manifest.read_text('utf-8'))
-        if isinstance(content, dict) and content.keys() == {'files'}:  # whole, and without what was added later
-            raise CheckpointMismatch(f"{manifest}: no checksum 'crc32' of the list: written in an older format")
-        files, recorded = content['files'], content['crc32']
+        files = content['files']
+        older = content.keys() == {'files'}  # whole, and without what was added later
+        recorded = None if older else content['crc32']
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f'{directory}: {manifest.name} is missing; it is no finished jpt checkpoint') from error
-    except CheckpointMismatch:
-        raise
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f'{manifest}: not a manifest ({error!r})') from error
+    if older:
+        raise CheckpointMismatch(f"{manifest}: no checksum 'crc32' of the list: written in an older format")
     if (found := _checksum_of(files)) != recorded:
         raise DamagedCheckpoint(f'{manifest}: checksum {found}, expected {recorded}')
     if any(not {'bytes', 'crc32'} <= set(entry) for entry in files.values()):

@@ -102,6 +102,7 @@ class BatchIterator(grain.DatasetIterator):
         return self._make(rows[self._local])
 
     def get_state(self) -> dict[str, Any]:
+        """The place in the data, as JSON values: the next row and its window, the counts, and which data it is."""
         used_up = self._window is None or self._row >= len(self._window.rows)
         return {
             'windows': self._parent.get_state() if used_up else self._window_state,
@@ -111,6 +112,11 @@ class BatchIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place that `get_state` gave.
+
+        Raises:
+            ValueError: the place is one in other data.
+        """
         for name in sorted({*self._fingerprint, *state['data']}):
             saved, ours = state['data'].get(name), self._fingerprint.get(name)
             if saved != ours:
