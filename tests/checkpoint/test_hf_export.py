@@ -9,7 +9,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GPT2, LLAMA, gpt2_tensors, llama_tensors
+from hf_tensors import GPT2, LLAMA, gpt2_tensors, llama_tensors
 
 from jpt.checkpoint.hf_export import export_hf, hf_config, tensors_of
 from jpt.checkpoint.hf_import import load_hf

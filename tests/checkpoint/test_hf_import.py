@@ -7,7 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GPT2, LLAMA, gpt2_tensors, llama_tensors
+from hf_tensors import GPT2, LLAMA, gpt2_tensors, llama_tensors
 
 from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory, iterate_hf, load_hf
 from jpt.models.names import get, leaves, put

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import LLAMA, llama_tensors
+from hf_tensors import LLAMA, llama_tensors
 
 from jpt.checkpoint import array_store, source
 from jpt.checkpoint.hf_import import HuggingFaceSource, load_hf

@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import LLAMA, llama_tensors
+from hf_tensors import LLAMA, llama_tensors
 
 from jpt.checkpoint.hf_import import HuggingFaceSource, load_hf
 from jpt.checkpoint.resize import ResizedSource, resize_vocabulary
