@@ -23,7 +23,7 @@ from jpt.checkpoint.tree import listing
 from jpt.data.tokenizer import TOKENIZER_FILES
 from jpt.models.config import ModelConfig
 from jpt.models.families import config_from_hf, config_to_hf
-from jpt.models.fields import ACTIVATION_NAMES, HARMLESS
+from jpt.models.families.fields import ACTIVATION_NAMES, HARMLESS
 from jpt.models.names import Leaf, Source, leaves
 
 # Of the fields that leave the computation alone, these are about the weights or the file and are written anew.
@@ -33,30 +33,29 @@ _DROPOUT = frozenset(['resid_pdrop', 'embd_pdrop', 'attn_pdrop'])  # GPT-2's nam
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A layer of a leaf, as a part of a tensor."""
+    """What of a leaf one source holds, as a part of a tensor; `place` is where it stands on the leading axes."""
 
     leaf: Leaf
-    repeat: int | None
+    place: tuple[int, ...]
     source: Source
 
     def index(self, rows: slice | None = None) -> Index:
-        """Where in the leaf the part is; `rows` narrows it on the first axis of the layer."""
-        full = whole(self.leaf)
-        if self.repeat is None:
-            return full if rows is None else (rows, *full[1:])
-        return (slice(self.repeat, self.repeat + 1), *(full[1:] if rows is None else (rows, *full[2:])))
+        """Where in the leaf the part is; `rows` narrows it on its own first axis."""
+        own = whole(self.leaf)[len(self.place) :]
+        here = tuple(slice(at, at + 1) for at in self.place)
+        return (*here, *(own if rows is None else (rows, *own[1:])))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.leaf.shape if self.repeat is None else self.leaf.shape[1:]
+        return self.leaf.own_shape
 
 
 def tensors_of(cfg: ModelConfig) -> dict[str, list[_Part]]:
     """The parts of every tensor of the model, by Hugging Face name, grouped by leaf."""
     tensors: dict[str, list[_Part]] = {}
     for leaf in leaves(cfg):
-        for number, source in enumerate(leaf.sources):
-            tensors.setdefault(source.name, []).append(_Part(leaf, number if leaf.stacked else None, source))
+        for place, source in leaf.places():
+            tensors.setdefault(source.name, []).append(_Part(leaf, place, source))
     return {name: sorted(parts, key=lambda part: part.source.part) for name, parts in tensors.items()}
 
 
@@ -65,9 +64,9 @@ def _layer_order(cfg: ModelConfig, tensors: dict[str, list[_Part]]) -> list[str]
 
     def layer(name: str) -> int:
         part = tensors[name][0]
-        if part.repeat is None:
+        if not part.place:
             return -1 if part.leaf.path[0] in ('embed', 'positions') else cfg.num_layers
-        return cfg.layer_index(int(part.leaf.path[1]), int(part.leaf.path[2]), part.repeat)
+        return cfg.layer_index(int(part.leaf.path[1]), int(part.leaf.path[2]), part.place[0])
 
     return sorted(tensors, key=layer)
 
@@ -120,19 +119,36 @@ def write_hf(
 
 
 def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: LeafSource) -> None:
-    if parts[0].source.transposed:  # the parts lie side by side in every row of the file
-        values = [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]
-        writer.write(name, np.concatenate(values).T)
+    first = parts[0].source
+    if not first.transposed and not first.interleaved and first.axis == 0:  # the parts lie one below the other
+        for part in parts:
+            size = part.shape[0]
+            for rows in row_blocks(part.shape, source.dtype(part.leaf).itemsize):
+                writer.write(
+                    name, _squeeze(part, source.read(part.leaf, part.index(rows))), part.source.part * size + rows.start
+                )
         return
-    for part in parts:
-        size = part.shape[0]
-        for rows in row_blocks(part.shape, source.dtype(part.leaf).itemsize):
-            block = _squeeze(part, source.read(part.leaf, part.index(rows)))
-            writer.write(name, block, part.source.part * size + rows.start)
+    if first.axis == 0:
+        writer.write(name, _joined(parts, [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]))
+        return
+    for expert in range(parts[0].shape[0]):
+        row = slice(expert, expert + 1)
+        writer.write(name, _joined(parts, [_squeeze(p, source.read(p.leaf, p.index(row))) for p in parts]), expert)
+
+
+def _joined(parts: list[_Part], values: list[np.ndarray]) -> np.ndarray:
+    """The tensor that the parts lie in side by side, from what each of them holds."""
+    source, shape = parts[0].source, values[0].shape
+    untransposed = dataclasses.replace(source, transposed=False)
+    tensor = np.empty(untransposed.stored_shape(shape), values[0].dtype)
+    for part, value in zip(parts, values, strict=True):
+        size = shape[source.axis]
+        tensor[part.source.within(slice(0, size), size)] = value
+    return np.ascontiguousarray(tensor.swapaxes(-1, -2)) if source.transposed else tensor
 
 
 def _squeeze(part: _Part, array: np.ndarray) -> np.ndarray:
-    return array if part.repeat is None else array[0]
+    return array[(0,) * len(part.place)]
 
 
 def export_hf(

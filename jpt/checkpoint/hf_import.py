@@ -85,25 +85,22 @@ class HuggingFaceSource:
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         """A part of a leaf, copied out of the files; nothing else is read."""
-        if not leaf.stacked:
-            part = self._view(leaf.sources[0], leaf.shape, index)
-            array = np.array(part, self.dtype(leaf), order='C')
-            self._release(leaf.sources[0])
-            return array
-        repeats = range(*index[0].indices(leaf.shape[0]))
-        shape = [len(range(*part.indices(size))) for part, size in zip(index[1:], leaf.shape[1:], strict=True)]
-        array = np.empty((len(repeats), *shape), self.dtype(leaf))
-        for row, repeat in enumerate(repeats):
-            array[row] = self._view(leaf.sources[repeat], leaf.shape[1:], index[1:])
-            self._release(leaf.sources[repeat])
+        ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+        array = np.empty([len(each) for each in ranges], self.dtype(leaf))
+        sources = np.empty(leaf.shape[: leaf.stack], object)
+        sources[...] = np.array(leaf.sources, object).reshape(sources.shape)
+        for to in np.ndindex(array.shape[: leaf.stack]):
+            source = sources[tuple(each[i] for each, i in zip(ranges, to, strict=False))]
+            array[to] = self._view(source, leaf.own_shape, index[leaf.stack :])
+            self._release(source)
         return array
 
     def _view(self, source: Source, shape: tuple[int, ...], index: Index) -> np.ndarray:
-        first, last, _ = index[0].indices(shape[0])
-        start = source.part * shape[0]
-        stored = (slice(start + first, start + last), *index[1:])
         view = self.reader.view(self._names[source.name])
-        return view[stored[::-1]].T if source.transposed else view[stored]
+        rows = slice(*index[source.axis].indices(shape[source.axis])[:2])
+        part = source.within(rows, shape[source.axis])[-1]
+        out_first = view.swapaxes(-1, -2) if source.transposed else view
+        return out_first[(*index[: source.axis], part, *index[source.axis + 1 :])]
 
     def _release(self, source: Source) -> None:
         self.reader.release(self._names[source.name])
@@ -149,7 +146,7 @@ def resolve_names(cfg: ModelConfig, found: Mapping[str, TensorSpec], place: str)
     wanted: dict[str, tuple[int, ...]] = {}
     for leaf in leaves(cfg):
         for source in leaf.sources:
-            wanted[source.name] = source.stored_shape(leaf.shape[1:] if leaf.stacked else leaf.shape)
+            wanted[source.name] = source.stored_shape(leaf.own_shape)
     prefix = leaves(cfg)[0].sources[0].name.split('.')[0] + '.'
     bare = not any(name.startswith(prefix) for name in found)  # saved from the model without its head, as GPT-2 was
     names = {name: name.removeprefix(prefix) if bare else name for name in wanted}

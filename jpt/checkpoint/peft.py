@@ -251,7 +251,11 @@ def _targets(modules: Mapping[str, Any], cfg: ModelConfig) -> list[str]:
 
 
 def _kernel_leaves(cfg: ModelConfig) -> Iterator[Leaf]:
-    return (leaf for leaf in leaves(cfg) if leaf.stacked and leaf.role == 'kernel')
+    return (
+        leaf
+        for leaf in leaves(cfg)
+        if leaf.path[0] == 'layers' and leaf.role == 'kernel' and 'experts' not in leaf.path
+    )
 
 
 def _name(leaf: Leaf) -> str:

@@ -188,7 +188,7 @@ def test_sharded_loading_reads_only_the_parts_that_devices_hold(
     spec = jax.sharding.PartitionSpec
     shardings: dict = {}
     for leaf in leaves(source.cfg):
-        is_kernel = leaf.stacked and leaf.role == 'kernel'
+        is_kernel = leaf.stack == 1 and leaf.role == 'kernel'
         put(
             shardings,
             leaf.path,

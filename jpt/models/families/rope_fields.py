@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpt.models.config import Rope
-from jpt.models.fields import Fields
+from jpt.models.families.fields import Fields
 
 LAYER_TYPES = ('sliding_attention', 'full_attention')
 # What each kind may say beside its base, as transformers validates it: required fields, then optional ones.

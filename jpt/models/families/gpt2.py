@@ -1,12 +1,31 @@
-"""GPT-2's config.json, which has names of its own for everything."""
+"""GPT-2, which has names of its own for everything, and kernels stored (in, out) by its Conv1D."""
 
 from typing import Any
 
 from jpt.models.config import LayerKind, ModelConfig, runs_of
-from jpt.models.fields import ACTIVATION_NAMES, Fields
+from jpt.models.families.dialect import Dialect, Stored
+from jpt.models.families.family import Family
+from jpt.models.families.fields import ACTIVATION_NAMES, Fields
+
+GPT2_DIALECT = Dialect(
+    embed='transformer.wte',
+    layer_prefix='transformer.h',
+    layer={
+        'attn_norm': 'ln_1',
+        'attn.q': Stored('attn.c_attn', transposed=True, part=0, parts=3),
+        'attn.k': Stored('attn.c_attn', transposed=True, part=1, parts=3),
+        'attn.v': Stored('attn.c_attn', transposed=True, part=2, parts=3),
+        'attn.out': Stored('attn.c_proj', transposed=True),
+        'mlp_norm': 'ln_2',
+        'mlp.up': Stored('mlp.c_fc', transposed=True),
+        'mlp.down': Stored('mlp.c_proj', transposed=True),
+    },
+    final_norm='transformer.ln_f',
+    positions='transformer.wpe',
+)
 
 
-def read_gpt2(fields: Fields) -> ModelConfig:
+def _read_gpt2(fields: Fields) -> ModelConfig:
     """The ModelConfig of a GPT-2.
 
     Raises:
@@ -49,8 +68,8 @@ def read_gpt2(fields: Fields) -> ModelConfig:
     )
 
 
-def write_gpt2(cfg: ModelConfig) -> dict[str, Any]:
-    """The fields that `read_gpt2` reads."""
+def _write_gpt2(cfg: ModelConfig) -> dict[str, Any]:
+    """The fields that `_read_gpt2` reads."""
     first = next(cfg.layer_kinds())
     return {
         'vocab_size': cfg.vocab_size,
@@ -65,3 +84,6 @@ def write_gpt2(cfg: ModelConfig) -> dict[str, Any]:
         'scale_attn_weights': cfg.attention_scale is None,
         'scale_attn_by_inverse_layer_idx': first.attention_scale is not None,
     }
+
+
+GPT2 = Family('GPT2LMHeadModel', _read_gpt2, _write_gpt2, GPT2_DIALECT)

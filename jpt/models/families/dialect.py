@@ -1,0 +1,50 @@
+"""The names that a family of models gives its tensors in safetensors files."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a module's parameters lie in a layer of a checkpoint.
+
+    `name` stands between the layer's number and `.weight` or `.bias`. `{e}` in it is an expert's number: then every
+    expert has a tensor of its own, else all of them lie in one, along its first axis. `transposed`: kernels are stored
+    (in, out). `part` of `parts`: a slice of the output dimension of a tensor that several modules share; `interleaved`:
+    every parts-th row of it from `part` on.
+    """
+
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+    interleaved: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """The names that a family gives its tensors.
+
+    `layer` says for every module of a layer (`attn.q`) where it lies, or for a single parameter (`mlp.router.bias`)
+    under which name, without a suffix.
+    """
+
+    embed: str
+    layer_prefix: str  # before the layer's number
+    layer: Mapping[str, str | Stored]
+    final_norm: str
+    positions: str = ''
+
+    def place(self, module: str, leaf: str) -> Stored:
+        """The full name within a layer, and the rest, of one parameter.
+
+        Raises:
+            ValueError: the family has no name for it.
+        """
+        exact = self.layer.get(f'{module}.{leaf}')
+        entry = self.layer.get(module) if exact is None else exact
+        if entry is None:
+            raise ValueError(f'{module}.{leaf}: expected one of the modules {", ".join(self.layer)}')
+        stored = Stored(entry) if isinstance(entry, str) else entry
+        suffix = '' if exact is not None else '.bias' if leaf == 'bias' else '.weight'
+        return dataclasses.replace(stored, name=stored.name + suffix, transposed=stored.transposed and leaf == 'kernel')

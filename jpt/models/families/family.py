@@ -1,0 +1,19 @@
+"""What jpt knows of a family of models: how its config.json is read and written, and how its tensors are named."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jpt.models.config import ModelConfig
+from jpt.models.families.dialect import Dialect
+from jpt.models.families.fields import Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One model_type of Hugging Face."""
+
+    architecture: str
+    read: Callable[[Fields], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    dialect: Dialect
