@@ -8,10 +8,11 @@ from jpt.data.batch import Batch
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import distillation
 from jpt.models.config import Compute, ModelConfig
+from jpt.models.routing import no_sums
 from jpt.models.transformer import embed, final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
-from jpt.training.objective import Objective, Sums, Tree, in_tokens, token_counts, token_weights
+from jpt.training.objective import Carry, Objective, Sums, Tree, in_tokens, token_counts, token_weights, with_router
 
 
 def logit_distillation(
@@ -40,25 +41,29 @@ def logit_distillation(
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
         return {'student': merge(params, frozen['model']), 'teacher': frozen['teacher']}
 
-    def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, jax.Array]:
+    def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
-        return {name: embed(cfg, both[name], micro.tokens, micro.positions, compute) for name, cfg in configs.items()}
+        return {
+            name: Carry(embed(cfg, both[name], micro.tokens, micro.positions, compute), no_sums(cfg, compute.dtype))
+            for name, cfg in configs.items()
+        }
 
-    def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, jax.Array], micro: Batch) -> dict[str, jax.Array]:
+    def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
         both = models(layers, frozen_layers)
         # A pipeline differentiates a stage in the whole carry: no cotangent goes back through the teacher's layers.
         carry = carry | {'teacher': jax.lax.stop_gradient(carry['teacher'])}
         where = {name: locate(cfg, micro.positions, micro.segment_ids, compute.dtype) for name, cfg in configs.items()}
         return {
-            name: run_layers(cfg, both[name], carry[name], where[name], compute)[0] for name, cfg in configs.items()
+            name: Carry(*run_layers(cfg, both[name], *carry[name], where[name], compute))
+            for name, cfg in configs.items()
         }
 
     def last(
-        params: Tree, frozen: Tree, carry: dict[str, jax.Array], micro: Batch, counts: dict[str, jax.Array]
+        params: Tree, frozen: Tree, carry: dict[str, Carry], micro: Batch, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
         """The loss between both models' logits, which exist chunk by chunk only."""
         both = models(params, frozen)
-        hidden = {name: final_norm(cfg, both[name], carry[name]) for name, cfg in configs.items()}
+        hidden = {name: final_norm(cfg, both[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
         result = linear_loss(
             hidden['student'],
             head_kernel(student, both['student']),
@@ -69,6 +74,6 @@ def logit_distillation(
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,
         )
-        return in_tokens(result, counts)
+        return with_router(in_tokens(result, counts), student, carry['student'].router, micro, counts)
 
     return Objective(token_counts, first, stage, last)

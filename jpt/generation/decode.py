@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jpt.generation.layout import decoding_cache, one_by_one
 from jpt.generation.placement import everywhere, place_cache, place_rows
 from jpt.generation.sampling import Logps, Sampling, draw
-from jpt.models.cache import KVCache, init_cache
+from jpt.models.cache import Cache, init_cache
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.transformer import Params, forward, head_kernel, unembed
 
@@ -41,7 +41,7 @@ class Request(NamedTuple):
 class Rows(NamedTuple):
     """What decoding carries from token to token. The newest token is not in the cache yet."""
 
-    cache: KVCache
+    cache: Cache
     tokens_B: jax.Array  # int32
     positions_B: jax.Array  # int32, of the newest token
     counts_B: jax.Array  # int32, tokens drawn so far

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jpt.kernels.local import platform
-from jpt.models.cache import KVCache
+from jpt.models.cache import Cache, KeysValues
 from jpt.models.config import ModelConfig, Segment
 from jpt.models.transformer import Params, head_kernel
 from jpt.quant.dot import Transposed
@@ -42,26 +42,28 @@ def decoding_params(cfg: ModelConfig, params: Params) -> Params:
     return params | {'layers': layers, 'lm_head': transposed({'kernel': head_kernel(cfg, params)})}
 
 
-def decoding_cache(cfg: ModelConfig, cache: KVCache) -> KVCache:
-    """The cache for `one_by_one(cfg)`; a single row's is without the batch axis."""
+def decoding_cache(cfg: ModelConfig, cache: Cache) -> Cache:
+    """The cache for `one_by_one(cfg)`; keys and values of a single row are without the batch axis."""
     alone = cache.positions_BS.shape[0] == 1
+    layers = []
+    for segment, kinds in zip(cfg.segments, cache.layers, strict=True):
+        for repeat in range(segment.repeats):
+            own = jax.tree.map(lambda x, at=repeat: x[at], kinds) if segment.repeats > 1 else kinds
+            layers += [[_alone(entry) if alone else entry] for entry in own]
+    return cache._replace(layers=layers)
 
-    def layers(stacks: list[list[jax.Array]]) -> list[list[jax.Array]]:
-        found = []
-        for segment, kinds in zip(cfg.segments, stacks, strict=True):
-            for repeat in range(segment.repeats):
-                own = [kind[repeat] if segment.repeats > 1 else kind for kind in kinds]
-                found += [[kind[0] if alone else kind] for kind in own]
-        return found
 
-    return cache._replace(keys=layers(cache.keys), values=layers(cache.values))
+def _alone(entry: Any) -> Any:
+    return KeysValues(entry.keys[0], entry.values[0]) if isinstance(entry, KeysValues) else entry
 
 
 def transposed(params: Params) -> Params:
-    """The tree with every array named `kernel` held the other way round; other weight types stay as they are."""
+    """The tree with every array named `kernel` held the other way round; other weight types and those of experts stay as
+    they are."""
 
     def turn(path: tuple[Any, ...], leaf: Any) -> Any:
-        is_kernel = getattr(path[-1], 'key', None) == 'kernel'
+        names = [getattr(key, 'key', None) for key in path]
+        is_kernel = names[-1] == 'kernel' and not {'experts', 'router'} & set(names)
         return Transposed(leaf.swapaxes(-1, -2)) if is_kernel else leaf
 
     return jax.tree_util.tree_map_with_path(turn, params)

@@ -1,6 +1,7 @@
 """Where generation lies on a mesh: rows over the batch axes, kv heads over `tensor`, no pipeline."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.local import auto, auto_size
-from jpt.models.cache import KVCache
+from jpt.models.cache import Cache, KeysValues
 from jpt.models.config import ModelConfig
 from jpt.models.transformer import Params
 from jpt.sharding.mesh import AXES, BATCH_AXES
@@ -44,7 +45,7 @@ def place_rows(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P(rows)), tree)
 
 
-def place_cache(cfg: ModelConfig, cache: KVCache) -> KVCache:
+def place_cache(cfg: ModelConfig, cache: Cache) -> Cache:
     """The cache with rows over the batch axes and, where `tensor` divides them, kv heads over `tensor`."""
     rows, heads = auto(BATCH_AXES), auto(['tensor'])
     if not rows and not heads:
@@ -52,13 +53,24 @@ def place_cache(cfg: ModelConfig, cache: KVCache) -> KVCache:
     if cfg.num_kv_heads % auto_size(['tensor']):
         heads = ()
 
-    def place(leaf: jax.Array) -> jax.Array:
-        stack = (None,) * (leaf.ndim - 4)
-        return jax.lax.with_sharding_constraint(leaf, P(*stack, rows or None, heads or None))
+    def place(leaf: jax.Array, stacked: bool, over: tuple[str, ...]) -> jax.Array:
+        stack = (None,) if stacked else ()
+        return jax.lax.with_sharding_constraint(leaf, P(*stack, rows or None, over or None))
 
-    keys, values = jax.tree.map(place, (cache.keys, cache.values))
+    layers = [
+        [
+            jax.tree.map(partial(place, stacked=segment.repeats > 1, over=heads if _has_heads(entry) else ()), entry)
+            for entry in kinds
+        ]
+        for segment, kinds in zip(cfg.segments, cache.layers, strict=True)
+    ]
     positions, segments = place_rows((cache.positions_BS, cache.segments_BS))
-    return cache._replace(keys=keys, values=values, positions_BS=positions, segments_BS=segments)
+    return cache._replace(layers=layers, positions_BS=positions, segments_BS=segments)
+
+
+def _has_heads(entry: Any) -> bool:
+    """Whether the axis after the batch counts kv heads."""
+    return isinstance(entry, KeysValues)
 
 
 def everywhere(tree: Any) -> Any:

@@ -22,7 +22,7 @@ from jpt.kernels.blockwise_attention import Scores, Tile
 from jpt.kernels.local import auto, auto_size, axis_index, axis_size, local, manual, platform, psum
 from jpt.kernels.masks import Places
 
-ROWS, HEADS, SEQUENCE = ('data', 'fsdp'), 'tensor', 'context'
+ROWS, HEADS, SEQUENCE = ('data', 'fsdp', 'expert'), 'tensor', 'context'
 
 
 class Options(NamedTuple):

@@ -10,7 +10,7 @@ from jpt.kernels.attention import attention
 from jpt.kernels.blockwise_attention import Scores
 from jpt.kernels.cached_attention import FEW_QUERIES, cached_attention
 from jpt.kernels.masks import Mask, Places
-from jpt.models.cache import LayerCache
+from jpt.models.cache import KeysValues, LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope
 from jpt.models.layers import Linear, RMSNorm
 from jpt.models.rope import apply_rope
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         q_BTNH = checkpoint_name(q_BTNH, 'query')
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, 'key'), checkpoint_name(v_BTKH, 'value')
         if cache is not None:
-            cache = cache.write(k_BTKH, v_BTKH)
+            cache = cache.write(KeysValues(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)))
         out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, where, cache)
         out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
         return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache

@@ -11,12 +11,17 @@ from jpt.models.cache import LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig
 from jpt.models.layers import norm
 from jpt.models.mlp import MLP
+from jpt.models.moe import MoE
+from jpt.models.routing import RouterSums
 
 NAMES = ('query', 'key', 'value', 'attention', 'mlp_gate', 'mlp_up')
 
 
 class Block(nn.Module):
-    """A layer: attention, then MLP, each added to the residual stream. [B, T, D] -> [B, T, D]."""
+    """A layer: attention, then MLP or experts, each added to the residual stream. [B, T, D] -> [B, T, D].
+
+    Beside it the cache with what these tokens add, and the sums of the router where the layer has one.
+    """
 
     cfg: ModelConfig
     kind: LayerKind
@@ -25,17 +30,21 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, hidden_BTD: jax.Array, where: Where, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
         cfg = self.cfg
         mixer = Attention(cfg, self.kind, self.compute, name='attn')
         mixed_BTD, cache = mixer(norm(cfg, 'attn_norm')(hidden_BTD), where, cache)
         if cfg.post_norms:
             mixed_BTD = norm(cfg, 'attn_post_norm')(mixed_BTD)
         hidden_BTD = self.compute.place(hidden_BTD + mixed_BTD, ('batch', 'length', None))
-        inner_BTD = MLP(cfg, self.kind.mlp_width, name='mlp')(norm(cfg, 'mlp_norm')(hidden_BTD))
+        normed_BTD, sums = norm(cfg, 'mlp_norm')(hidden_BTD), None
+        if self.kind.experts:
+            inner_BTD, sums = MoE(cfg, name='mlp')(normed_BTD, where.segments_BT)
+        else:
+            inner_BTD = MLP(cfg, self.kind.mlp_width, name='mlp')(normed_BTD)
         if cfg.post_norms:
             inner_BTD = norm(cfg, 'mlp_post_norm')(inner_BTD)
-        return self.compute.place(hidden_BTD + inner_BTD, ('batch', 'length', None)), cache
+        return self.compute.place(hidden_BTD + inner_BTD, ('batch', 'length', None)), cache, sums
 
 
 def apply_block(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[..., Any]:

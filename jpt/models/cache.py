@@ -1,50 +1,65 @@
-"""Keys and values of the tokens a model has read; the type of the cache is its precision.
+"""What a model keeps of the tokens it has read, layer by layer; the type of the arrays is its precision.
 
-Keys lie as [B, K, H, S] and values as [B, K, S, H], as the products with them read memory (see cached_attention.py).
 All rows of a batch write at the same slots. A row's own positions travel beside its keys, and a slot whose segment is
 0 (unused, or the padding of a shorter prompt) is never attended, so rows of different length share one program.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jpt.models.config import ModelConfig
+from jpt.models.config import LayerKind, ModelConfig
 
 
-class KVCache(NamedTuple):
-    """Keys and values of every layer, stacked as the parameters are.
+class KeysValues(NamedTuple):
+    """Of attention: keys [B, K, H, S] and values [B, K, S, H], as the products with them read memory.
 
-    `keys[segment][kind]` is [R, B, K, H, S] and `values[segment][kind]` [R, B, K, S, H]; without R where it is 1. A
-    single row without a stack may leave out B as well: XLA copies what it has to reshape.
+    See kernels/cached_attention.py. A single row without a stack may leave out B: XLA copies what it has to reshape.
     """
 
-    keys: list[list[jax.Array]]
-    values: list[list[jax.Array]]
+    keys: jax.Array
+    values: jax.Array
+
+
+class Latents(NamedTuple):
+    """Of latent attention: for every token its latent and the rotated key that all heads share, [B, S, C]."""
+
+    latents: jax.Array
+
+
+Entry = KeysValues | Latents
+# Along which axis each array of an entry has slots for tokens.
+SLOT_AXES: dict[type, tuple[int, ...]] = {KeysValues: (-1, -2), Latents: (-2,)}
+
+
+class Cache(NamedTuple):
+    """The entries of all layers, stacked as the parameters are.
+
+    The arrays of `layers[segment][kind]` have a leading axis [R]; not where it is 1.
+    """
+
+    layers: list[list[Any]]
     positions_BS: jax.Array  # int32
     segments_BS: jax.Array  # int32, 0 = unused slot
     next_slot: jax.Array  # int32 scalar
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer kind, and which layer of the stack is meant (None: there is no stack)."""
+    """The entry of one layer kind, and which layer of the stack is meant (None: there is no stack)."""
 
-    keys: jax.Array
-    values: jax.Array
+    entry: Any
     repeat: jax.Array | None
     slot: jax.Array
     positions_BS: jax.Array
     segments_BS: jax.Array
 
-    def write(self, keys_BTKH: jax.Array, values_BTKH: jax.Array) -> 'LayerCache':
-        """The cache with the new tokens' keys and values at the next slots of this layer."""
-        keys_BKHT, values_BKTH = keys_BTKH.transpose(0, 2, 3, 1), values_BTKH.transpose(0, 2, 1, 3)
-        return self._replace(
-            keys=self._written(self.keys, keys_BKHT, slot_axis=-1),
-            values=self._written(self.values, values_BKTH, slot_axis=-2),
-        )
+    def write(self, new: Entry) -> 'LayerCache':
+        """The cache with the new tokens' arrays at the next slots of this layer."""
+        axes = SLOT_AXES[type(new)]
+        written = [self._written(*arrays) for arrays in zip(self.entry, new, axes, strict=True)]
+        return self._replace(entry=type(new)(*written))
 
     def _written(self, held: jax.Array, new: jax.Array, slot_axis: int) -> jax.Array:
         start = [jnp.zeros((), jnp.int32)] * held.ndim
@@ -54,34 +69,38 @@ class LayerCache(NamedTuple):
         shape = (1,) * (held.ndim - new.ndim) + new.shape[max(new.ndim - held.ndim, 0) :]
         return jax.lax.dynamic_update_slice(held, new.reshape(shape).astype(held.dtype), start)
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """Keys [B, K, H, S] and values [B, K, S, H] of this layer."""
+    def read(self) -> Any:
+        """The entry of this layer alone, with its batch axis."""
         if self.repeat is not None:
-            at = jax.lax.dynamic_index_in_dim
-            return at(self.keys, self.repeat, keepdims=False), at(self.values, self.repeat, keepdims=False)
-        if self.keys.ndim == 3:
-            return self.keys[None], self.values[None]
-        return self.keys, self.values
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.repeat, keepdims=False), self.entry)
+        if isinstance(self.entry, KeysValues) and self.entry.keys.ndim == 3:
+            return KeysValues(self.entry.keys[None], self.entry.values[None])
+        return self.entry
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> KVCache:
+def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """An empty cache for `batch` rows of up to `slots` tokens."""
 
-    def stacks(*shape: int) -> list[list[jax.Array]]:
-        shape = (batch, cfg.num_kv_heads, *shape)
-        stacked = [(s.repeats, *shape) if s.repeats > 1 else shape for s in cfg.segments]
-        return [[jnp.zeros(whole, dtype) for _ in s.kinds] for s, whole in zip(cfg.segments, stacked, strict=True)]
+    def empty(kind: LayerKind, repeats: int) -> Any:
+        entry = _empty_entry(cfg, kind, batch, slots, dtype)
+        return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), entry) if repeats > 1 else entry
 
-    return KVCache(
-        keys=stacks(cfg.head_dim, slots),
-        values=stacks(slots, cfg.head_dim),
+    return Cache(
+        layers=[[empty(kind, segment.repeats) for kind in segment.kinds] for segment in cfg.segments],
         positions_BS=jnp.zeros((batch, slots), jnp.int32),
         segments_BS=jnp.zeros((batch, slots), jnp.int32),
         next_slot=jnp.zeros((), jnp.int32),
     )
 
 
-def admit(cache: KVCache, positions_BT: jax.Array, segments_BT: jax.Array) -> KVCache:
+def _empty_entry(cfg: ModelConfig, kind: LayerKind, batch: int, slots: int, dtype: DTypeLike) -> Any:
+    if cfg.latent is not None:
+        return Latents(jnp.zeros((batch, slots, cfg.latent.rank + cfg.latent.rope_dim), dtype))
+    keys = jnp.zeros((batch, cfg.num_kv_heads, cfg.head_dim, slots), dtype)
+    return KeysValues(keys, keys.swapaxes(-1, -2))
+
+
+def admit(cache: Cache, positions_BT: jax.Array, segments_BT: jax.Array) -> Cache:
     """The cache with the positions and segments of the tokens that are about to be written."""
     start = (jnp.zeros((), jnp.int32), cache.next_slot)
     return cache._replace(

@@ -35,12 +35,84 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of an MLP: how experts are chosen for a token, and how their outputs are weighed.
+
+    The router's scores are a softmax or sigmoid of its logits. The `per_token` experts with the highest scores are
+    chosen; with `corrected`, the highest scores plus a bias per expert, which is not learnt by gradients and weighs
+    nothing (DeepSeek-V3, section 2.1.2). With `groups`, only experts of the `top_groups` groups may be chosen whose two
+    best sum highest. An expert's output is weighed by its score, `normalized` to a sum of 1 over the chosen, times `scale`.
+    """
+
+    count: int
+    per_token: int
+    width: int  # of one expert's MLP
+    scoring: Literal['softmax', 'sigmoid'] = 'softmax'
+    normalized: bool = True
+    scale: float = 1.0
+    corrected: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    shared_width: int = 0  # of an MLP that all tokens pass through as well; 0: none
+    balance_loss: float = 0.0  # weight of the balance loss in training, see routing.balance
+    balance_over: Literal['text', 'batch'] = 'text'  # tokens over which experts are to be used evenly
+    z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2 in training
+    capacity: float | None = (
+        None  # at most this multiple of an even share of a device's tokens; None: nothing is dropped
+    )
+
+    def __post_init__(self) -> None:
+        for name in ('count', 'width', 'groups', 'top_groups'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'Experts.{name}={getattr(self, name)}: expected a positive integer')
+        if not 1 <= self.per_token <= self.count:
+            raise ValueError(f'Experts.per_token={self.per_token}: expected 1 to count={self.count}')
+        if self.capacity is not None and self.capacity <= 0:
+            raise ValueError(f'Experts.capacity={self.capacity}: expected a positive number or None')
+        if self.count % self.groups or self.top_groups > self.groups:
+            raise ValueError(
+                f'Experts.groups={self.groups}, top_groups={self.top_groups}: expected a divisor of '
+                f'count={self.count}, and at most that many'
+            )
+        if self.per_token > self.count // self.groups * self.top_groups:
+            raise ValueError(
+                f'Experts.per_token={self.per_token}: top_groups={self.top_groups} of {self.groups} groups hold '
+                f'{self.count // self.groups * self.top_groups} experts'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values are made from a latent of `rank`.
+
+    A head's query and key have `nope_dim` dimensions without rotary embedding and `rope_dim` with it, whose key all
+    heads share; its value has `value_dim`. Queries are made from a latent too where `query_rank` is given.
+    """
+
+    rank: int
+    query_rank: int | None
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool = True  # rotary pairs are neighbours, not halves apart
+    norm_eps: float = 1e-6  # of the norms of both latents
+
+    def __post_init__(self) -> None:
+        for name in ('rank', 'nope_dim', 'rope_dim', 'value_dim'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'Latent.{name}={getattr(self, name)}: expected a positive integer')
+        if self.query_rank is not None and self.query_rank < 1:
+            raise ValueError(f'Latent.query_rank={self.query_rank}: expected a positive integer or None')
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What one layer computes, where layers of a model differ."""
 
     rope: Rope | None = None  # None: no rotary embedding
     window: int | None = None  # a query sees the keys at distance < window
-    mlp_width: int = 0
+    mlp_width: int = 0  # of a dense MLP
+    experts: bool = False  # a mixture of experts in place of the MLP
     attention_scale: float | None = None  # the factor on this layer's attention scores; None: the model's
 
 
@@ -78,6 +150,8 @@ class ModelConfig:
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    experts: Experts | None = None  # of the layers whose kind has them
+    latent: Latent | None = None  # attention is latent where it is given
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
@@ -97,6 +171,8 @@ class ModelConfig:
             raise ValueError(f'ModelConfig.head_dim={self.head_dim}: rotary embedding needs an even head dimension')
         if not self.segments or self.num_layers < 1:
             raise ValueError('ModelConfig.segments: expected at least one layer')
+        if any(kind.experts for kind in self.layer_kinds()) != (self.experts is not None):
+            raise ValueError('ModelConfig.experts: expected where, and only where, some layers have experts')
 
     @property
     def num_layers(self) -> int:

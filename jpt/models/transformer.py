@@ -10,22 +10,23 @@ from jax.typing import DTypeLike
 from jpt.kernels.vocab import embed_lookup
 from jpt.models.attention import Where
 from jpt.models.block import Block, apply_block
-from jpt.models.cache import KVCache, LayerCache, admit
+from jpt.models.cache import Cache, LayerCache, admit
 from jpt.models.config import Compute, ModelConfig, Segment
 from jpt.models.layers import norm
 from jpt.models.rope import rope_table
+from jpt.models.routing import RouterSums, add_layer, no_sums
 from jpt.quant.dot import dot
 
 Params = dict[str, Any]
 
 
 class Forward(NamedTuple):
-    """What a forward pass returns; `taps` holds the hidden states that were asked for, by name, each [B, T, D]."""
+    """What a pass over the layers returns; `taps` holds the hidden states that were asked for, by name, each [B, T, D]."""
 
-    hidden_BTD: jax.Array  # after the final norm
-    cache: KVCache | None
+    hidden_BTD: jax.Array  # of `forward`: after the final norm
+    cache: Cache | None
     taps: dict[str, jax.Array]
-    aux: dict[str, tuple[jax.Array, jax.Array]]  # sums and counts of auxiliary losses; none for dense models
+    router: RouterSums | None  # of all layers; None for a model without experts
 
 
 def init(cfg: ModelConfig, key: jax.Array, dtype: DTypeLike = 'float32') -> Params:
@@ -88,9 +89,9 @@ class _Run(NamedTuple):
     """What a run of layers carries from layer to layer."""
 
     hidden_BTD: jax.Array
-    keys: list[jax.Array]
-    values: list[jax.Array]
+    entries: list[Any]  # of the cache
     taps: dict[str, jax.Array]
+    router: RouterSums | None
 
 
 def run_layers(
@@ -99,27 +100,28 @@ def run_layers(
     hidden_BTD: jax.Array,
     where: Where,
     compute: Compute,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     taps: Sequence[str] = (),
-) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
-    """All layers of the model, segment by segment; each segment is one scan over its repeats."""
+) -> Forward:
+    """All layers of the model, segment by segment; each segment is one scan over its repeats. Without the
+    final norm."""
     found: dict[str, jax.Array] = {}
-    all_keys, all_values = [], []
+    entries = []
+    router = no_sums(cfg, hidden_BTD.dtype)
     for index, segment in enumerate(cfg.segments):
         run = _Run(
             hidden_BTD,
-            cache.keys[index] if cache else [],
-            cache.values[index] if cache else [],
+            cache.layers[index] if cache else [],
             {name: jnp.zeros_like(hidden_BTD) for name in _taps_of(cfg, index, taps)},
+            router,
         )
         run = _run_segment(cfg, index, segment, layers[index], run, where, compute, cache)
-        hidden_BTD = run.hidden_BTD
+        hidden_BTD, router = run.hidden_BTD, run.router
         found.update(run.taps)
-        all_keys.append(run.keys)
-        all_values.append(run.values)
+        entries.append(run.entries)
     if cache is not None:
-        cache = cache._replace(keys=all_keys, values=all_values, next_slot=cache.next_slot + hidden_BTD.shape[1])
-    return hidden_BTD, cache, found
+        cache = cache._replace(layers=entries, next_slot=cache.next_slot + hidden_BTD.shape[1])
+    return Forward(hidden_BTD, cache, found, router)
 
 
 def _run_segment(
@@ -130,29 +132,30 @@ def _run_segment(
     run: _Run,
     where: Where,
     compute: Compute,
-    cache: KVCache | None,
+    cache: Cache | None,
 ) -> _Run:
     blocks = [apply_block(cfg, kind, compute) for kind in segment.kinds]
 
     def period(run: _Run, step: tuple[list[Params], jax.Array | None]) -> tuple[_Run, None]:
         """The layers of one period, one after the other."""
         params, repeat = step
-        hidden, keys, values, taps = run.hidden_BTD, list(run.keys), list(run.values), dict(run.taps)
+        hidden, entries, taps, router = run.hidden_BTD, list(run.entries), dict(run.taps), run.router
         for kind, block in enumerate(blocks):
             layer_cache = None
             if cache is not None:
                 layer_cache = LayerCache(
-                    keys[kind], values[kind], repeat, cache.next_slot, cache.positions_BS, cache.segments_BS
+                    entries[kind], repeat, cache.next_slot, cache.positions_BS, cache.segments_BS
                 )
             inputs = hidden
-            hidden, layer_cache = block(params[kind], hidden, where, layer_cache)
+            layer = cfg.layer_index(index, kind, 0) + (0 if repeat is None else repeat) * len(blocks)
+            hidden, layer_cache, sums = block(params[kind], hidden, where, layer_cache)
+            router = add_layer(router, layer, sums)
             if layer_cache is not None:
-                keys[kind], values[kind] = layer_cache.keys, layer_cache.values
+                entries[kind] = layer_cache.entry
             for name in taps:
                 number, place = _parse_tap(name)
-                here = number == cfg.layer_index(index, kind, 0) + (0 if repeat is None else repeat) * len(blocks)
-                taps[name] = jnp.where(here, inputs if place == 'input' else hidden, taps[name])
-        return _Run(hidden, keys, values, taps), None
+                taps[name] = jnp.where(number == layer, inputs if place == 'input' else hidden, taps[name])
+        return _Run(hidden, entries, taps, router), None
 
     if segment.repeats == 1:  # no loop, and no slices out of a stack of one
         return period(run, (jax.tree.map(lambda leaf: leaf[0], list(layers)), None))[0]
@@ -196,7 +199,7 @@ def forward(
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     segment_ids_BT: jax.Array | None = None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     taps: Sequence[str] = (),
     *,
     compute: Compute = Compute(),  # noqa: B008 (frozen)
@@ -217,11 +220,11 @@ def forward(
         cache = admit(cache, positions_BT, segment_ids_BT)
     where = locate(cfg, positions_BT, segment_ids_BT, compute.dtype)
     embedded_BTD = embed(cfg, params, tokens_BT, positions_BT, compute)
-    hidden_BTD, cache, found = run_layers(cfg, params['layers'], embedded_BTD, where, compute, cache, taps)
-    hidden_BTD = final_norm(cfg, params, hidden_BTD)
+    result = run_layers(cfg, params['layers'], embedded_BTD, where, compute, cache, taps)
+    hidden_BTD = final_norm(cfg, params, result.hidden_BTD)
     ends = {'embed.output': embedded_BTD, 'final_norm.output': hidden_BTD}
-    found.update({name: ends[name] for name in taps if name in ends})
-    return Forward(hidden_BTD, cache, found, {})
+    found = result.taps | {name: ends[name] for name in taps if name in ends}
+    return result._replace(hidden_BTD=hidden_BTD, taps=found)
 
 
 def head_kernel(cfg: ModelConfig, params: Params) -> jax.Array:

@@ -1,6 +1,7 @@
 """Weights divided over `fsdp`, gathered where they are used: in the compute dtype; gradients return in float32."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jpt.kernels.local import auto_size, local, manual
+from jpt.kernels.local import auto_size, axis_size, local, manual
 from jpt.sharding.rules import MESH_AXES, logical_axes, path_keys
 
 AXIS = 'fsdp'
@@ -71,11 +72,23 @@ def _gather_backward(dim: int, spec: P, dtype: jnp.dtype, empty: jax.Array, whol
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def keep_activations(primitive: Any, *operands: Any, **params: Any) -> bool:
-    """A jax.checkpoint policy for one layer: keep what has batch, length and width; the rest is cheap or a weight.
+def keep_activations(parts: Any) -> Callable[..., bool]:
+    """A jax.checkpoint policy for a layer with these parts of weights: keep what has batch, length and width.
 
-    A gathered kernel [out, in], and whatever is made of it alone, is thus gathered once more for the backward pass
-    instead of being held for every layer.
+    The rest is cheap or a weight. A gathered kernel [out, in], and whatever is made of it alone, is thus gathered once
+    more for the backward pass instead of being held for every layer. Experts' kernels have three axes too: they are
+    known by their shapes.
     """
-    del primitive, params
-    return max((getattr(operand, 'ndim', 0) for operand in operands), default=0) >= 3
+    shards = axis_size((AXIS,))
+    weights = set()
+    for leaf in jax.tree.leaves(parts):
+        if leaf.ndim >= 3:
+            wholes = [leaf.shape[:at] + (size * shards,) + leaf.shape[at + 1 :] for at, size in enumerate(leaf.shape)]
+            weights |= {leaf.shape, *wholes}
+
+    def keep(primitive: Any, *operands: Any, **params: Any) -> bool:
+        del primitive, params
+        shapes = [operand.shape for operand in operands if getattr(operand, 'ndim', 0) >= 2]
+        return any(len(shape) >= 3 for shape in shapes) and not all(shape in weights for shape in shapes)
+
+    return keep

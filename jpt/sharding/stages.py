@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jpt.models.attention import Where
 from jpt.models.block import apply_block, remat_policy
 from jpt.models.config import Compute, LayerKind, ModelConfig
+from jpt.models.routing import RouterSums, add_layer
 from jpt.sharding.fsdp import gather, gathering, keep_activations
 from jpt.sharding.layout import RunSegment
 
@@ -31,10 +33,11 @@ def run_layers(
     cfg: ModelConfig,
     layers: LayerRun | Sequence[Sequence[Any]],
     hidden_BTD: jax.Array,
+    router: RouterSums | None,
     where: Where,
     compute: Compute,
-) -> tuple[jax.Array, None, dict[str, jax.Array]]:
-    """Any run of a model's layers on hidden states [B, T, D]; plain segments are taken for all layers of the model.
+) -> tuple[jax.Array, RouterSums | None]:
+    """Any run of a model's layers on hidden states [B, T, D], and the sums of their routers on top of `router`; plain segments are taken for all layers of the model.
 
     Takes the place of `models.transformer.run_layers` in a training objective. Weights that are divided over `fsdp` are
     gathered layer by layer, and again in the backward pass.
@@ -42,19 +45,25 @@ def run_layers(
     if not isinstance(layers, LayerRun):
         counts = tuple((len(segment.kinds), segment.repeats) for segment in cfg.segments)
         layers = LayerRun(list(layers), 0, whole_segments(counts))
+    first = layers.first
     for segment, params in zip(layers.segments, layers.layers, strict=True):
         blocks = [_layer(cfg, cfg.segments[s].kinds[k], compute) for s, k in segment.kinds]
 
-        def period(hidden: jax.Array, period_params: Any, blocks: list[Any] = blocks) -> tuple[jax.Array, None]:
-            for block, layer_params in zip(blocks, period_params, strict=True):
-                hidden = block(layer_params, hidden, where)
-            return hidden, None
+        def period(carry: Any, step: Any, blocks: list[Any] = blocks, first: Any = first) -> tuple[Any, None]:
+            (hidden, router), (period_params, repeat) = carry, step
+            for kind, (block, layer_params) in enumerate(zip(blocks, period_params, strict=True)):
+                hidden, sums = block(layer_params, hidden, where)
+                router = add_layer(router, first + repeat * len(blocks) + kind, sums)
+            return (hidden, router), None
 
-        hidden_BTD, _ = jax.lax.scan(period, hidden_BTD, params, unroll=min(compute.unroll, segment.repeats))
-    return hidden_BTD, None, {}
+        steps = (params, jnp.arange(segment.repeats, dtype=jnp.int32))
+        unroll = min(compute.unroll, segment.repeats)
+        (hidden_BTD, router), _ = jax.lax.scan(period, (hidden_BTD, router), steps, unroll=unroll)
+        first = first + len(blocks) * segment.repeats
+    return hidden_BTD, router
 
 
-def _layer(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[[Any, jax.Array, Where], jax.Array]:
+def _layer(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[[Any, jax.Array, Where], Any]:
     """A layer that gathers its weights first; nothing but the layer where they are not divided.
 
     Gather and layer share one checkpoint: the policy of an outer one would also govern what is inside an inner one.
@@ -62,12 +71,15 @@ def _layer(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[[Any
     divided = gathering()
     block = apply_block(cfg, kind, dataclasses.replace(compute, remat='none') if divided else compute)
 
-    def apply(params: Any, hidden_BTD: jax.Array, where: Where) -> jax.Array:
-        return block(gather(params, compute.dtype, cfg.num_kv_heads), hidden_BTD, where)[0]
+    def apply(params: Any, hidden_BTD: jax.Array, where: Where) -> tuple[jax.Array, RouterSums | None]:
+        hidden_BTD, _, sums = block(gather(params, compute.dtype, cfg.num_kv_heads), hidden_BTD, where)
+        return hidden_BTD, sums
 
-    if not divided:
-        return apply
-    return jax.checkpoint(apply, policy=keep_activations if compute.remat == 'none' else remat_policy(compute.remat))
+    def regathered(params: Any, hidden_BTD: jax.Array, where: Where) -> tuple[jax.Array, RouterSums | None]:
+        policy = keep_activations(params) if compute.remat == 'none' else remat_policy(compute.remat)
+        return jax.checkpoint(apply, policy=policy)(params, hidden_BTD, where)
+
+    return regathered if divided else apply
 
 
 def whole_segments(counts: tuple[tuple[int, int], ...]) -> tuple[RunSegment, ...]:

@@ -1,5 +1,6 @@
 """From settings to everything that a run needs: models, mesh, plan, objective, optimizer, step, first state."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from jpt.training.ema import init_ema
 from jpt.training.freeze import merge, partition
 from jpt.training.objective import Objective, language_modeling
 from jpt.training.optimizer import Optimizer, make_optimizer
+from jpt.training.router import make_correction
 from jpt.training.schedule import make_schedule
 from jpt.training.settings import ModelSource, TrainConfig
 from jpt.training.state import TrainState
@@ -96,7 +98,8 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(config.batch.size, config.batch.length)))
-    step = make_step(objective, optimizer, plan, config.ema)
+    correct = make_correction(models['model'].cfg, plan.layouts['model'], config.router.correction_rate)
+    step = make_step(objective, optimizer, plan, config.ema, correct if config.router.correction_rate else None)
     placed = batch_shardings(mesh, batch)
     job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None)
     state = _abstract_state(job)
@@ -109,7 +112,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
 
 
 def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute) -> Objective:
-    cfg = models['model'].cfg
+    cfg = _routed(models['model'].cfg, config)
     if config.task == 'distill':
         return logit_distillation(
             cfg,
@@ -119,6 +122,21 @@ def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute
             alpha=config.distill.alpha,
         )
     return language_modeling(cfg, compute)
+
+
+def _routed(cfg: ModelConfig, config: TrainConfig) -> ModelConfig:
+    """The model with its routers trained as the job says."""
+    if cfg.experts is None:
+        return cfg
+    router, own = config.router, cfg.experts
+    changed = dataclasses.replace(
+        own,
+        balance_loss=own.balance_loss if router.balance_loss is None else router.balance_loss,
+        balance_over=router.balance_over,
+        z_loss=router.z_loss,
+        capacity=router.capacity,
+    )
+    return dataclasses.replace(cfg, experts=changed)
 
 
 def _drawn(config: TrainConfig, name: str, weights: Weights, key: jax.Array) -> Any:

@@ -14,6 +14,7 @@ from jpt.data.batch import Batch
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import cross_entropy
 from jpt.models.config import Compute, ModelConfig
+from jpt.models.routing import RouterSums, no_sums
 from jpt.models.transformer import embed, final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
@@ -37,9 +38,20 @@ class Objective(NamedTuple):
     last: Callable[[Tree, Tree, Tree, Batch, dict[str, jax.Array]], tuple[jax.Array, Sums]]
 
 
+class Carry(NamedTuple):
+    """What rides through the layers of a model: hidden states [B, T, D], and the sums of its routers, if it has any."""
+
+    hidden_BTD: jax.Array
+    router: RouterSums | None
+
+
 def token_counts(batch: Batch) -> dict[str, jax.Array]:
-    """How much loss weight the whole batch holds."""
-    return {'tokens': jnp.sum(batch.loss_mask, dtype=jnp.promote_types(batch.loss_mask.dtype, jnp.float32))}
+    """How much loss weight the whole batch holds, and how many tokens that are not padding."""
+    wide = jnp.promote_types(batch.loss_mask.dtype, jnp.float32)
+    return {
+        'tokens': jnp.sum(batch.loss_mask, dtype=wide),
+        'real_tokens': jnp.sum(batch.segment_ids > 0, dtype=wide),
+    }
 
 
 def token_weights(micro: Batch, counts: dict[str, jax.Array]) -> jax.Array:
@@ -54,23 +66,49 @@ def in_tokens(result: tuple[jax.Array, Sums], counts: dict[str, jax.Array]) -> t
     return total, {name: (part * counts['tokens'], weight * counts['tokens']) for name, (part, weight) in sums.items()}
 
 
+def with_router(
+    result: tuple[jax.Array, Sums], cfg: ModelConfig, router: RouterSums | None, micro: Batch, counts: dict[str, Any]
+) -> tuple[jax.Array, Sums]:
+    """A loss with the auxiliary losses of the model's routers on top; itself for a model without experts.
+
+    total + balance_loss * (mean of `routing.balance` over tokens, summed over layers) + z_loss * (likewise). Metrics:
+    'balance' and 'router_z' are means over tokens and layers, 'late' is the share of rows that needed a further round
+    of exchange, 'dropped' that beyond the capacity of an expert, 'load' [L, E] says how many tokens went to each expert (`step` makes a number of it).
+    """
+    if router is None or cfg.experts is None:
+        return result
+    total, sums = result
+    experts, everything = cfg.experts, jnp.maximum(counts['real_tokens'], 1)
+    total = total + (experts.balance_loss * router.balance + experts.z_loss * router.z) / everything
+    places = jnp.sum(micro.segment_ids > 0) * jnp.asarray(sum(kind.experts for kind in cfg.layer_kinds()), total.dtype)
+    more = {
+        'balance': (router.balance, places),
+        'router_z': (router.z, places),
+        'late': (router.late, places * experts.per_token),
+        'dropped': (router.dropped, places * experts.per_token),
+        'load': (router.load_E, jnp.ones((), total.dtype)),
+    }
+    return total, sums | jax.lax.stop_gradient(more)
+
+
 def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
     """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
 
-    def first(params: Tree, frozen: Tree, micro: Batch) -> jax.Array:
-        return embed(cfg, merge(params, frozen['model']), micro.tokens, micro.positions, compute)
+    def first(params: Tree, frozen: Tree, micro: Batch) -> Carry:
+        model = merge(params, frozen['model'])
+        return Carry(embed(cfg, model, micro.tokens, micro.positions, compute), no_sums(cfg, compute.dtype))
 
-    def stage(layers: Tree, frozen_layers: Tree, hidden: jax.Array, micro: Batch) -> jax.Array:
+    def stage(layers: Tree, frozen_layers: Tree, carry: Carry, micro: Batch) -> Carry:
         where = locate(cfg, micro.positions, micro.segment_ids, compute.dtype)
-        return run_layers(cfg, merge(layers, frozen_layers['model']), hidden, where, compute)[0]
+        return Carry(*run_layers(cfg, merge(layers, frozen_layers['model']), *carry, where, compute))
 
     def last(
-        params: Tree, frozen: Tree, hidden: jax.Array, micro: Batch, counts: dict[str, jax.Array]
+        params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
         """Cross-entropy from the hidden states after the last layer."""
         model = merge(params, frozen['model'])
         result = linear_loss(
-            final_norm(cfg, model, hidden),
+            final_norm(cfg, model, carry.hidden_BTD),
             head_kernel(cfg, model),
             token_weights(micro, counts),
             {'targets': micro.targets},
@@ -78,6 +116,6 @@ def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
             vocab_size=cfg.vocab_size,
             soft_cap=cfg.logit_soft_cap,
         )
-        return in_tokens(result, counts)
+        return with_router(in_tokens(result, counts), cfg, carry.router, micro, counts)
 
     return Objective(token_counts, first, stage, last)

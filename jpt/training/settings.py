@@ -37,6 +37,23 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How the routers of a model with experts are trained; without effect on others."""
+
+    balance_loss: float | None = None  # weight of the loss that spreads tokens evenly; None: the model's own
+    balance_over: Literal['text', 'batch'] = 'text'  # evenly within each text, or over a microbatch on all devices
+    z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2
+    correction_rate: float = 0.001  # step of the bias that evens out the load of a model that has one; 0 keeps it
+    capacity: float | None = None  # an expert takes this multiple of an even share, the rest is dropped; None: all
+
+    def __post_init__(self) -> None:
+        for name in ('balance_loss', 'z_loss', 'correction_rate'):
+            value = getattr(self, name)
+            require(self, name, value is None or value >= 0, 'a number of 0 or more')
+        require(self, 'capacity', self.capacity is None or self.capacity > 0, 'a positive number or None')
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """The batch of one optimizer step, over all devices."""
 
@@ -145,6 +162,7 @@ class TrainConfig:
     teacher: ModelSource | None = None
     tokenizer: str | None = None  # a directory; None: the model's own, or else the teacher's
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     steps: int = 1000
     seed: int = 0

@@ -51,13 +51,16 @@ def test_the_cache_is_taken_apart_in_the_same_order():
         numbers = np.array([MIXED.layer_index(segment, kind, r) for r in range(count)])
         return leaf + (numbers.reshape(-1, 1, 1, 1, 1) if count > 1 else numbers[0])
 
-    marked = [[mark(s, k, np.asarray(leaf)) for k, leaf in enumerate(kinds)] for s, kinds in enumerate(cache.keys)]
-    layers = decoding_cache(MIXED, cache._replace(keys=marked))
-    assert [float(kind.mean()) for (kind,) in layers.keys] == [0, 1, 2, 3, 4]
-    assert [kind.shape for (kind,) in layers.values] == [(2, 1, 3, 8)] * 5
-    assert [kind.shape for (kind,) in layers.keys] == [(2, 1, 8, 3)] * 5
+    marked = [
+        [jax.tree.map(lambda leaf, s=s, k=k: mark(s, k, np.asarray(leaf)), entry) for k, entry in enumerate(kinds)]
+        for s, kinds in enumerate(cache.layers)
+    ]
+    layers = decoding_cache(MIXED, cache._replace(layers=marked)).layers
+    assert [float(entry.keys.mean()) for (entry,) in layers] == [0, 1, 2, 3, 4]
+    assert [entry.values.shape for (entry,) in layers] == [(2, 1, 3, 8)] * 5
+    assert [entry.keys.shape for (entry,) in layers] == [(2, 1, 8, 3)] * 5
     alone = decoding_cache(MIXED, init_cache(MIXED, 1, 3, 'float32'))
-    assert [kind.shape for (kind,) in alone.keys] == [(1, 8, 3)] * 5, 'a single row has no batch axis'
+    assert [entry.keys.shape for (entry,) in alone.layers] == [(1, 8, 3)] * 5, 'a single row has no batch axis'
 
 
 def test_a_turned_weight_multiplies_as_the_weight_does():

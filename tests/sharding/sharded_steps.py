@@ -1,5 +1,6 @@
-"""Two small models, a batch with everything in it, and one training step on any mesh."""
+"""Three small models, a batch with everything in it, and one training step on any mesh."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpt.data.batch import Batch
-from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment, segments_of
+from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment, segments_of
 from jpt.models.transformer import forward, init, unembed
 from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout, to_device_layout
@@ -39,6 +40,20 @@ MODELS = {
         logit_soft_cap=3.0,
         tied=True,
     ),
+    # A dense layer, then four with experts, in groups; both auxiliary losses.
+    'experts': ModelConfig(
+        'qwen3_moe',
+        53,
+        16,
+        4,
+        2,
+        4,
+        (Segment((WHOLE,), 1), Segment((dataclasses.replace(WHOLE, experts=True),), 4)),
+        64,
+        experts=Experts(
+            8, 2, 12, 'sigmoid', scale=1.5, groups=4, top_groups=2, shared_width=20, balance_loss=0.5, z_loss=0.05
+        ),
+    ),
 }
 
 
@@ -62,19 +77,24 @@ def make_batch(vocab: int, dtype: Any = np.float64) -> Batch:
 
 
 @functools.cache
-def reference(model: str) -> tuple[float, Any]:
-    """Loss and gradients in float64 from whole logits on one device, with nothing of jpt.sharding in the way."""
+def reference(model: str) -> tuple[float, Any, float]:
+    """Loss, gradients and cross-entropy in float64 from whole logits on one device, with nothing of jpt.sharding in the way."""
     cfg, batch = MODELS[model], make_batch(MODELS[model].vocab_size)
     compute = Compute('float64', attention='dense')
 
     def loss(params):
-        hidden = forward(cfg, params, batch.tokens, batch.positions, batch.segment_ids, compute=compute).hidden_BTD
-        logp = jax.nn.log_softmax(unembed(cfg, params, hidden))
+        result = forward(cfg, params, batch.tokens, batch.positions, batch.segment_ids, compute=compute)
+        logp = jax.nn.log_softmax(unembed(cfg, params, result.hidden_BTD))
         chosen = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        return -jnp.sum(chosen * batch.loss_mask) / jnp.sum(batch.loss_mask)
+        ce = -jnp.sum(chosen * batch.loss_mask) / jnp.sum(batch.loss_mask)
+        if cfg.experts is None:
+            return ce, ce
+        real = np.sum(batch.segment_ids > 0)
+        auxiliary = cfg.experts.balance_loss * result.router.balance + cfg.experts.z_loss * result.router.z
+        return ce + auxiliary / real, ce
 
-    total, grads = jax.jit(jax.value_and_grad(loss))(canonical_params(model))
-    return float(total), jax.tree.map(np.asarray, grads)
+    (total, ce), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(canonical_params(model))
+    return float(total), jax.tree.map(np.asarray, grads), float(ce)
 
 
 class Step(NamedTuple):

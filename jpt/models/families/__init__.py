@@ -13,7 +13,8 @@ from jpt.models.families.fields import Fields
 from jpt.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jpt.models.families.gpt2 import GPT2
 from jpt.models.families.llama import LLAMA, MISTRAL
-from jpt.models.families.qwen import QWEN2, QWEN3
+from jpt.models.families.mixtral import MIXTRAL
+from jpt.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     'llama': LLAMA,
@@ -24,6 +25,8 @@ FAMILIES: dict[str, Family] = {
     'gemma2': GEMMA2,
     'gemma3_text': GEMMA3,
     'gpt2': GPT2,
+    'qwen3_moe': QWEN3_MOE,
+    'mixtral': MIXTRAL,
 }
 
 

@@ -128,6 +128,23 @@ class Fields:
         """An integer field that may be null."""
         return None if self.get(name, default) is None else self.integer(name, default)
 
+    def same_integer(self, name: str, other: str, default: int) -> int:
+        """An integer that has two names; where both are given they must agree."""
+        values = {self.integer(n) for n in (name, other) if self.has(n)}
+        if len(values) > 1:
+            raise ValueError(f'config.json: {name} and {other} differ: {sorted(values)} ({self.family})')
+        self.ignore(name, other)
+        return values.pop() if values else default
+
+    def integers(self, name: str, default: Sequence[int]) -> Sequence[int]:
+        """A list of integers; null counts as absent."""
+        values = self.get(name)
+        if values is None:
+            return default
+        if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
+            raise ValueError(f'config.json: {name}={values!r}: expected a list of integers ({self.family})')
+        return values
+
     def number(self, name: str, default: float) -> float:
         """A float field."""
         value = self.get(name, default)

@@ -1,8 +1,9 @@
-"""Qwen 2, 2.5 and 3, dense."""
+"""Qwen 2, 2.5 and 3, and Qwen 3 with experts."""
 
+import dataclasses
 from typing import Any
 
-from jpt.models.config import LayerKind, ModelConfig
+from jpt.models.config import Experts, LayerKind, ModelConfig
 from jpt.models.families.family import Family
 from jpt.models.families.fields import Fields
 from jpt.models.families.llama import LLAMA_DIALECT, layer_types_of, llama_like, write_llama_like
@@ -36,6 +37,56 @@ def _read_qwen3(fields: Fields) -> ModelConfig:
     )
 
 
+def _read_qwen3_moe(fields: Fields) -> ModelConfig:
+    fields.ignore('output_router_logits', 'max_window_layers')  # all layers have the window, or none
+    window = fields.optional_integer('sliding_window', 4096)
+    if not fields.boolean('use_sliding_window', False):
+        window = None
+    rope = read_rope(fields, fields.integer('max_position_embeddings', 32768))
+    dense = fields.integers('mlp_only_layers', ())
+    step = fields.integer('decoder_sparse_step', 1)
+    count = fields.same_integer('num_experts', 'num_local_experts', 128)
+    kinds = tuple(
+        LayerKind(rope, window, experts=layer not in dense and (layer + 1) % step == 0)
+        for layer in range(fields.integer('num_hidden_layers'))
+    )
+    experts = Experts(
+        count=count,
+        per_token=fields.integer('num_experts_per_tok', 8),
+        width=fields.integer('moe_intermediate_size', 768),
+        normalized=fields.boolean('norm_topk_prob', False),
+        balance_loss=fields.number('router_aux_loss_coef', 0.001),
+    )
+    bias = fields.boolean('attention_bias', False)
+    return llama_like(
+        fields,
+        kinds,
+        default_length=32768,
+        qk_norm=True,
+        qkv_bias=bias,
+        attention_out_bias=bias,
+        experts=experts if any(kind.experts for kind in kinds) else None,
+    )
+
+
+def _write_qwen3_moe(cfg: ModelConfig) -> dict[str, Any]:
+    kinds, experts = list(cfg.layer_kinds()), cfg.experts
+    assert experts is not None
+    return write_llama_like(cfg) | {
+        'attention_bias': cfg.qkv_bias,
+        'use_sliding_window': kinds[0].window is not None,
+        'sliding_window': kinds[0].window,
+        'decoder_sparse_step': 1,
+        'mlp_only_layers': [layer for layer, kind in enumerate(kinds) if not kind.experts],
+        'num_experts': experts.count,
+        'num_local_experts': experts.count,
+        'num_experts_per_tok': experts.per_token,
+        'moe_intermediate_size': experts.width,
+        'norm_topk_prob': experts.normalized,
+        'router_aux_loss_coef': experts.balance_loss,
+    }
+
+
 def _write_qwen(cfg: ModelConfig) -> dict[str, Any]:
     windows = [kind.window for kind in cfg.layer_kinds()]
     window = next((window for window in windows if window), None)
@@ -48,5 +99,17 @@ def _write_qwen(cfg: ModelConfig) -> dict[str, Any]:
     return config | ({'attention_bias': cfg.qkv_bias} if cfg.family == 'qwen3' else {})
 
 
+QWEN3_MOE_DIALECT = dataclasses.replace(
+    LLAMA_DIALECT,
+    layer={
+        **LLAMA_DIALECT.layer,
+        'mlp.router': 'mlp.gate',
+        'mlp.experts.gate': 'mlp.experts.{e}.gate_proj',
+        'mlp.experts.up': 'mlp.experts.{e}.up_proj',
+        'mlp.experts.down': 'mlp.experts.{e}.down_proj',
+    },
+)
+
 QWEN2 = Family('Qwen2ForCausalLM', _read_qwen2, _write_qwen, LLAMA_DIALECT)
 QWEN3 = Family('Qwen3ForCausalLM', _read_qwen3, _write_qwen, LLAMA_DIALECT)
+QWEN3_MOE = Family('Qwen3MoeForCausalLM', _read_qwen3_moe, _write_qwen3_moe, QWEN3_MOE_DIALECT)
