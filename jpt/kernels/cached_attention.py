@@ -17,12 +17,17 @@ FEW_QUERIES = 16
 
 
 def cached_attention(
-    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, places: Places, rule: Scores
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    places: Places,
+    rule: Scores,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of q [B, T, N, H] over a cache -> [B, T, N, H] in q's dtype; it writes [B, N, T, S] scores.
 
     Keys and values are taken in q's dtype, statistics in at least float32. Query head n reads kv head n // (N // K). A
-    query that sees no key gives 0. The formula is that of `dense_attention`, the reference.
+    query that sees no key gives 0. `sinks_N`: a logit per head that joins the denominator only. The formula is that of `dense_attention`, the reference.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
@@ -34,8 +39,14 @@ def cached_attention(
         scores = rule.soft_cap * jnp.tanh(scores / rule.soft_cap)
     seen = visible(places, rule.mask)[:, None, None]
     scores = jnp.where(seen, scores, MASKED)
-    weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    sinks = None if sinks_N is None else sinks_N.astype(stats).reshape(1, K, N // K, 1, 1)
+    if sinks is not None:
+        peak = jnp.maximum(peak, sinks)
+    weights = jnp.where(seen, jnp.exp(scores - peak), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - peak)
     weights = weights.astype(v_BKSH.dtype).reshape(B, K, N // K * T, -1)
     out = jnp.einsum('bkms,bksh->bkmh', weights, v_BKSH, preferred_element_type=stats)
     out = out.reshape(B, K, N // K, T, H) / jnp.where(total == 0, 1, total)

@@ -23,8 +23,15 @@ from jpt.kernels.parallel_attention import ROWS, SEQUENCE
 
 EXPERT, TENSOR = 'expert', 'tensor'
 FACTOR = 1.5
-# How the weights of all experts lie, by name: kernels [E, out, in].
-SPECS = {'up': P(EXPERT, TENSOR), 'gate': P(EXPERT, TENSOR), 'down': P(EXPERT, None, TENSOR)}
+# How the weights of all experts lie, by name: kernels [E, out, in], biases [E, out].
+SPECS = {
+    'up': P(EXPERT, TENSOR),
+    'gate': P(EXPERT, TENSOR),
+    'down': P(EXPERT, None, TENSOR),
+    'up_bias': P(EXPERT, TENSOR),
+    'gate_bias': P(EXPERT, TENSOR),
+    'down_bias': P(EXPERT),
+}
 
 
 class Rows(NamedTuple):
@@ -32,6 +39,12 @@ class Rows(NamedTuple):
 
     x_MD: jax.Array
     sizes_E: jax.Array
+
+    def of_expert(self, values_EX: jax.Array) -> jax.Array:
+        """The values of each row's expert [M, X]; 0 for rows that are nobody's."""
+        ends = jnp.cumsum(self.sizes_E)
+        expert = jnp.searchsorted(ends, jnp.arange(self.x_MD.shape[0], dtype=ends.dtype), side='right')
+        return jnp.take(values_EX, expert, axis=0, mode='fill', fill_value=0)
 
 
 Run = Callable[[dict[str, Any], Rows], jax.Array]
@@ -46,7 +59,7 @@ def mixture(run: Run, x_BTD, ids_BTJ, weights_BTJ, kernels: dict[str, Any], coun
       run: the experts: (kernels, Rows) -> [M, D]; rows that belong to nobody give 0.
       ids_BTJ: int32, from 0 to count; `count` itself stands for no expert.
       weights_BTJ: in the dtype of x.
-      kernels: by a name of SPECS, [E, out, in], a shard's own experts where `expert` is manual.
+      kernels: by a name of SPECS, [E, out, in] or [E, out], a shard's own experts where `expert` is manual.
       factor: room for rows in a round of exchange, as a multiple of an even share.
 
     Raises:
@@ -70,6 +83,8 @@ def mixture(run: Run, x_BTD, ids_BTJ, weights_BTJ, kernels: dict[str, Any], coun
     def shard(x, ids, weights, kernels):
         x_MD, ids_MJ, weights_MJ = (y.reshape(-1, y.shape[-1]) for y in (x, ids, weights))
         own = count // shards
+        if 'down_bias' in kernels:  # once, where sums over `tensor` are still to be made
+            kernels = kernels | {'down_bias': jnp.where(axis_index([TENSOR]) == 0, kernels['down_bias'], 0)}
         if axis_size([EXPERT]) > 1 and not alike:
             out, late = _exchanged(run, x_MD, ids_MJ, weights_MJ, kernels, count, factor)
         else:

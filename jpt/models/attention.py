@@ -42,10 +42,12 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             flat = Linear(count * cfg.head_dim, cfg.qkv_bias, name=name)(x_BTD)
+            if cfg.qk_norm and cfg.qk_norm_over_heads and name != 'v':
+                flat = RMSNorm(cfg.norm_eps, cfg.norm_offset, name=f'{name}_norm')(flat)
             return place(flat.reshape(batch, length, count, cfg.head_dim), ('batch', 'length', 'heads', None))
 
         q_BTNH, k_BTKH, v_BTKH = heads('q', cfg.num_heads), heads('k', cfg.num_kv_heads), heads('v', cfg.num_kv_heads)
-        if cfg.qk_norm:
+        if cfg.qk_norm and not cfg.qk_norm_over_heads:
             q_BTNH = RMSNorm(cfg.norm_eps, cfg.norm_offset, name='q_norm')(q_BTNH)
             k_BTKH = RMSNorm(cfg.norm_eps, cfg.norm_offset, name='k_norm')(k_BTKH)
         if kind.rope is not None:
@@ -55,12 +57,19 @@ class Attention(nn.Module):
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, 'key'), checkpoint_name(v_BTKH, 'value')
         if cache is not None:
             cache = cache.write(KeysValues(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)))
-        out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, where, cache)
+        sinks_N = self.param('sinks', nn.initializers.zeros, (cfg.num_heads,)) if cfg.sinks else None
+        out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, where, cache)
         out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
         return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache
 
     def _attend(
-        self, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, where: Where, cache: LayerCache | None
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        sinks_N: jax.Array | None,
+        where: Where,
+        cache: LayerCache | None,
     ) -> jax.Array:
         """Attention [B, T, N, H] of the tokens to themselves, or to all of a cache that holds them."""
         cfg, kind, implementation = self.cfg, self.kind, self.compute.attention
@@ -72,7 +81,7 @@ class Attention(nn.Module):
             if implementation == 'auto' and q_BTNH.shape[1] <= FEW_QUERIES:
                 places = Places(where.positions_BT, k_positions, where.segments_BT, k_segments)
                 rule = Scores(Mask(window=kind.window), scale, cfg.attention_soft_cap)
-                return cached_attention(q_BTNH, k_BKHS, v_BKSH, places, rule)
+                return cached_attention(q_BTNH, k_BKHS, v_BKSH, places, rule, sinks_N)
             k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
         return attention(
             q_BTNH,
@@ -85,5 +94,6 @@ class Attention(nn.Module):
             window=kind.window,
             soft_cap=cfg.attention_soft_cap,
             scale=scale,
+            sinks_N=sinks_N,
             implementation=implementation,
         )

@@ -9,6 +9,7 @@ import jax
 from jpt.models.attention import Attention, Where
 from jpt.models.cache import LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig
+from jpt.models.latent_attention import LatentAttention
 from jpt.models.layers import norm
 from jpt.models.mlp import MLP
 from jpt.models.moe import MoE
@@ -32,12 +33,12 @@ class Block(nn.Module):
         self, hidden_BTD: jax.Array, where: Where, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
         cfg = self.cfg
-        mixer = Attention(cfg, self.kind, self.compute, name='attn')
-        mixed_BTD, cache = mixer(norm(cfg, 'attn_norm')(hidden_BTD), where, cache)
+        mixer = (Attention if cfg.latent is None else LatentAttention)(cfg, self.kind, self.compute, name='attn')
+        mixed_BTD, cache = mixer(norm(cfg, 'attn_norm')(hidden_BTD) if cfg.pre_norms else hidden_BTD, where, cache)
         if cfg.post_norms:
             mixed_BTD = norm(cfg, 'attn_post_norm')(mixed_BTD)
         hidden_BTD = self.compute.place(hidden_BTD + mixed_BTD, ('batch', 'length', None))
-        normed_BTD, sums = norm(cfg, 'mlp_norm')(hidden_BTD), None
+        normed_BTD, sums = norm(cfg, 'mlp_norm')(hidden_BTD) if cfg.pre_norms else hidden_BTD, None
         if self.kind.experts:
             inner_BTD, sums = MoE(cfg, name='mlp')(normed_BTD, where.segments_BT)
         else:

@@ -53,6 +53,7 @@ class Experts:
     corrected: bool = False
     groups: int = 1
     top_groups: int = 1
+    biases: bool = False  # of the router and of the experts' maps
     shared_width: int = 0  # of an MLP that all tokens pass through as well; 0: none
     balance_loss: float = 0.0  # weight of the balance loss in training, see routing.balance
     balance_over: Literal['text', 'batch'] = 'text'  # tokens over which experts are to be used evenly
@@ -79,6 +80,14 @@ class Experts:
                 f'Experts.per_token={self.per_token}: top_groups={self.top_groups} of {self.groups} groups hold '
                 f'{self.count // self.groups * self.top_groups} experts'
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedGate:
+    """gpt-oss's gated unit: (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit`, up within +-limit."""
+
+    alpha: float
+    limit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +151,17 @@ class ModelConfig:
     max_length: int  # positions the model was trained for
     activation: Activation = 'silu'
     gated_mlp: bool = True
+    clamped_gate: ClampedGate | None = None  # in place of activation(gate) * up
     norm: Literal['rms', 'layer'] = 'rms'
     norm_eps: float = 1e-6
     norm_offset: float = 0.0  # Gemma multiplies by (1 + scale)
-    post_norms: bool = False  # Gemma 2 and 3 also normalize what attention and MLP return
+    pre_norms: bool = True  # what attention and MLP read is normalized
+    post_norms: bool = False  # what attention and MLP return is normalized
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False  # over all heads together instead of each
     qkv_bias: bool = False
     attention_out_bias: bool = False
+    sinks: bool = False  # a logit per head that joins the softmax's denominator only
     mlp_bias: bool = False
     experts: Experts | None = None  # of the layers whose kind has them
     latent: Latent | None = None  # attention is latent where it is given
@@ -167,8 +180,8 @@ class ModelConfig:
             raise ValueError(
                 f'ModelConfig.num_kv_heads={self.num_kv_heads}: expected a divisor of num_heads={self.num_heads}'
             )
-        if self.head_dim % 2 and any(kind.rope for kind in self.layer_kinds()):
-            raise ValueError(f'ModelConfig.head_dim={self.head_dim}: rotary embedding needs an even head dimension')
+        if self.rotary_dim % 2 and any(kind.rope for kind in self.layer_kinds()):
+            raise ValueError(f'ModelConfig.head_dim={self.rotary_dim}: rotary embedding needs an even head dimension')
         if not self.segments or self.num_layers < 1:
             raise ValueError('ModelConfig.segments: expected at least one layer')
         if any(kind.experts for kind in self.layer_kinds()) != (self.experts is not None):
@@ -177,6 +190,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return sum(segment.num_layers for segment in self.segments)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head the rotary embedding turns."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
     def scale(self) -> float:

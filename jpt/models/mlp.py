@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jpt.models.config import ModelConfig
@@ -14,8 +15,21 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
     'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
     'relu': jax.nn.relu,
-    'tanh': jax.numpy.tanh,
+    'tanh': jnp.tanh,
 }
+
+
+def gated_unit(cfg: ModelConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """What the model makes of gate and up."""
+    activation, clamped = ACTIVATIONS[cfg.activation], cfg.clamped_gate
+    if clamped is None:
+        return lambda gate, up: activation(gate) * up
+
+    def unit(gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, clamped.limit), jnp.clip(up, -clamped.limit, clamped.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(clamped.alpha * gate)
+
+    return unit
 
 
 class MLP(nn.Module):
@@ -27,11 +41,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         cfg = self.cfg
-        activation = ACTIVATIONS[cfg.activation]
         up_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, name='up')(x_BTD), 'mlp_up')
         if cfg.gated_mlp:
             gate_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, name='gate')(x_BTD), 'mlp_gate')
-            inner_BTF = recomputed(lambda gate, up: activation(gate) * up)(gate_BTF, up_BTF)
+            inner_BTF = recomputed(gated_unit(cfg))(gate_BTF, up_BTF)
         else:
-            inner_BTF = recomputed(activation)(up_BTF)
+            inner_BTF = recomputed(ACTIVATIONS[cfg.activation])(up_BTF)
         return Linear(cfg.width, cfg.mlp_bias, (2 * cfg.num_layers) ** -0.5, name='down')(inner_BTF)

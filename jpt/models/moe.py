@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.expert_parallel import Rows, mixture
-from jpt.models.config import Activation, Experts, ModelConfig
-from jpt.models.layers import recomputed
-from jpt.models.mlp import ACTIVATIONS, MLP
+from jpt.models.config import Experts, ModelConfig
+from jpt.models.layers import along_last, recomputed
+from jpt.models.mlp import ACTIVATIONS, MLP, gated_unit
 from jpt.models.routing import RouterSums, choose, router_sums, within_capacity
 from jpt.quant.dot import dot, grouped_dot
 
@@ -31,58 +31,68 @@ class Router(nn.Module):
         init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', in_axis=-1, out_axis=-2)
         kernel = self.param('kernel', init, (count, x.shape[-1]))
         logits = dot(x.astype(jnp.promote_types(x.dtype, jnp.float32)), kernel)
+        if self.experts.biases:
+            bias = self.param('bias', nn.initializers.zeros, (count,))
+            logits = logits + along_last(bias.astype(logits.dtype), logits)
         correction = self.param('correction', nn.initializers.zeros, (count,)) if self.experts.corrected else None
         return logits, correction
 
 
-class ExpertKernels(nn.Module):
-    """The kernels of one linear map of all experts, [E, out, in]."""
+class ExpertLinear(nn.Module):
+    """The weights of one linear map of all experts: a kernel [E, out, in], and a bias [E, out] where there is one."""
 
     shape: tuple[int, int, int]
+    use_bias: bool
     residual_scale: float = 1.0
 
     @nn.compact
-    def __call__(self) -> Any:
-        if not self.is_initializing():
-            return self.get_variable('params', 'kernel')  # any weight type, see Linear
-        init = nn.initializers.variance_scaling(
-            self.residual_scale**2, 'fan_in', 'normal', in_axis=-1, out_axis=-2, batch_axis=0
-        )
-        return self.param('kernel', init, self.shape)
+    def __call__(self) -> tuple[Any, jax.Array | None]:
+        if self.is_initializing():
+            init = nn.initializers.variance_scaling(
+                self.residual_scale**2, 'fan_in', 'normal', in_axis=-1, out_axis=-2, batch_axis=0
+            )
+            kernel = self.param('kernel', init, self.shape)
+            bias = self.param('bias', nn.initializers.zeros, self.shape[:2]) if self.use_bias else None
+            return kernel, bias
+        # Any weight type, see Linear; and how many experts are here, the exchange knows.
+        kernel = self.get_variable('params', 'kernel')
+        if kernel.shape[1:] != self.shape[1:]:
+            raise ValueError(f'experts/{self.name}/kernel has shape {kernel.shape}: expected {self.shape}')
+        return kernel, self.get_variable('params', 'bias') if self.use_bias else None
 
 
 class ExpertMLPs(nn.Module):
-    """The weights of all experts' MLPs, by name."""
+    """The weights of all experts' MLPs, by the names of kernels/expert_parallel.py."""
 
     cfg: ModelConfig
     experts: Experts
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        cfg, count, inner = self.cfg, self.experts.count, self.experts.width
-        weights = {'up': ExpertKernels((count, inner, cfg.width), name='up')()}
+        cfg, experts = self.cfg, self.experts
+        wide, narrow = (experts.count, experts.width, cfg.width), (experts.count, cfg.width, experts.width)
+        maps = {'up': ExpertLinear(wide, experts.biases, name='up')()}
         if cfg.gated_mlp:
-            weights['gate'] = ExpertKernels((count, inner, cfg.width), name='gate')()
-        scale = (2 * cfg.num_layers) ** -0.5
-        weights['down'] = ExpertKernels((count, cfg.width, inner), scale, name='down')()
-        for name, kernel in weights.items():
-            # How many experts are here, the exchange knows.
-            expected = (cfg.width, inner) if name == 'down' else (inner, cfg.width)
-            if kernel.shape[1:] != expected:
-                raise ValueError(f'experts/{name}/kernel has shape {kernel.shape}: expected (experts, *{expected})')
-        return weights
+            maps['gate'] = ExpertLinear(wide, experts.biases, name='gate')()
+        maps['down'] = ExpertLinear(narrow, experts.biases, (2 * cfg.num_layers) ** -0.5, name='down')()
+        weights = {name: kernel for name, (kernel, _) in maps.items()}
+        return weights | {f'{name}_bias': bias for name, (_, bias) in maps.items() if bias is not None}
 
 
-def run_experts(name: Activation, weights: dict[str, Any], rows: Rows) -> jax.Array:
+def run_experts(cfg: ModelConfig, weights: dict[str, Any], rows: Rows) -> jax.Array:
     """The experts' MLPs on rows [M, D] sorted by expert: down(act(gate x) * up x), or down(act(up x))."""
-    activation = ACTIVATIONS[name]
-    up = checkpoint_name(grouped_dot(rows.x_MD, weights['up'], rows.sizes_E), 'mlp_up')
+
+    def linear(name: str, x: jax.Array) -> jax.Array:
+        y = grouped_dot(x, weights[name], rows.sizes_E)
+        return y + rows.of_expert(weights[f'{name}_bias']).astype(y.dtype) if f'{name}_bias' in weights else y
+
+    up = checkpoint_name(linear('up', rows.x_MD), 'mlp_up')
     if 'gate' in weights:
-        gate = checkpoint_name(grouped_dot(rows.x_MD, weights['gate'], rows.sizes_E), 'mlp_gate')
-        inner = recomputed(lambda gate, up: activation(gate) * up)(gate, up)
+        gate = checkpoint_name(linear('gate', rows.x_MD), 'mlp_gate')
+        inner = recomputed(gated_unit(cfg))(gate, up)
     else:
-        inner = recomputed(activation)(up)
-    return grouped_dot(inner, weights['down'], rows.sizes_E)
+        inner = recomputed(ACTIVATIONS[cfg.activation])(up)
+    return linear('down', inner)
 
 
 class MoE(nn.Module):
@@ -104,7 +114,7 @@ class MoE(nn.Module):
         wanted_MJ = jnp.where(real_MJ, choice.ids_MJ, experts.count)
         ids_MJ = within_capacity(experts, wanted_MJ)
         mixed_BTD, late = mixture(
-            partial(run_experts, cfg.activation),
+            partial(run_experts, cfg),
             x_BTD,
             ids_MJ.reshape(per_token),
             choice.weights_MJ.reshape(per_token).astype(x_BTD.dtype),

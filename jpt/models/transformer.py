@@ -67,7 +67,7 @@ def _init_segment(cfg: ModelConfig, segment: Segment, key: jax.Array) -> list[Pa
 
 def locate(cfg: ModelConfig, positions_BT: jax.Array, segments_BT: jax.Array, dtype: DTypeLike) -> Where:
     """Positions, segments and rotary angles, computed once for all layers."""
-    tables = tuple(rope_table(rope, cfg.head_dim, positions_BT, segments_BT, dtype) for rope in cfg.ropes())
+    tables = tuple(rope_table(rope, cfg.rotary_dim, positions_BT, segments_BT, dtype) for rope in cfg.ropes())
     # Without the barrier XLA computes sines and cosines anew inside every layer that is not in a loop.
     return Where(positions_BT, segments_BT, jax.lax.optimization_barrier(tables))
 
@@ -143,9 +143,7 @@ def _run_segment(
         for kind, block in enumerate(blocks):
             layer_cache = None
             if cache is not None:
-                layer_cache = LayerCache(
-                    entries[kind], repeat, cache.next_slot, cache.positions_BS, cache.segments_BS
-                )
+                layer_cache = LayerCache(entries[kind], repeat, cache.next_slot, cache.positions_BS, cache.segments_BS)
             inputs = hidden
             layer = cfg.layer_index(index, kind, 0) + (0 if repeat is None else repeat) * len(blocks)
             hidden, layer_cache, sums = block(params[kind], hidden, where, layer_cache)

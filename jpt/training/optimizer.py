@@ -31,6 +31,7 @@ ROLES: tuple[tuple[str, Role], ...] = (
     ('**/embedding', 'embedding'),
     ('**/scale', 'norm'),
     ('**/bias', 'bias'),
+    ('**/sinks', 'bias'),
     ('**/correction', 'bias'),  # has no gradient, see jpt.training.router
 )
 

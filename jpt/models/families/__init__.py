@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpt.models.config import ModelConfig
+from jpt.models.families.deepseek import DEEPSEEK_V3
 from jpt.models.families.family import Family
 from jpt.models.families.fields import Fields
 from jpt.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jpt.models.families.gpt2 import GPT2
+from jpt.models.families.gpt_oss import GPT_OSS
 from jpt.models.families.llama import LLAMA, MISTRAL
 from jpt.models.families.mixtral import MIXTRAL
 from jpt.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -27,6 +29,8 @@ FAMILIES: dict[str, Family] = {
     'gpt2': GPT2,
     'qwen3_moe': QWEN3_MOE,
     'mixtral': MIXTRAL,
+    'deepseek_v3': DEEPSEEK_V3,
+    'gpt_oss': GPT_OSS,
 }
 
 

@@ -109,9 +109,9 @@ def layer_types_of(cfg: ModelConfig) -> list[str]:
     return ['sliding_attention' if kind.window else 'full_attention' for kind in cfg.layer_kinds()]
 
 
-def windows_of(fields: Fields, types: Sequence[str]) -> list[int | None]:
+def windows_of(fields: Fields, types: Sequence[str], default: int = 4096) -> list[int | None]:
     """The window of each layer."""
-    window = fields.optional_integer('sliding_window', 4096)
+    window = fields.optional_integer('sliding_window', default)
     if window is None and 'sliding_attention' in types:
         raise ValueError('config.json: sliding_window is null, but there are layers of sliding_attention')
     return [window if name == 'sliding_attention' else None for name in types]
