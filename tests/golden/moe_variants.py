@@ -118,4 +118,196 @@ MIXTRAL_VARIANTS = (
     ),
 )
 
-MOE_VARIANTS = QWEN3_MOE_VARIANTS + MIXTRAL_VARIANTS
+GPT_OSS_YARN = {
+    'rope_type': 'yarn',
+    'factor': 4.0,
+    'beta_fast': 2.0,
+    'beta_slow': 1.0,
+    'truncate': False,
+    'original_max_position_embeddings': 48,
+}
+GPT_OSS: Json = {
+    **BASE,
+    'intermediate_size': 18,
+    'head_dim': 16,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'num_local_experts': 4,
+    'num_experts_per_tok': 2,
+    'sliding_window': 5,
+    'max_position_embeddings': 192,
+    'swiglu_limit': 1.0,
+    'rope_parameters': rope(500.0, **GPT_OSS_YARN),
+    'bos_token_id': None,
+}
+
+GPT_OSS_VARIANTS = (
+    Variant(
+        'gpt_oss',
+        'GptOssForCausalLM',
+        GPT_OSS,
+        (
+            EPS,
+            {'sliding_window': 6},
+            {'layer_types': ['full_attention', 'sliding_attention']},
+            {'num_experts_per_tok': 1},
+            {'swiglu_limit': 7.0},
+            {'swiglu_alpha': 1.0},
+            {'rope_parameters': rope(500.0)},
+            {'rope_parameters': rope(500.0, **{**GPT_OSS_YARN, 'truncate': True})},
+        ),
+        # As the published files have it, which know the limit and not the factor of the sigmoid.
+        old(
+            rope_theta=500.0,
+            rope_scaling=GPT_OSS_YARN,
+            swiglu_alpha=DROP,
+            experts_per_token=2,
+            initial_context_length=48,
+        ),
+        eos=5,
+    ),
+    Variant(
+        'gpt_oss_plain',
+        'GptOssForCausalLM',
+        {
+            **GPT_OSS,
+            'vocab_size': 109,
+            'hidden_size': 28,
+            'intermediate_size': 14,
+            'head_dim': 10,
+            'num_attention_heads': 6,
+            'num_key_value_heads': 2,
+            'num_local_experts': 5,
+            'num_experts_per_tok': 3,
+            'num_hidden_layers': 3,
+            'layer_types': ['full_attention', 'sliding_attention', 'sliding_attention'],
+            'attention_bias': False,
+            'swiglu_alpha': 1.2,
+            'swiglu_limit': 0.8,
+            'tie_word_embeddings': True,
+            'rope_parameters': rope(300.0),
+        },
+        (
+            EPS,
+            THETA,
+            {'sliding_window': 6},
+            {'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']},
+            {'num_experts_per_tok': 2},
+            {'swiglu_limit': 7.0},
+            {'swiglu_alpha': 1.702},
+        ),
+        # Without rope_scaling transformers would compute the yarn of the published models.
+        old(rope_theta=300.0, rope_scaling={'rope_type': 'default'}),
+    ),
+)
+
+DEEPSEEK_YARN = {
+    'rope_type': 'yarn',
+    'factor': 4.0,
+    'beta_fast': 2.0,
+    'beta_slow': 1.0,
+    'mscale': 0.7,
+    'mscale_all_dim': 1.6,
+    'original_max_position_embeddings': 48,
+}
+DEEPSEEK: Json = {
+    **BASE,
+    'num_hidden_layers': 3,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 4,
+    'intermediate_size': 26,
+    'moe_intermediate_size': 9,
+    'first_k_dense_replace': 1,
+    'n_routed_experts': 8,
+    'n_shared_experts': 1,
+    'num_experts_per_tok': 3,
+    'n_group': 4,
+    'topk_group': 2,
+    'norm_topk_prob': True,
+    'routed_scaling_factor': 2.5,
+    'q_lora_rank': 20,
+    'kv_lora_rank': 14,
+    'qk_nope_head_dim': 10,
+    'qk_rope_head_dim': 8,
+    'v_head_dim': 9,
+    'num_nextn_predict_layers': 0,
+    'max_position_embeddings': 192,
+    'rope_parameters': rope(500.0, **DEEPSEEK_YARN),
+}
+# Published files say how they route; transformers knows one way and does not look.
+DEEPSEEK_OLD = old(
+    head_dim=DROP,
+    qk_head_dim=DROP,
+    rope_interleave=DROP,
+    scoring_func='sigmoid',
+    topk_method='noaux_tc',
+    moe_layer_freq=1,
+    ep_size=1,
+    seq_aux=True,
+    aux_loss_alpha=0.001,
+)
+
+DEEPSEEK_VARIANTS = (
+    Variant(
+        'deepseek_v3',
+        'DeepseekV3ForCausalLM',
+        DEEPSEEK,
+        (
+            EPS,
+            {'rope_interleave': False},
+            {'n_group': 1, 'topk_group': 1},
+            {'topk_group': 3},
+            {'num_experts_per_tok': 2},
+            {'norm_topk_prob': False},
+            {'routed_scaling_factor': 1.0},
+            {'rope_parameters': rope(500.0)},
+            {'rope_parameters': rope(500.0, **{**DEEPSEEK_YARN, 'mscale': 1.0})},
+            {'rope_parameters': rope(500.0, **{**DEEPSEEK_YARN, 'mscale_all_dim': 1.0})},
+        ),
+        {
+            **DEEPSEEK_OLD,
+            'rope_theta': 500.0,
+            'rope_scaling': {**{k: v for k, v in DEEPSEEK_YARN.items() if k != 'rope_type'}, 'type': 'yarn'},
+        },
+        eos=5,
+    ),
+    # As Moonlight: queries in one projection, no groups, two shared experts.
+    Variant(
+        'deepseek_v3_plain',
+        'DeepseekV3ForCausalLM',
+        {
+            **DEEPSEEK,
+            'vocab_size': 103,
+            'hidden_size': 28,
+            'num_attention_heads': 3,
+            'num_key_value_heads': 3,
+            'num_hidden_layers': 2,
+            'intermediate_size': 22,
+            'moe_intermediate_size': 14,
+            'n_routed_experts': 6,
+            'n_shared_experts': 2,
+            'num_experts_per_tok': 2,
+            'n_group': 1,
+            'topk_group': 1,
+            'norm_topk_prob': False,
+            'routed_scaling_factor': 1.7,
+            'q_lora_rank': None,
+            'kv_lora_rank': 18,
+            'qk_nope_head_dim': 6,
+            'qk_rope_head_dim': 12,
+            'v_head_dim': 10,
+            'rope_parameters': rope(200.0),
+        },
+        (
+            EPS,
+            THETA,
+            {'rope_interleave': False},
+            {'num_experts_per_tok': 3},
+            {'norm_topk_prob': True},
+            {'routed_scaling_factor': 1.0},
+        ),
+        {**DEEPSEEK_OLD, 'rope_theta': 200.0, 'rope_scaling': None},
+    ),
+)
+
+MOE_VARIANTS = QWEN3_MOE_VARIANTS + MIXTRAL_VARIANTS + GPT_OSS_VARIANTS + DEEPSEEK_VARIANTS
