@@ -51,16 +51,18 @@ def is_norm(name: str) -> bool:
 
 
 def neutral(variant: Variant, name: str) -> float:
-    """The value of a one-dimensional weight that leaves the computation unchanged (of A_log: a decay of 1 per step)."""
+    """The value of a one-dimensional weight that leaves the computation unchanged (of a state: decay and skip of 1)."""
     if name.endswith('sinks'):
         return -30.0
-    return 1.0 if is_norm(name) and 'Gemma' not in variant.model_class else 0.0
+    return 1.0 if (is_norm(name) or name.endswith('.D')) and 'Gemma' not in variant.model_class else 0.0
 
 
 def spread(variant: Variant, name: str) -> float:
     """The standard deviation of a weight of more than one dimension."""
-    if any(part in name for part in ('embed_tokens', 'wte', 'wpe', 'embeddings')):
+    if any(part in name for part in ('embed_tokens', 'wte', 'wpe')):
         return 0.15 if 'Gemma' in variant.model_class else 0.6
+    if 'embeddings' in name:
+        return 0.3
     if name.endswith(('.gate.weight', 'router.weight', 'conv1d.weight')):
         return 0.4
     # GPT-2 without rotary positions needs the larger weights, or its tied head repeats one token for ever.
@@ -287,6 +289,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     print(f'torch {torch.__version__}, transformers {transformers.__version__}')
     print('name                params    bytes  |max|   loss  float64     least gradient     gap')
     for variant in VARIANTS:

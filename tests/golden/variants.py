@@ -5,13 +5,14 @@ width / heads), rotary bases and norm epsilons are far from their defaults, wind
 field that a reader of the config forgets must show in the logits. `probes` lists config changes that must move the
 logits by at least a hundred tolerances, `close_probes` by five; the maker asserts it. The files hold data only: the
 names of transformers' classes are strings, so that reading them needs no torch. Dense transformers are here, mixtures
-of experts in moe_variants.py, state-space models in hybrid_variants.py.
+of experts in moe_variants.py and shared_expert_variants.py, state-space models in hybrid_variants.py.
 """
 
 from typing import Any
 
 from hybrid_variants import HYBRID_VARIANTS
 from moe_variants import MOE_VARIANTS
+from shared_expert_variants import SHARED_EXPERT_VARIANTS
 from variant import DROP, Json, Variant, old, rope
 
 LLAMA = {
@@ -392,4 +393,4 @@ OLMO2_VARIANTS = (
 )
 
 DENSE_VARIANTS = LLAMA_VARIANTS + MISTRAL_QWEN_VARIANTS + GEMMA_VARIANTS + GPT2_VARIANTS + OLMO2_VARIANTS
-VARIANTS = DENSE_VARIANTS + MOE_VARIANTS + HYBRID_VARIANTS
+VARIANTS = DENSE_VARIANTS + MOE_VARIANTS + SHARED_EXPERT_VARIANTS + HYBRID_VARIANTS
