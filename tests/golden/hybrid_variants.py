@@ -162,7 +162,6 @@ NEMOTRON_H_VARIANTS = (
             'use_bias': True,
             'use_conv_bias': False,
             'mlp_bias': True,
-            'tie_word_embeddings': True,
         },
         (
             EPS,
