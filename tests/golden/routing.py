@@ -1,6 +1,7 @@
 """What the routers of a transformers model choose, and how far each choice is from a tie."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ def is_router(module: Any) -> bool:
 
 def routings_of(model: Any, tokens: np.ndarray) -> list[Routing]:
     """The choices of every layer that has a router, for one batch of tokens."""
+    return routings_during((model,), lambda: model(torch.from_numpy(tokens), use_cache=False))
+
+
+def routings_during(models: Sequence[Any], call: Callable[[], Any]) -> list[Routing]:
+    """The choices of all routers of some models while `call` runs, in the order in which they are made."""
     routings: list[Routing] = []
 
     def record(layer: int) -> Any:
@@ -49,11 +55,12 @@ def routings_of(model: Any, tokens: np.ndarray) -> list[Routing]:
 
     handles = [
         module.register_forward_hook(record(next(int(part) for part in name.split('.') if part.isdigit())))
+        for model in models
         for name, module in model.named_modules()
         if is_router(module)
     ]
     with torch.no_grad():
-        model(torch.from_numpy(tokens), use_cache=False)
+        call()
     for handle in handles:
         handle.remove()
     return routings
