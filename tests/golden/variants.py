@@ -3,57 +3,17 @@
 Sizes are ragged on purpose (widths of 36 and 40, vocabularies that no power of two divides, head widths that are not
 width / heads), rotary bases and norm epsilons are far from their defaults, windows are shorter than the sequence: a
 field that a reader of the config forgets must show in the logits. `probes` lists config changes that must move the
-logits by at least a hundred tolerances, `close_probes` by five; the maker asserts it. The file holds data only: the
-names of transformers' classes are strings, so that reading it needs no torch.
+logits by at least a hundred tolerances, `close_probes` by five; the maker asserts it. The files hold data only: the
+names of transformers' classes are strings, so that reading them needs no torch. Dense transformers are here, mixtures
+of experts in moe_variants.py and shared_expert_variants.py, state-space models in hybrid_variants.py.
 """
 
-import dataclasses
 from typing import Any
 
-Json = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One golden model.
-
-    Attributes:
-        name: directory under tests/golden/models.
-        model_class: class of transformers.
-        config: arguments of that class's config.
-        probes: config changes of which each must move the logits by a hundred tolerances.
-        close_probes: changes that move them less, but by five tolerances (exact GELU against its tanh form).
-        legacy: edits that turn config.json into the older dialect: DROP takes the key away. None: no such file.
-        eos: which generated token of the first prompt becomes the end-of-sequence token (None: generation never ends).
-        max_shard_size: as of save_pretrained, to force several safetensors files.
-        alone: lengths of rows that are also run alone (rotary scaling that depends on the length).
-    """
-
-    name: str
-    model_class: str
-    config: Json
-    probes: tuple[Json, ...] = ()
-    legacy: Json | None = None
-    eos: int | None = None
-    max_shard_size: str = '1GB'
-    alone: tuple[int, ...] = ()
-    close_probes: tuple[Json, ...] = ()
-
-
-def rope(theta: float, **scaling: Any) -> Json:
-    """The newer spelling: one dictionary that holds the base and the scaling."""
-    return {'rope_type': 'default', 'rope_theta': theta, **scaling}
-
-
-DROP = '(drop)'
-# What every legacy config lacks or has instead.
-OLD = {'dtype': DROP, 'rope_parameters': DROP, 'torch_dtype': 'float32'}
-
-
-def old(**changes: Any) -> Json:
-    """Edits to the older dialect, and those of the family on top."""
-    return {**OLD, **changes}
-
+from hybrid_variants import HYBRID_VARIANTS
+from moe_variants import MOE_VARIANTS
+from shared_expert_variants import SHARED_EXPERT_VARIANTS
+from variant import DROP, Json, Variant, old, rope
 
 LLAMA = {
     'vocab_size': 101,
@@ -421,4 +381,16 @@ GPT2_VARIANTS = (
     ),
 )
 
-VARIANTS = LLAMA_VARIANTS + MISTRAL_QWEN_VARIANTS + GEMMA_VARIANTS + GPT2_VARIANTS
+OLMO2_VARIANTS = (
+    Variant(
+        'olmo2',
+        'Olmo2ForCausalLM',
+        {**{key: value for key, value in LLAMA.items() if key != 'head_dim'}, 'pad_token_id': None},
+        (EPS, THETA),
+        old(rope_theta=200.0, rope_scaling=None),
+        eos=5,
+    ),
+)
+
+DENSE_VARIANTS = LLAMA_VARIANTS + MISTRAL_QWEN_VARIANTS + GEMMA_VARIANTS + GPT2_VARIANTS + OLMO2_VARIANTS
+VARIANTS = DENSE_VARIANTS + MOE_VARIANTS + SHARED_EXPERT_VARIANTS + HYBRID_VARIANTS

@@ -1,0 +1,202 @@
+"""Golden models with experts beside one that every token passes: DeepSeek-V3 and Llama 4."""
+
+from moe_variants import BASE, EPS, THETA
+from variant import DROP, Json, Variant, old, rope
+
+DEEPSEEK_YARN = {
+    'rope_type': 'yarn',
+    'factor': 4.0,
+    'beta_fast': 2.0,
+    'beta_slow': 1.0,
+    'mscale': 0.7,
+    'mscale_all_dim': 1.6,
+    'original_max_position_embeddings': 48,
+}
+DEEPSEEK: Json = {
+    **BASE,
+    'num_hidden_layers': 3,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 4,
+    'intermediate_size': 26,
+    'moe_intermediate_size': 9,
+    'first_k_dense_replace': 1,
+    'n_routed_experts': 8,
+    'n_shared_experts': 1,
+    'num_experts_per_tok': 3,
+    'n_group': 4,
+    'topk_group': 2,
+    'norm_topk_prob': True,
+    'routed_scaling_factor': 2.5,
+    'q_lora_rank': 20,
+    'kv_lora_rank': 14,
+    'qk_nope_head_dim': 10,
+    'qk_rope_head_dim': 8,
+    'v_head_dim': 9,
+    'num_nextn_predict_layers': 0,
+    'max_position_embeddings': 192,
+    'rope_parameters': rope(500.0, **DEEPSEEK_YARN),
+}
+# Published files say how they route; transformers knows one way and does not look.
+DEEPSEEK_OLD = old(
+    head_dim=DROP,
+    qk_head_dim=DROP,
+    rope_interleave=DROP,
+    scoring_func='sigmoid',
+    topk_method='noaux_tc',
+    moe_layer_freq=1,
+    ep_size=1,
+    seq_aux=True,
+    aux_loss_alpha=0.001,
+)
+
+DEEPSEEK_VARIANTS = (
+    Variant(
+        'deepseek_v3',
+        'DeepseekV3ForCausalLM',
+        DEEPSEEK,
+        (
+            EPS,
+            {'rope_interleave': False},
+            {'n_group': 1, 'topk_group': 1},
+            {'topk_group': 3},
+            {'num_experts_per_tok': 2},
+            {'norm_topk_prob': False},
+            {'routed_scaling_factor': 1.0},
+            {'rope_parameters': rope(500.0)},
+            {'rope_parameters': rope(500.0, **{**DEEPSEEK_YARN, 'mscale': 1.0})},
+            {'rope_parameters': rope(500.0, **{**DEEPSEEK_YARN, 'mscale_all_dim': 1.0})},
+        ),
+        {
+            **DEEPSEEK_OLD,
+            'rope_theta': 500.0,
+            'rope_scaling': {**{k: v for k, v in DEEPSEEK_YARN.items() if k != 'rope_type'}, 'type': 'yarn'},
+        },
+        eos=5,
+    ),
+    # As Moonlight: queries in one projection, no groups, two shared experts.
+    Variant(
+        'deepseek_v3_plain',
+        'DeepseekV3ForCausalLM',
+        {
+            **DEEPSEEK,
+            'vocab_size': 103,
+            'hidden_size': 28,
+            'num_attention_heads': 3,
+            'num_key_value_heads': 3,
+            'num_hidden_layers': 2,
+            'intermediate_size': 22,
+            'moe_intermediate_size': 14,
+            'n_routed_experts': 6,
+            'n_shared_experts': 2,
+            'num_experts_per_tok': 2,
+            'n_group': 1,
+            'topk_group': 1,
+            'norm_topk_prob': False,
+            'routed_scaling_factor': 1.7,
+            'q_lora_rank': None,
+            'kv_lora_rank': 18,
+            'qk_nope_head_dim': 6,
+            'qk_rope_head_dim': 12,
+            'v_head_dim': 10,
+            'rope_parameters': rope(200.0),
+        },
+        (
+            EPS,
+            THETA,
+            {'rope_interleave': False},
+            {'num_experts_per_tok': 3},
+            {'norm_topk_prob': True},
+            {'routed_scaling_factor': 1.0},
+        ),
+        {**DEEPSEEK_OLD, 'rope_theta': 200.0, 'rope_scaling': None},
+    ),
+)
+
+LLAMA4: Json = {
+    **BASE,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'head_dim': 10,
+    'num_hidden_layers': 3,
+    'intermediate_size': 10,
+    'intermediate_size_mlp': 26,
+    'num_local_experts': 4,
+    'num_experts_per_tok': 1,
+    'no_rope_layers': [1, 1, 0],
+    'attention_chunk_size': 5,
+    'attn_temperature_tuning': True,
+    'floor_scale': 4,
+    'attn_scale': 0.6,
+    'use_qk_norm': True,
+}
+LLAMA4_SCALING = {
+    'rope_type': 'llama3',
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 32,
+}
+
+LLAMA4_VARIANTS = (
+    Variant(
+        'llama4_text',
+        'Llama4ForCausalLM',
+        LLAMA4,
+        (
+            EPS,
+            THETA,
+            {'no_rope_layers': [1, 0, 1], 'layer_types': ['chunked_attention'] * 2 + ['full_attention']},
+            {'attention_chunk_size': 6},
+            {'layer_types': ['full_attention'] * 3},
+            {'attn_temperature_tuning': False},
+            {'floor_scale': 8192},
+            {'attn_scale': 0.1},
+            {'use_qk_norm': False},
+            {'num_experts_per_tok': 2},
+        ),
+        old(rope_theta=200.0, rope_scaling=None, layer_types=DROP, moe_layers=DROP),
+        eos=5,
+    ),
+    # Dense and sparse layers by turns, as in Maverick.
+    Variant(
+        'llama4_text_mixed',
+        'Llama4ForCausalLM',
+        {
+            **LLAMA4,
+            'vocab_size': 107,
+            'hidden_size': 28,
+            'num_attention_heads': 3,
+            'num_key_value_heads': 1,
+            'head_dim': 12,
+            'num_hidden_layers': 4,
+            'num_local_experts': 5,
+            'num_experts_per_tok': 2,
+            'interleave_moe_layer_step': 2,
+            'no_rope_layers': None,
+            'no_rope_layer_interval': 2,
+            'attention_chunk_size': 7,
+            'attn_temperature_tuning': False,
+            'use_qk_norm': False,
+            'tie_word_embeddings': True,
+            'rope_parameters': rope(200.0, **LLAMA4_SCALING),
+        },
+        (
+            EPS,
+            {'rope_parameters': rope(200.0)},
+            {'attention_chunk_size': 6},
+            {'no_rope_layer_interval': 3},
+            {'attn_temperature_tuning': True},
+            {'use_qk_norm': True},
+            {'num_experts_per_tok': 1},
+        ),
+        old(
+            rope_theta=200.0,
+            rope_scaling=LLAMA4_SCALING,
+            layer_types=DROP,
+            moe_layers=DROP,
+            no_rope_layers=[],
+        ),
+    ),
+)
+
+SHARED_EXPERT_VARIANTS = DEEPSEEK_VARIANTS + LLAMA4_VARIANTS
