@@ -212,6 +212,8 @@ def _tiles_per_group(dy_MO, x_MK, sizes_E):
         own = (row + jnp.arange(tile) < cut.end[index])[:, None]
         dy, x = (jnp.where(own, lax.dynamic_slice_in_dim(operand, row, tile), 0) for operand in operands)
         product = lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=wide)
-        return sums.at[cut.group[index]].add(product)
+        # Not sums.at[group].add: a scatter, which takes a tenth longer on CPU.
+        sum_before = lax.dynamic_index_in_dim(sums, cut.group[index], keepdims=False)
+        return lax.dynamic_update_index_in_dim(sums, sum_before + product, cut.group[index], 0)
 
     return lax.fori_loop(0, cut.total, one_tile, jnp.zeros((E, O, K), wide))
