@@ -58,8 +58,7 @@ def _alone(entry: Any) -> Any:
 
 
 def transposed(params: Params) -> Params:
-    """The tree with every array named `kernel` held the other way round; other weight types and those of experts stay as
-    they are."""
+    """The tree with every array named `kernel` held the other way round; other weight types and experts' stay."""
 
     def turn(path: tuple[Any, ...], leaf: Any) -> Any:
         names = [getattr(key, 'key', None) for key in path]

@@ -27,7 +27,8 @@ def cached_attention(
     """Softmax attention of q [B, T, N, H] over a cache -> [B, T, N, H] in q's dtype; it writes [B, N, T, S] scores.
 
     Keys and values are taken in q's dtype, statistics in at least float32. Query head n reads kv head n // (N // K). A
-    query that sees no key gives 0. `sinks_N`: a logit per head that joins the denominator only. The formula is that of `dense_attention`, the reference.
+    query that sees no key gives 0. `sinks_N`: a logit per head that joins the denominator only. The formula is that of
+    `dense_attention`, the reference.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]

@@ -50,7 +50,17 @@ class Rows(NamedTuple):
 Run = Callable[[dict[str, Any], Rows], jax.Array]
 
 
-def mixture(run: Run, x_BTD, ids_BTJ, weights_BTJ, kernels: dict[str, Any], count: int, factor: float = FACTOR):
+def mixture(
+    run: Run,
+    x_BTD,
+    ids_BTJ,
+    weights_BTJ,
+    kernels: dict[str, Any],
+    count: int,
+    *,
+    on_input: bool = False,
+    factor: float = FACTOR,
+):
     """sum_j weights[j] * expert ids[j] (x) for every token, [B, T, D], and how many rows needed a further round.
 
     Differentiable in x, weights and kernels.
@@ -60,6 +70,7 @@ def mixture(run: Run, x_BTD, ids_BTJ, weights_BTJ, kernels: dict[str, Any], coun
       ids_BTJ: int32, from 0 to count; `count` itself stands for no expert.
       weights_BTJ: in the dtype of x.
       kernels: by a name of SPECS, [E, out, in] or [E, out], a shard's own experts where `expert` is manual.
+      on_input: the weights multiply what experts read, not what they return.
       factor: room for rows in a round of exchange, as a multiple of an even share.
 
     Raises:
@@ -86,11 +97,11 @@ def mixture(run: Run, x_BTD, ids_BTJ, weights_BTJ, kernels: dict[str, Any], coun
         if 'down_bias' in kernels:  # once, where sums over `tensor` are still to be made
             kernels = kernels | {'down_bias': jnp.where(axis_index([TENSOR]) == 0, kernels['down_bias'], 0)}
         if axis_size([EXPERT]) > 1 and not alike:
-            out, late = _exchanged(run, x_MD, ids_MJ, weights_MJ, kernels, count, factor)
+            out, late = _exchanged(run, x_MD, ids_MJ, weights_MJ, kernels, count, on_input, factor)
         else:
             mine = ids_MJ - axis_index([EXPERT]) * own
             mine = jnp.where((mine >= 0) & (mine < own), mine, own)
-            out, late = _here(run, x_MD, mine, weights_MJ, kernels, own), jnp.zeros((), jnp.float32)
+            out, late = _here(run, x_MD, mine, weights_MJ, kernels, own, on_input), jnp.zeros((), jnp.float32)
         return out.reshape(1, *x.shape), late[None]
 
     token = P(rows, sequence)
@@ -102,11 +113,19 @@ def mixture(run: Run, x_BTD, ids_BTJ, weights_BTJ, kernels: dict[str, Any], coun
     return jnp.sum(out, axis=0, dtype=x_BTD.dtype), lax.stop_gradient(jnp.sum(late))
 
 
-def _here(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int):
+def _here(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, on_input: bool):
     """The mixture where all experts of interest are on this device."""
     order, inverse, sizes = _sorted(ids_MJ.reshape(-1), count)
-    out = run(kernels, Rows(_spread(x_MD, order, inverse, ids_MJ.shape[1]), sizes))
-    return _weighed(out, order, inverse, weights_MJ)
+    rows, weights_MJ = _inputs(x_MD, order, inverse, weights_MJ, on_input)
+    return _weighed(run(kernels, Rows(rows, sizes)), order, inverse, weights_MJ)
+
+
+def _inputs(x_MD, order, inverse, weights_MJ, on_input: bool):
+    """What the experts read, sorted by expert, and the weights of what they return."""
+    rows = _spread(x_MD, order, inverse, weights_MJ.shape[1])
+    if not on_input:
+        return rows, weights_MJ
+    return rows * _permuted(weights_MJ.reshape(-1, 1), order, inverse), jnp.ones_like(weights_MJ)
 
 
 def _weighed(out, order, inverse, weights_MJ):
@@ -178,13 +197,13 @@ _packed.defvjp(lambda rows, plan: (_packed(rows, plan), plan), lambda plan, d: (
 _unpacked.defvjp(lambda slots, plan: (_unpacked(slots, plan), plan), lambda plan, d: (_packed(d, plan), None))
 
 
-def _exchanged(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, factor: float):
+def _exchanged(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, on_input: bool, factor: float):
     """The mixture where every shard of `expert` has its own tokens and its own experts."""
     shards = axis_size([EXPERT])
     own = count // shards
     flat = ids_MJ.reshape(-1)
     order, inverse, sizes = _sorted(flat, count)
-    rows = _spread(x_MD, order, inverse, ids_MJ.shape[1])
+    rows, weights_MJ = _inputs(x_MD, order, inverse, weights_MJ, on_input)
     ids = flat[order]
     room = min(len(flat), 8 * math.ceil(factor * len(flat) / shards / 8))
     load = sizes.reshape(shards, own).sum(axis=1)  # rows for each shard

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.attention import attention
@@ -11,8 +12,8 @@ from jpt.kernels.blockwise_attention import Scores
 from jpt.kernels.cached_attention import FEW_QUERIES, cached_attention
 from jpt.kernels.masks import Mask, Places
 from jpt.models.cache import KeysValues, LayerCache
-from jpt.models.config import Compute, LayerKind, ModelConfig, Rope
-from jpt.models.layers import Linear, RMSNorm
+from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Temperature
+from jpt.models.layers import Linear, RMSNorm, unit_rms
 from jpt.models.rope import apply_rope
 
 
@@ -52,7 +53,11 @@ class Attention(nn.Module):
             k_BTKH = RMSNorm(cfg.norm_eps, cfg.norm_offset, name='k_norm')(k_BTKH)
         if kind.rope is not None:
             cos, sin = where.rope(cfg, kind.rope)
-            q_BTNH, k_BTKH = apply_rope(q_BTNH, cos, sin), apply_rope(k_BTKH, cos, sin)
+            q_BTNH, k_BTKH = (apply_rope(x, cos, sin, kind.rope.interleaved) for x in (q_BTNH, k_BTKH))
+        if kind.unit_qk:
+            q_BTNH, k_BTKH = (unit_rms(x, cfg.norm_eps) for x in (q_BTNH, k_BTKH))
+        if kind.temperature is not None:
+            q_BTNH = _tempered(q_BTNH, where.positions_BT, kind.temperature)
         q_BTNH = checkpoint_name(q_BTNH, 'query')
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, 'key'), checkpoint_name(v_BTKH, 'value')
         if cache is not None:
@@ -80,7 +85,7 @@ class Attention(nn.Module):
             k_BKHS, v_BKSH = cache.read()
             if implementation == 'auto' and q_BTNH.shape[1] <= FEW_QUERIES:
                 places = Places(where.positions_BT, k_positions, where.segments_BT, k_segments)
-                rule = Scores(Mask(window=kind.window), scale, cfg.attention_soft_cap)
+                rule = Scores(Mask(window=kind.window, chunk=kind.chunk), scale, cfg.attention_soft_cap)
                 return cached_attention(q_BTNH, k_BKHS, v_BKSH, places, rule, sinks_N)
             k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
         return attention(
@@ -92,8 +97,16 @@ class Attention(nn.Module):
             q_segments_BT=where.segments_BT,
             k_segments_BS=k_segments,
             window=kind.window,
+            chunk=kind.chunk,
             soft_cap=cfg.attention_soft_cap,
             scale=scale,
             sinks_N=sinks_N,
             implementation=implementation,
         )
+
+
+def _tempered(q_BTNH: jax.Array, positions_BT: jax.Array, temperature: Temperature) -> jax.Array:
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    steps_BT = jnp.floor((positions_BT.astype(wide) + 1) / temperature.floor)
+    factor_BT = 1 + temperature.scale * jnp.log1p(steps_BT)
+    return (q_BTNH * factor_BT[..., None, None]).astype(q_BTNH.dtype)

@@ -32,6 +32,7 @@ class Rope:
     mscale: float = 0.0  # yarn
     mscale_all_dim: float = 0.0  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    interleaved: bool = False  # the two dimensions of a pair are neighbours, not half a head apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Experts:
     The router's scores are a softmax or sigmoid of its logits. The `per_token` experts with the highest scores are
     chosen; with `corrected`, the highest scores plus a bias per expert, which is not learnt by gradients and weighs
     nothing (DeepSeek-V3, section 2.1.2). With `groups`, only experts of the `top_groups` groups may be chosen whose two
-    best sum highest. An expert's output is weighed by its score, `normalized` to a sum of 1 over the chosen, times `scale`.
+    best sum highest. An expert's output is weighed by its score, `normalized` to a sum of 1 over the chosen, times
+    `scale`.
     """
 
     count: int
@@ -53,6 +55,7 @@ class Experts:
     corrected: bool = False
     groups: int = 1
     top_groups: int = 1
+    on_input: bool = False  # what an expert reads is weighed, not what it returns
     biases: bool = False  # of the router and of the experts' maps
     shared_width: int = 0  # of an MLP that all tokens pass through as well; 0: none
     balance_loss: float = 0.0  # weight of the balance loss in training, see routing.balance
@@ -103,7 +106,6 @@ class Latent:
     nope_dim: int
     rope_dim: int
     value_dim: int
-    interleaved: bool = True  # rotary pairs are neighbours, not halves apart
     norm_eps: float = 1e-6  # of the norms of both latents
 
     def __post_init__(self) -> None:
@@ -115,11 +117,22 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position, by 1 + scale * log(1 + floor((position + 1) / floor)) (Llama 4)."""
+
+    scale: float
+    floor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What one layer computes, where layers of a model differ."""
 
     rope: Rope | None = None  # None: no rotary embedding
     window: int | None = None  # a query sees the keys at distance < window
+    chunk: int | None = None  # a query sees the keys whose position // chunk is its own
+    unit_qk: bool = False  # queries and keys are divided by their root mean square, after the rotary embedding
+    temperature: Temperature | None = None
     mlp_width: int = 0  # of a dense MLP
     experts: bool = False  # a mixture of experts in place of the MLP
     attention_scale: float | None = None  # the factor on this layer's attention scores; None: the model's

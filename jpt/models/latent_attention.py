@@ -54,13 +54,10 @@ class LatentAttention(nn.Module):
 
     def _rotated(self, x_BTNH: jax.Array, first: int, where: Where) -> jax.Array:
         """Heads with the dimensions from `first` on rotated."""
-        assert self.cfg.latent is not None
         if self.kind.rope is None:
             return x_BTNH
-        rotary = x_BTNH[..., first:]
-        if self.cfg.latent.interleaved:  # only products of queries and keys matter, so pairs need not go back
-            rotary = jnp.concatenate([rotary[..., 0::2], rotary[..., 1::2]], axis=-1)
-        rotated = apply_rope(rotary, *where.rope(self.cfg, self.kind.rope))
+        rope = self.kind.rope
+        rotated = apply_rope(x_BTNH[..., first:], *where.rope(self.cfg, rope), rope.interleaved)
         return jnp.concatenate([x_BTNH[..., :first], rotated], axis=-1) if first else rotated
 
     def _attend(self, q_BTNH: jax.Array, latents_BTC: jax.Array, where: Where, cache: LayerCache | None) -> jax.Array:

@@ -83,6 +83,12 @@ class LayerNorm(nn.Module):
         return recomputed(partial(_layer_norm, eps=self.eps))(x, scale, bias)
 
 
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, with statistics in at least float32; the result has the dtype of x."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)

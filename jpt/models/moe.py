@@ -120,6 +120,7 @@ class MoE(nn.Module):
             choice.weights_MJ.reshape(per_token).astype(x_BTD.dtype),
             ExpertMLPs(cfg, experts, name='experts')(),
             experts.count,
+            on_input=experts.on_input,
         )
         if experts.shared_width:
             mixed_BTD = mixed_BTD + MLP(cfg, experts.shared_width, name='shared')(x_BTD)

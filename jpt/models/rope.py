@@ -29,9 +29,14 @@ def rope_table(
     return jnp.cos(angles_BTH) * factor, jnp.sin(angles_BTH) * factor
 
 
-def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotate the two halves of the head dimension; the result has the dtype of x."""
-    first, second = jnp.split(x_BTNH.astype(cos_BTH.dtype), 2, axis=-1)
+def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Rotate the two halves of the head dimension; the result has the dtype of x.
+
+    `interleaved`: the pairs are neighbours in x and halves apart in the result, since only products of queries with
+    keys matter.
+    """
+    wide = x_BTNH.astype(cos_BTH.dtype)
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)

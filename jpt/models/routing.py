@@ -24,8 +24,8 @@ class RouterSums(NamedTuple):
     """What the router of one layer adds to the auxiliary losses and to the metrics, as sums over real tokens.
 
     balance: see `balance`. z: logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE, equation 5). load_E: how many tokens went
-    to each expert, [L, E] of a whole model. late: rows that needed a further round of exchange (kernels/expert_parallel.py),
-    dropped: rows beyond an expert's capacity.
+    to each expert, [L, E] of a whole model. late: rows that needed a further round of exchange, see
+    kernels/expert_parallel.py. dropped: rows beyond an expert's capacity.
     """
 
     balance: jax.Array

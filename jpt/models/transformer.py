@@ -21,7 +21,7 @@ Params = dict[str, Any]
 
 
 class Forward(NamedTuple):
-    """What a pass over the layers returns; `taps` holds the hidden states that were asked for, by name, each [B, T, D]."""
+    """What a pass over the layers returns; `taps` holds the hidden states that were asked for, by name, [B, T, D]."""
 
     hidden_BTD: jax.Array  # of `forward`: after the final norm
     cache: Cache | None

@@ -83,7 +83,7 @@ def keep_activations(parts: Any) -> Callable[..., bool]:
     weights = set()
     for leaf in jax.tree.leaves(parts):
         if leaf.ndim >= 3:
-            wholes = [leaf.shape[:at] + (size * shards,) + leaf.shape[at + 1 :] for at, size in enumerate(leaf.shape)]
+            wholes = [(*leaf.shape[:at], n * shards, *leaf.shape[at + 1 :]) for at, n in enumerate(leaf.shape)]
             weights |= {leaf.shape, *wholes}
 
     def keep(primitive: Any, *operands: Any, **params: Any) -> bool:

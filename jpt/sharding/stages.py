@@ -37,10 +37,10 @@ def run_layers(
     where: Where,
     compute: Compute,
 ) -> tuple[jax.Array, RouterSums | None]:
-    """Any run of a model's layers on hidden states [B, T, D], and the sums of their routers on top of `router`; plain segments are taken for all layers of the model.
+    """Any run of a model's layers on hidden states [B, T, D], and the sums of their routers on top of `router`.
 
-    Takes the place of `models.transformer.run_layers` in a training objective. Weights that are divided over `fsdp` are
-    gathered layer by layer, and again in the backward pass.
+    Plain segments are taken for all layers of the model. Takes the place of `models.transformer.run_layers` in a training
+    objective. Weights that are divided over `fsdp` are gathered layer by layer, and again in the backward pass.
     """
     if not isinstance(layers, LayerRun):
         counts = tuple((len(segment.kinds), segment.repeats) for segment in cfg.segments)

@@ -73,7 +73,8 @@ def with_router(
 
     total + balance_loss * (mean of `routing.balance` over tokens, summed over layers) + z_loss * (likewise). Metrics:
     'balance' and 'router_z' are means over tokens and layers, 'late' is the share of rows that needed a further round
-    of exchange, 'dropped' that beyond the capacity of an expert, 'load' [L, E] says how many tokens went to each expert (`step` makes a number of it).
+    of exchange, 'dropped' that beyond the capacity of an expert, 'load' [L, E] says how many tokens went to each expert
+    (the step makes a number of it).
     """
     if router is None or cfg.experts is None:
         return result

@@ -78,7 +78,7 @@ def make_batch(vocab: int, dtype: Any = np.float64) -> Batch:
 
 @functools.cache
 def reference(model: str) -> tuple[float, Any, float]:
-    """Loss, gradients and cross-entropy in float64 from whole logits on one device, with nothing of jpt.sharding in the way."""
+    """Loss, gradients and cross-entropy in float64 from whole logits on one device, without jpt.sharding."""
     cfg, batch = MODELS[model], make_batch(MODELS[model].vocab_size)
     compute = Compute('float64', attention='dense')
 

@@ -15,6 +15,7 @@ from jpt.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jpt.models.families.gpt2 import GPT2
 from jpt.models.families.gpt_oss import GPT_OSS
 from jpt.models.families.llama import LLAMA, MISTRAL
+from jpt.models.families.llama4 import LLAMA4
 from jpt.models.families.mixtral import MIXTRAL
 from jpt.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     'mixtral': MIXTRAL,
     'deepseek_v3': DEEPSEEK_V3,
     'gpt_oss': GPT_OSS,
+    'llama4_text': LLAMA4,
 }
 
 

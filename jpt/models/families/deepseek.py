@@ -1,5 +1,6 @@
-"""DeepSeek-V3 and R1, Moonlight, Kimi K2: latent attention, experts chosen by corrected sigmoid scores, shared experts."""
+"""DeepSeek-V3 and R1, Moonlight, Kimi K2: latent attention, and experts chosen by corrected scores."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -44,6 +45,7 @@ def _read(fields: Fields) -> ModelConfig:
     layers = fields.integer('num_hidden_layers')
     dense = fields.integer('first_k_dense_replace', 3)
     rope = read_rope(fields, fields.integer('max_position_embeddings', 4096))
+    rope = dataclasses.replace(rope, interleaved=fields.boolean('rope_interleave', True))
     fields.expect('scoring_func', ('sigmoid',))
     fields.expect('topk_method', ('noaux_tc',))
     fields.expect('moe_layer_freq', (1,))
@@ -56,7 +58,6 @@ def _read(fields: Fields) -> ModelConfig:
         nope_dim=fields.integer('qk_nope_head_dim', 128),
         rope_dim=fields.integer('qk_rope_head_dim', 64),
         value_dim=fields.integer('v_head_dim', 128),
-        interleaved=fields.boolean('rope_interleave', True),
     )
     width = fields.integer('moe_intermediate_size', 2048)
     experts = Experts(
@@ -104,7 +105,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         'qk_nope_head_dim': latent.nope_dim,
         'qk_rope_head_dim': latent.rope_dim,
         'v_head_dim': latent.value_dim,
-        'rope_interleave': latent.interleaved,
+        'rope_interleave': kinds[0].rope is not None and kinds[0].rope.interleaved,
         'first_k_dense_replace': sum(not kind.experts for kind in kinds),
         'num_nextn_predict_layers': 0,
     }

@@ -180,14 +180,14 @@ class Fields:
             raise ValueError(f'config.json: {name}={value!r}: expected one of {", ".join(allowed)} ({self.family})')
         return allowed[value]
 
-    def layer_types(self, default: Sequence[str]) -> Sequence[str]:
+    def layer_types(
+        self, default: Sequence[str], known: Sequence[str] = ('full_attention', 'sliding_attention')
+    ) -> Sequence[str]:
         """The kind of attention of each layer."""
         types = self.get('layer_types') or default
         for index, name in enumerate(types):
-            if name not in ('full_attention', 'sliding_attention'):
-                raise ValueError(
-                    f'config.json: layer_types[{index}]={name!r}: expected full_attention or sliding_attention'
-                )
+            if name not in known:
+                raise ValueError(f'config.json: layer_types[{index}]={name!r}: expected {" or ".join(known)}')
         return types
 
     def expect(self, name: str, allowed: Sequence[Any]) -> None:

@@ -63,7 +63,8 @@ def _read(fields: Fields) -> ModelConfig:
 
 def _write(cfg: ModelConfig) -> dict[str, Any]:
     experts, gate = cfg.experts, cfg.clamped_gate
-    assert experts is not None and gate is not None
+    assert experts is not None
+    assert gate is not None
     return write_llama_like(cfg) | {
         'attention_bias': cfg.qkv_bias,
         'layer_types': layer_types_of(cfg),

@@ -36,7 +36,7 @@ def llama_like(fields: Fields, kinds: tuple[LayerKind, ...] | None = None, **mor
     width = fields.integer('hidden_size')
     layers = fields.integer('num_hidden_layers')
     head_dim = more.pop('head_dim', None) or fields.optional_integer('head_dim') or width // heads
-    mlp_width = fields.integer('intermediate_size')
+    mlp_width = more.pop('mlp_width', None) or fields.integer('intermediate_size')
     max_length = fields.integer('max_position_embeddings', more.pop('default_length', 2048))
     if kinds is None:
         kinds = (LayerKind(read_rope(fields, max_length)),) * layers
