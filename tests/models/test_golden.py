@@ -210,7 +210,7 @@ def test_configs_of_published_checkpoints_are_read_and_give_their_number_of_para
 
 
 FAMILY_OF = {'llama': 'llama', 'mistral_window': 'mistral', 'qwen2': 'qwen2', 'qwen3': 'qwen3', 'gemma': 'gemma'}
-FAMILY_OF |= {'gemma2': 'gemma2', 'gemma3_text': 'gemma3_text', 'gpt2': 'gpt2'}
+FAMILY_OF |= {'gemma2': 'gemma2', 'gemma3_text': 'gemma3_text', 'gpt2': 'gpt2', 'olmo2': 'olmo2'}
 
 
 @pytest.mark.parametrize(('name', 'family'), FAMILY_OF.items())

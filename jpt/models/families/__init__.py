@@ -17,6 +17,7 @@ from jpt.models.families.gpt_oss import GPT_OSS
 from jpt.models.families.llama import LLAMA, MISTRAL
 from jpt.models.families.llama4 import LLAMA4
 from jpt.models.families.mixtral import MIXTRAL
+from jpt.models.families.olmo2 import OLMO2
 from jpt.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
@@ -33,6 +34,7 @@ FAMILIES: dict[str, Family] = {
     'deepseek_v3': DEEPSEEK_V3,
     'gpt_oss': GPT_OSS,
     'llama4_text': LLAMA4,
+    'olmo2': OLMO2,
 }
 
 
