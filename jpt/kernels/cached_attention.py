@@ -27,8 +27,8 @@ def cached_attention(
     """Softmax attention of q [B, T, N, H] over a cache -> [B, T, N, H] in q's dtype; it writes [B, N, T, S] scores.
 
     Keys and values are taken in q's dtype, statistics in at least float32. Query head n reads kv head n // (N // K). A
-    query that sees no key gives 0. `sinks_N`: a logit per head that joins the denominator only. The formula is that of
-    `dense_attention`, the reference.
+    query that sees no key gives 0. `sinks_N`: a logit per head that joins the denominator only. Values, and with them
+    the result, may have a width of their own. The formula is that of `dense_attention`, the reference.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
@@ -50,5 +50,5 @@ def cached_attention(
         total = total + jnp.exp(sinks - peak)
     weights = weights.astype(v_BKSH.dtype).reshape(B, K, N // K * T, -1)
     out = jnp.einsum('bkms,bksh->bkmh', weights, v_BKSH, preferred_element_type=stats)
-    out = out.reshape(B, K, N // K, T, H) / jnp.where(total == 0, 1, total)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    out = out.reshape(B, K, N // K, T, -1) / jnp.where(total == 0, 1, total)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1).astype(q_BTNH.dtype)
