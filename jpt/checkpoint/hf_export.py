@@ -56,7 +56,7 @@ def tensors_of(cfg: ModelConfig) -> dict[str, list[_Part]]:
     for leaf in leaves(cfg):
         for place, source in leaf.places():
             tensors.setdefault(source.name, []).append(_Part(leaf, place, source))
-    return {name: sorted(parts, key=lambda part: part.source.part) for name, parts in tensors.items()}
+    return {name: sorted(parts, key=lambda part: part.source.first) for name, parts in tensors.items()}
 
 
 def _layer_order(cfg: ModelConfig, tensors: dict[str, list[_Part]]) -> list[str]:
@@ -120,13 +120,11 @@ def write_hf(
 
 def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: LeafSource) -> None:
     first = parts[0].source
-    if not first.transposed and not first.interleaved and first.axis == 0:  # the parts lie one below the other
+    if first.alone:
         for part in parts:
-            size = part.shape[0]
             for rows in row_blocks(part.shape, source.dtype(part.leaf).itemsize):
-                writer.write(
-                    name, _squeeze(part, source.read(part.leaf, part.index(rows))), part.source.part * size + rows.start
-                )
+                block = _squeeze(part, source.read(part.leaf, part.index(rows)))
+                writer.write(name, block, part.source.first + rows.start)
         return
     if first.axis == 0:
         writer.write(name, _joined(parts, [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]))
@@ -142,8 +140,7 @@ def _joined(parts: list[_Part], values: list[np.ndarray]) -> np.ndarray:
     untransposed = dataclasses.replace(source, transposed=False)
     tensor = np.empty(untransposed.stored_shape(shape), values[0].dtype)
     for part, value in zip(parts, values, strict=True):
-        size = shape[source.axis]
-        tensor[part.source.within(slice(0, size), size)] = value
+        tensor[part.source.within(slice(0, value.shape[source.axis]))] = value
     return np.ascontiguousarray(tensor.swapaxes(-1, -2)) if source.transposed else tensor
 
 

@@ -98,7 +98,7 @@ class HuggingFaceSource:
     def _view(self, source: Source, shape: tuple[int, ...], index: Index) -> np.ndarray:
         view = self.reader.view(self._names[source.name])
         rows = slice(*index[source.axis].indices(shape[source.axis])[:2])
-        part = source.within(rows, shape[source.axis])[-1]
+        part = source.within(rows)[-1]
         out_first = view.swapaxes(-1, -2) if source.transposed else view
         return out_first[(*index[: source.axis], part, *index[source.axis + 1 :])]
 

@@ -94,7 +94,7 @@ def read_factors(directory: str | Path, cfg: ModelConfig) -> dict[TreePath, Fact
     used: set[str] = set()
     found: dict[TreePath, Factors] = {}
     for leaf in _kernel_leaves(cfg):
-        layers = [_read_factors(tensors, source, config, directory, used) for source in leaf.sources]
+        layers = [_read_factors(tensors, leaf, source, config, directory, used) for source in leaf.sources]
         if any(layers):
             found[leaf.path] = _stack(leaf, layers, directory)
     if unexpected := sorted(set(tensors) - used):
@@ -148,7 +148,12 @@ def _check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_factors(
-    tensors: Mapping[str, np.ndarray], source: Source, config: dict[str, Any], directory: Path, used: set[str]
+    tensors: Mapping[str, np.ndarray],
+    leaf: Leaf,
+    source: Source,
+    config: dict[str, Any],
+    directory: Path,
+    used: set[str],
 ) -> Factors | None:
     module = _module(source)
     names = [f'{_PREFIX}{module}.lora_{factor}.weight' for factor in 'AB']
@@ -163,9 +168,9 @@ def _read_factors(
     if a.shape[0] != rank or b.shape[1] != rank:
         raise ValueError(f'{directory}: {names[0]} {a.shape}, lora_B {b.shape}: adapter_config.json says rank {rank}')
     alpha = _by_pattern(config.get('alpha_pattern'), module, config['lora_alpha'])
-    rows = b.shape[0] // source.parts
-    part = b[source.part * rows : (source.part + 1) * rows]
-    return Factors(a, part, lora_scale(rank, alpha, config.get('use_rslora', False)))
+    if b.shape[0] == source.total:
+        b = b[source.within(slice(0, leaf.own_shape[0]))]
+    return Factors(a, b, lora_scale(rank, alpha, config.get('use_rslora', False)))
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -200,19 +205,18 @@ def _trim(a: np.ndarray, b: np.ndarray, scale: float) -> Factors:
 def _join(parts: list[tuple[Source, Factors]]) -> Factors:
     """The factors of a module from those of the parts that it is here (GPT-2's queries, keys and values)."""
     first, factors = parts[0]
-    if first.parts == 1:
+    if first.total == factors.b.shape[0]:
         return factors
-    if len(parts) == first.parts and all(
+    if sum(own.b.shape[0] for _, own in parts) == first.total and all(
         np.array_equal(own.a, factors.a) and own.scale == factors.scale for _, own in parts
     ):
         return Factors(factors.a, np.concatenate([own.b for _, own in parts]), factors.scale)
     rank = sum(own.a.shape[0] for _, own in parts)
-    rows = factors.b.shape[0]
-    b = np.zeros((rows * first.parts, rank), factors.b.dtype)
+    b = np.zeros((first.total, rank), factors.b.dtype)
     start = 0
     for source, own in parts:
         end = start + own.a.shape[0]
-        b[source.part * rows : (source.part + 1) * rows, start:end] = own.b * (own.scale / factors.scale)
+        b[(*source.within(slice(0, own.b.shape[0])), slice(start, end))] = own.b * (own.scale / factors.scale)
         start = end
     return Factors(np.concatenate([own.a for _, own in parts]), b, factors.scale)
 

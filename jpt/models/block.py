@@ -6,20 +6,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jpt.kernels.grouped_matmul import PRODUCT
 from jpt.models.attention import Attention, Where
 from jpt.models.cache import LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig
 from jpt.models.latent_attention import LatentAttention
 from jpt.models.layers import norm
+from jpt.models.mamba import Mamba
 from jpt.models.mlp import MLP
 from jpt.models.moe import MoE
 from jpt.models.routing import RouterSums
 
-NAMES = ('query', 'key', 'value', 'attention', 'mlp_gate', 'mlp_up')
+NAMES = ('query', 'key', 'value', 'attention', 'mlp_gate', 'mlp_up', 'ssd')
 
 
 class Block(nn.Module):
-    """A layer: attention, then MLP or experts, each added to the residual stream. [B, T, D] -> [B, T, D].
+    """A layer: a mixer of tokens, then MLP or experts, each added to the residual stream. [B, T, D] -> [B, T, D].
 
     Beside it the cache with what these tokens add, and the sums of the router where the layer has one.
     """
@@ -32,20 +34,35 @@ class Block(nn.Module):
     def __call__(
         self, hidden_BTD: jax.Array, where: Where, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
-        cfg = self.cfg
-        mixer = (Attention if cfg.latent is None else LatentAttention)(cfg, self.kind, self.compute, name='attn')
-        mixed_BTD, cache = mixer(norm(cfg, 'attn_norm')(hidden_BTD) if cfg.pre_norms else hidden_BTD, where, cache)
-        if cfg.post_norms:
-            mixed_BTD = norm(cfg, 'attn_post_norm')(mixed_BTD)
-        hidden_BTD = self.compute.place(hidden_BTD + mixed_BTD, ('batch', 'length', None))
-        normed_BTD, sums = norm(cfg, 'mlp_norm')(hidden_BTD) if cfg.pre_norms else hidden_BTD, None
-        if self.kind.experts:
-            inner_BTD, sums = MoE(cfg, name='mlp')(normed_BTD, where.segments_BT)
-        else:
-            inner_BTD = MLP(cfg, self.kind.mlp_width, name='mlp')(normed_BTD)
-        if cfg.post_norms:
-            inner_BTD = norm(cfg, 'mlp_post_norm')(inner_BTD)
-        return self.compute.place(hidden_BTD + inner_BTD, ('batch', 'length', None)), cache, sums
+        cfg, kind, sums = self.cfg, self.kind, None
+        if kind.mixer != 'none':
+            name = 'mamba' if kind.mixer == 'mamba' else 'attn'
+            mixer = _mixer(cfg, kind)(cfg, kind, self.compute, name=name)
+            mixed_BTD, cache = mixer(self._normed(name, hidden_BTD), where, cache)
+            hidden_BTD = self._added(name, hidden_BTD, mixed_BTD)
+        if kind.experts:
+            inner_BTD, sums = MoE(cfg, name='mlp')(self._normed('mlp', hidden_BTD), where.segments_BT)
+            hidden_BTD = self._added('mlp', hidden_BTD, inner_BTD)
+        elif kind.mlp_width:
+            inner_BTD = MLP(cfg, kind.mlp_width, name='mlp')(self._normed('mlp', hidden_BTD))
+            hidden_BTD = self._added('mlp', hidden_BTD, inner_BTD)
+        return hidden_BTD, cache, sums
+
+    def _normed(self, name: str, hidden_BTD: jax.Array) -> jax.Array:
+        """What a part of the layer reads."""
+        return norm(self.cfg, f'{name}_norm')(hidden_BTD) if self.cfg.pre_norms else hidden_BTD
+
+    def _added(self, name: str, hidden_BTD: jax.Array, part_BTD: jax.Array) -> jax.Array:
+        """The residual stream with what a part of the layer returns."""
+        if self.cfg.post_norms:
+            part_BTD = norm(self.cfg, f'{name}_post_norm')(part_BTD)
+        return self.compute.place(hidden_BTD + part_BTD, ('batch', 'length', None))
+
+
+def _mixer(cfg: ModelConfig, kind: LayerKind) -> Callable[..., Any]:
+    if kind.mixer == 'mamba':
+        return Mamba
+    return Attention if cfg.latent is None else LatentAttention
 
 
 def apply_block(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[..., Any]:
@@ -73,7 +90,9 @@ def remat_policy(remat: str) -> Callable[..., Any] | None:
     if remat == 'full':
         return policies.nothing_saveable
     if remat == 'dots':
-        return policies.dots_with_no_batch_dims_saveable
+        # A policy sees no product inside a kernel or a loop: grouped products are known by their name.
+        grouped = policies.save_only_these_names(PRODUCT)
+        return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, grouped)
     if verb in ('save', 'offload') and names and not unknown:
         if verb == 'save':
             return policies.save_only_these_names(*names)

@@ -29,9 +29,22 @@ class Latents(NamedTuple):
     latents: jax.Array
 
 
-Entry = KeysValues | Latents
-# Along which axis each array of an entry has slots for tokens.
-SLOT_AXES: dict[type, tuple[int, ...]] = {KeysValues: (-1, -2), Latents: (-2,)}
+class Recurrent(NamedTuple):
+    """Of a Mamba layer: the last inputs of its convolutions [B, W - 1, C], the state [B, N, P, Z] in at least float32.
+
+    It takes the place of what was there; `segment_B` is the segment of each row's last token.
+    """
+
+    tail_x: jax.Array
+    tail_b: jax.Array
+    tail_c: jax.Array
+    state_BNPZ: jax.Array
+    segment_B: jax.Array
+
+
+Entry = KeysValues | Latents | Recurrent
+# Along which axis each array of an entry has slots for tokens; None: it is replaced as a whole.
+SLOT_AXES: dict[type, tuple[int | None, ...]] = {KeysValues: (-1, -2), Latents: (-2,), Recurrent: (None,) * 5}
 
 
 class Cache(NamedTuple):
@@ -61,9 +74,10 @@ class LayerCache(NamedTuple):
         written = [self._written(*arrays) for arrays in zip(self.entry, new, axes, strict=True)]
         return self._replace(entry=type(new)(*written))
 
-    def _written(self, held: jax.Array, new: jax.Array, slot_axis: int) -> jax.Array:
+    def _written(self, held: jax.Array, new: jax.Array, slot_axis: int | None) -> jax.Array:
         start = [jnp.zeros((), jnp.int32)] * held.ndim
-        start[slot_axis] = self.slot
+        if slot_axis is not None:
+            start[slot_axis] = self.slot
         if self.repeat is not None:
             start[0] = self.repeat
         shape = (1,) * (held.ndim - new.ndim) + new.shape[max(new.ndim - held.ndim, 0) :]
@@ -94,6 +108,16 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> Ca
 
 
 def _empty_entry(cfg: ModelConfig, kind: LayerKind, batch: int, slots: int, dtype: DTypeLike) -> Any:
+    if kind.mixer == 'none':
+        return ()
+    if kind.mixer == 'mamba':
+        space = cfg.state_space
+        assert space is not None
+        grouped = space.groups * space.state_dim
+        x, b, c = (jnp.zeros((batch, space.conv_width - 1, width), dtype) for width in (space.width, grouped, grouped))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        state = jnp.zeros((batch, space.num_heads, space.head_dim, space.state_dim), wide)
+        return Recurrent(x, b, c, state, jnp.zeros(batch, jnp.int32))
     if cfg.latent is not None:
         return Latents(jnp.zeros((batch, slots, cfg.latent.rank + cfg.latent.rope_dim), dtype))
     keys = jnp.zeros((batch, cfg.num_kv_heads, cfg.head_dim, slots), dtype)

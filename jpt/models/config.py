@@ -6,6 +6,7 @@ goes on with experts would be two segments.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -13,7 +14,7 @@ import jax
 from jax.typing import DTypeLike
 
 RopeKind = Literal['default', 'linear', 'dynamic', 'yarn', 'llama3']
-Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu', 'tanh']
+Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu', 'relu2', 'tanh']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Experts:
     on_input: bool = False  # what an expert reads is weighed, not what it returns
     biases: bool = False  # of the router and of the experts' maps
     shared_width: int = 0  # of an MLP that all tokens pass through as well; 0: none
+    latent_width: int | None = None  # experts work between two maps to and from this width; None: on the model's
     balance_loss: float = 0.0  # weight of the balance loss in training, see routing.balance
     balance_over: Literal['text', 'batch'] = 'text'  # tokens over which experts are to be used evenly
     z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2 in training
@@ -117,6 +119,35 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class StateSpace:
+    """The state space of Mamba-2's mixer (Dao and Gu 2024): `num_heads` heads of `head_dim`, each with a state.
+
+    What enters a state and what reads it is shared by the heads of a group, and has `state_dim` numbers.
+    """
+
+    num_heads: int
+    head_dim: int
+    groups: int
+    state_dim: int
+    conv_width: int
+    activation: Activation = 'silu'
+    bias: bool = False  # of the linear maps
+    conv_bias: bool = True
+    steps: tuple[float, float] = (0.0, math.inf)  # limits of the step size
+
+    def __post_init__(self) -> None:
+        for name in ('num_heads', 'head_dim', 'groups', 'state_dim', 'conv_width'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'StateSpace.{name}={getattr(self, name)}: expected a positive integer')
+        if self.num_heads % self.groups:
+            raise ValueError(f'StateSpace.groups={self.groups}: expected a divisor of num_heads={self.num_heads}')
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class Temperature:
     """Queries grow with their position, by 1 + scale * log(1 + floor((position + 1) / floor)) (Llama 4)."""
 
@@ -126,16 +157,21 @@ class Temperature:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What one layer computes, where layers of a model differ."""
+    """What one layer computes, where layers of a model differ: a mixer of tokens, then an MLP or experts."""
 
     rope: Rope | None = None  # None: no rotary embedding
     window: int | None = None  # a query sees the keys at distance < window
+    mlp_width: int = 0  # of a dense MLP; 0: none
+    attention_scale: float | None = None  # the factor on this layer's attention scores; None: the model's
     chunk: int | None = None  # a query sees the keys whose position // chunk is its own
     unit_qk: bool = False  # queries and keys are divided by their root mean square, after the rotary embedding
     temperature: Temperature | None = None
-    mlp_width: int = 0  # of a dense MLP
     experts: bool = False  # a mixture of experts in place of the MLP
-    attention_scale: float | None = None  # the factor on this layer's attention scores; None: the model's
+    mixer: Literal['attention', 'mamba', 'none'] = 'attention'
+
+    @property
+    def has_mlp(self) -> bool:
+        return self.experts or self.mlp_width > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +214,7 @@ class ModelConfig:
     mlp_bias: bool = False
     experts: Experts | None = None  # of the layers whose kind has them
     latent: Latent | None = None  # attention is latent where it is given
+    state_space: StateSpace | None = None  # of the layers whose mixer is Mamba's
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
@@ -199,6 +236,8 @@ class ModelConfig:
             raise ValueError('ModelConfig.segments: expected at least one layer')
         if any(kind.experts for kind in self.layer_kinds()) != (self.experts is not None):
             raise ValueError('ModelConfig.experts: expected where, and only where, some layers have experts')
+        if any(kind.mixer == 'mamba' for kind in self.layer_kinds()) != (self.state_space is not None):
+            raise ValueError('ModelConfig.state_space: expected where, and only where, some layers are Mamba layers')
 
     @property
     def num_layers(self) -> int:

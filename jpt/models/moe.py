@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.expert_parallel import Rows, mixture
 from jpt.models.config import Experts, ModelConfig
-from jpt.models.layers import along_last, recomputed
+from jpt.models.layers import Linear, along_last, recomputed
 from jpt.models.mlp import ACTIVATIONS, MLP, gated_unit
 from jpt.models.routing import RouterSums, choose, router_sums, within_capacity
 from jpt.quant.dot import dot, grouped_dot
@@ -70,7 +70,8 @@ class ExpertMLPs(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, Any]:
         cfg, experts = self.cfg, self.experts
-        wide, narrow = (experts.count, experts.width, cfg.width), (experts.count, cfg.width, experts.width)
+        outer = experts.latent_width or cfg.width
+        wide, narrow = (experts.count, experts.width, outer), (experts.count, outer, experts.width)
         maps = {'up': ExpertLinear(wide, experts.biases, name='up')()}
         if cfg.gated_mlp:
             maps['gate'] = ExpertLinear(wide, experts.biases, name='gate')()
@@ -113,15 +114,20 @@ class MoE(nn.Module):
         real_MJ = (segments_BT > 0).reshape(-1, 1)
         wanted_MJ = jnp.where(real_MJ, choice.ids_MJ, experts.count)
         ids_MJ = within_capacity(experts, wanted_MJ)
+        inner_BTX = x_BTD
+        if experts.latent_width is not None:
+            inner_BTX = Linear(experts.latent_width, cfg.mlp_bias, name='latent_in')(x_BTD)
         mixed_BTD, late = mixture(
             partial(run_experts, cfg),
-            x_BTD,
+            inner_BTX,
             ids_MJ.reshape(per_token),
             choice.weights_MJ.reshape(per_token).astype(x_BTD.dtype),
             ExpertMLPs(cfg, experts, name='experts')(),
             experts.count,
             on_input=experts.on_input,
         )
+        if experts.latent_width is not None:
+            mixed_BTD = Linear(cfg.width, cfg.mlp_bias, name='latent_out')(mixed_BTD)
         if experts.shared_width:
             mixed_BTD = mixed_BTD + MLP(cfg, experts.shared_width, name='shared')(x_BTD)
         dropped = jnp.sum(ids_MJ != wanted_MJ, dtype=logits_ME.dtype)

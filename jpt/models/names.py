@@ -22,34 +22,35 @@ Role = Literal['embedding', 'kernel', 'bias', 'norm']
 class Source:
     """Where one matrix (or vector, or stack of matrices) of a leaf lies in a checkpoint, and how to get from it there.
 
-    `transposed`: stored (..., in, out), as GPT-2's Conv1D does. `part` of `parts`: a slice of the tensor's output
-    dimension `axis`, as in GPT-2's fused projection of queries, keys and values; `interleaved`: every parts-th row.
+    `transposed`: stored (..., in, out), as GPT-2's Conv1D does. The rows on the output dimension `axis` are `first` and
+    every `step`-th behind it, out of `total`: queries, keys and values in one tensor, gate and up in turns.
     """
 
     name: str
+    total: int
+    first: int = 0
+    step: int = 1
     transposed: bool = False
-    part: int = 0
-    parts: int = 1
-    interleaved: bool = False
     axis: int = 0
 
-    def read(self, tensor: np.ndarray) -> np.ndarray:
-        """The leaf's values, from the tensor in the file."""
+    def read(self, tensor: np.ndarray, size: int) -> np.ndarray:
+        """The leaf's values, which have `size` rows, from the tensor in the file."""
         out_first = tensor.swapaxes(-1, -2) if self.transposed else tensor
-        size = out_first.shape[self.axis] // self.parts
-        return out_first[self.within(slice(0, size), size)]
+        return out_first[self.within(slice(0, size))]
 
-    def within(self, rows: slice, size: int) -> tuple[slice, ...]:
-        """Where rows of the part's own output dimension, which has `size`, lie in the (untransposed) tensor."""
-        if self.interleaved:
-            own = slice(self.part + rows.start * self.parts, self.part + (rows.stop - 1) * self.parts + 1, self.parts)
-        else:
-            own = slice(self.part * size + rows.start, self.part * size + rows.stop)
-        return (*[slice(None)] * self.axis, own)
+    def within(self, rows: slice) -> tuple[slice, ...]:
+        """Where some of the own rows lie in the (untransposed) tensor."""
+        start, stop = (self.first + row * self.step for row in (rows.start, rows.stop))
+        return (*[slice(None)] * self.axis, slice(start, stop - self.step + 1, self.step))
+
+    @property
+    def alone(self) -> bool:
+        """Whether the rows lie together in the file, one below the other."""
+        return not self.transposed and self.step == 1 and self.axis == 0
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the tensor in the file, for a leaf (one source of it) of this shape."""
-        whole = tuple(size * self.parts if axis == self.axis else size for axis, size in enumerate(shape))
+        whole = (*shape[: self.axis], self.total, *shape[self.axis + 1 :])
         return (*whole[:-2], whole[-1], whole[-2]) if self.transposed else whole
 
 
@@ -90,43 +91,52 @@ def leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
         for kind, tree in enumerate(kinds):
             found += _layer_leaves(cfg, dialect, segment, kind, tree)
     for name, shape in shapes['final_norm'].items():
-        source = Source(f'{dialect.final_norm}.{"bias" if name == "bias" else "weight"}')
+        source = Source(f'{dialect.final_norm}.{"bias" if name == "bias" else "weight"}', cfg.width)
         found.append(Leaf(('final_norm', name), shape.shape, (source,), 0, 'norm'))
     if not cfg.tied:
-        found.append(Leaf(('lm_head', 'kernel'), (cfg.vocab_size, cfg.width), (Source('lm_head.weight'),), 0, 'kernel'))
+        head = Source('lm_head.weight', cfg.vocab_size)
+        found.append(Leaf(('lm_head', 'kernel'), (cfg.vocab_size, cfg.width), (head,), 0, 'kernel'))
     return tuple(found)
 
 
 def _table(shapes: Any, path: TreePath, name: str) -> Leaf:
-    return Leaf(path, get(shapes, path).shape, (Source(f'{name}.weight'),), 0, 'embedding')
+    shape = get(shapes, path).shape
+    return Leaf(path, shape, (Source(f'{name}.weight', shape[0]),), 0, 'embedding')
 
 
 def _layer_leaves(cfg: ModelConfig, dialect: Dialect, segment: int, kind: int, tree: Any) -> list[Leaf]:
     """The leaves of all layers of one kind, in the order in which the dialect lists their modules."""
     found = []
-    for keys, shape in jax.tree_util.tree_leaves_with_path(tree):
-        *modules, name = (str(key.key) for key in keys)
-        module = '.'.join(modules)
+    shapes = {_name_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for (module, name), shape in shapes.items():
         stored = dialect.place(module, name)
         apart = '{e}' in stored.name
-        experts = range(shape.shape[1]) if apart else (0,)
-        fused = 'experts' in modules and not apart
+        fused = 'experts' in module and not apart
+        axis = 2 if fused or apart else 1  # of the outputs, in the leaf
+        beside = [shapes[other, name][axis] for other in stored.beside if (other, name) in shapes] or [shape[axis]]
+        before = stored.beside.index(module) if stored.beside else 0
         sources = tuple(
             Source(
                 f'{dialect.layer_prefix}.{cfg.layer_index(segment, kind, repeat)}.{stored.name.format(e=expert)}',
-                stored.transposed,
-                stored.part,
-                stored.parts,
-                stored.interleaved,
-                int(fused),
+                total=sum(beside),
+                first=before if stored.interleaved else sum(beside[:before]),
+                step=len(beside) if stored.interleaved else 1,
+                transposed=stored.transposed,
+                axis=int(fused),
             )
-            for repeat in range(shape.shape[0])
-            for expert in experts
+            for repeat in range(shape[0])
+            for expert in (range(shape[1]) if apart else (0,))
         )
-        path: TreePath = ('layers', segment, kind, *modules, name)
-        found.append(Leaf(path, shape.shape, sources, 2 if apart else 1, _role(module, name)))
+        path: TreePath = ('layers', segment, kind, *module.split('.'), name)
+        found.append(Leaf(path, shape, sources, 2 if apart else 1, _role(module, name)))
     order = list(dialect.layer)
     return sorted(found, key=lambda leaf: (order.index(_entry(dialect, leaf)), leaf.path[-1] != 'kernel'))
+
+
+def _name_of(keys: tuple[Any, ...]) -> tuple[str, str]:
+    """Module and leaf of a path within a layer."""
+    *modules, name = (str(key.key) for key in keys)
+    return '.'.join(modules), name
 
 
 def _entry(dialect: Dialect, leaf: Leaf) -> str:
@@ -175,8 +185,7 @@ def to_hf(cfg: ModelConfig, params: Any) -> dict[str, np.ndarray]:
                 transposed.add(source.name)
             whole = dataclasses.replace(source, transposed=False).stored_shape(leaf.own_shape)
             tensor = tensors.setdefault(source.name, np.empty(whole, values.dtype))
-            size = leaf.own_shape[source.axis]
-            tensor[source.within(slice(0, size), size)] = values[place]
+            tensor[source.within(slice(0, leaf.own_shape[source.axis]))] = values[place]
     return {
         name: np.ascontiguousarray(tensor.swapaxes(-1, -2) if name in transposed else tensor)
         for name, tensor in tensors.items()
@@ -187,6 +196,6 @@ def from_hf(cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, An
     """The parameter tree (numpy leaves), from tensors under their Hugging Face names."""
     params: dict[str, Any] = {}
     for leaf in leaves(cfg):
-        parts = [source.read(tensors[source.name]) for source in leaf.sources]
+        parts = [source.read(tensors[source.name], leaf.own_shape[source.axis]) for source in leaf.sources]
         put(params, leaf.path, np.stack(parts).reshape(leaf.shape))
     return params

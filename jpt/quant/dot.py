@@ -87,14 +87,14 @@ def dot(x: jax.Array, kernel: Weight) -> jax.Array:
 def grouped_dot(x_MI: jax.Array, kernels: Weight, sizes_E: jax.Array) -> jax.Array:
     """Multiplies rows [M, in], sorted by group, each by its group's kernel of [E, out, in]: [M, out] in the dtype of x.
 
-    Group e has the next sizes_E[e] rows; rows beyond all groups give 0. Arrays are cast to the dtype of x first.
+    Group e has the next sizes_E[e] rows; rows beyond all groups give 0. Products are made in the dtype of x.
 
     Raises:
         TypeError: a weight type that has no grouped product.
     """
     if not isinstance(kernels, jax.Array | np.ndarray):
         raise TypeError(f"experts' kernels of type {type(kernels).__name__}: expected an array")
-    return grouped_matmul(x_MI, jnp.asarray(kernels, x_MI.dtype), sizes_E)
+    return grouped_matmul(x_MI, kernels, sizes_E)
 
 
 def dense(kernel: Weight) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jpt.kernels.local import auto_size, axis_size, local, manual
-from jpt.sharding.rules import MESH_AXES, logical_axes, path_keys
+from jpt.sharding.rules import MESH_AXES, REPLICABLE, Units, logical_axes, path_keys
 
 AXIS = 'fsdp'
 INNER = ('tensor',)  # the axis that stays automatic around a gather
@@ -23,25 +23,26 @@ def gathering() -> bool:
     return bool(manual((AXIS,)))
 
 
-def gather(tree: Any, dtype: DTypeLike | None, kv_heads: int = 0) -> Any:
+def gather(tree: Any, dtype: DTypeLike | None, units: Units | None = None) -> Any:
     """The whole weights of a tree of local parts: one layer, or what is not in layers. Itself where nothing is divided.
 
     Which dimension is divided follows from a leaf's path (rules.py). Matrices are cast to `dtype` before they travel
     (None: no cast). The transpose sums all devices' cotangents in at least float32, and scatters them to the parts.
-    What `tensor` divides stays divided. kv_heads: of the layers, which are whole where `tensor` does not divide them.
+    What `tensor` divides stays divided. units: of the layers, some of which are whole where `tensor` does not divide
+    them.
     """
     if not gathering():
         return tree
-    return jax.tree_util.tree_map_with_path(functools.partial(_gather_leaf, dtype, kv_heads), tree)
+    return jax.tree_util.tree_map_with_path(functools.partial(_gather_leaf, dtype, units), tree)
 
 
-def _gather_leaf(dtype: DTypeLike | None, kv_heads: int, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+def _gather_leaf(dtype: DTypeLike | None, units: Units | None, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     keys = path_keys(path)
     axes = logical_axes(keys)
     dims = [dim for dim, axis in enumerate(axes) if axis is not None and AXIS in MESH_AXES[axis]]
     if not dims:
         return leaf
-    whole = ('kv_heads',) if kv_heads % auto_size(INNER) else ()
+    whole = [axis for axis in REPLICABLE if units is not None and getattr(units, axis) % auto_size(INNER)]
     divided = [axis is not None and axis not in whole and INNER[0] in MESH_AXES[axis] for axis in axes]
     spec = P(*(INNER[0] if inner else None for inner in divided))
     return _gather(leaf, dims[0], spec, leaf.dtype if dtype is None or keys[-1] not in CAST else jnp.dtype(dtype))

@@ -50,6 +50,36 @@ LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     'experts/gate/bias': ('expert', 'mlp'),
     'experts/down/bias': ('expert', None),
     'attn/sinks': ('heads',),
+    'latent_in/kernel': (None, 'embed'),
+    'latent_out/kernel': ('embed', None),
+    'latent_in/bias': (None,),
+    'latent_out/bias': (None,),
+    'shared/up/bias': ('mlp',),
+    'shared/gate/bias': ('mlp',),
+    'shared/down/bias': (None,),
+    'mamba/gate/kernel': ('ssm_heads', 'embed'),
+    'mamba/x/kernel': ('ssm_heads', 'embed'),
+    'mamba/b/kernel': ('ssm_groups', 'embed'),
+    'mamba/c/kernel': ('ssm_groups', 'embed'),
+    'mamba/dt/kernel': ('ssm_heads', 'embed'),
+    'mamba/out/kernel': ('embed', 'ssm_heads'),
+    'mamba/gate/bias': ('ssm_heads',),
+    'mamba/x/bias': ('ssm_heads',),
+    'mamba/b/bias': ('ssm_groups',),
+    'mamba/c/bias': ('ssm_groups',),
+    'mamba/dt/bias': ('ssm_heads',),
+    'mamba/out/bias': (None,),
+    'conv_x/filter': ('ssm_heads', None, None),
+    'conv_b/filter': ('ssm_groups', None, None),
+    'conv_c/filter': ('ssm_groups', None, None),
+    'conv_x/bias': ('ssm_heads',),
+    'conv_b/bias': ('ssm_groups',),
+    'conv_c/bias': ('ssm_groups',),
+    'mamba/a_log': ('ssm_heads',),
+    'mamba/dt_bias': ('ssm_heads',),
+    'mamba/skip': ('ssm_heads',),
+    'mamba/norm/scale': ('ssm_heads',),
+    'mamba_norm/scale': (None,),
     'experts/up/kernel': ('expert', 'mlp', 'embed'),
     'experts/gate/kernel': ('expert', 'mlp', 'embed'),
     'experts/down/kernel': ('expert', 'embed', 'mlp'),
@@ -68,6 +98,8 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     'vocab': ('pipe', 'tensor'),
     'heads': ('tensor',),
     'kv_heads': ('tensor',),
+    'ssm_heads': ('tensor',),
+    'ssm_groups': ('tensor',),
     'mlp': ('tensor',),
     'embed': ('fsdp',),
     'expert': ('expert',),
@@ -82,10 +114,18 @@ class Units(NamedTuple):
 
     heads: int
     kv_heads: int
+    ssm_heads: int = 1
+    ssm_groups: int = 1
+
+
+# Held whole by every device where `tensor` does not divide them.
+REPLICABLE = ('kv_heads', 'ssm_groups')
 
 
 def units_of(cfg: ModelConfig) -> Units:
-    return Units(cfg.num_heads, cfg.num_kv_heads)
+    space = cfg.state_space
+    of_space = () if space is None else (space.num_heads, space.groups)
+    return Units(cfg.num_heads, cfg.num_kv_heads, *of_space)
 
 
 class Rules(NamedTuple):
@@ -160,7 +200,7 @@ def _checked(
     """The mesh axes of one dimension, or none where it is replicated by rule; raises where they do not divide it."""
     over = math.prod(rules.sizes[mesh_axis] for mesh_axis in used)
     pieces = getattr(rules.units, axis, size) if axis in Units._fields else size
-    if axis == 'kv_heads' and pieces % over:
+    if axis in REPLICABLE and pieces % over:
         return ()
     if pieces % over or size % over:
         shown = ' * '.join(f'{mesh_axis}={rules.sizes[mesh_axis]}' for mesh_axis in used)

@@ -13,6 +13,7 @@ from jpt.models.config import Compute, LayerKind, ModelConfig
 from jpt.models.routing import RouterSums, add_layer
 from jpt.sharding.fsdp import gather, gathering, keep_activations
 from jpt.sharding.layout import RunSegment
+from jpt.sharding.rules import units_of
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +40,9 @@ def run_layers(
 ) -> tuple[jax.Array, RouterSums | None]:
     """Any run of a model's layers on hidden states [B, T, D], and the sums of their routers on top of `router`.
 
-    Plain segments are taken for all layers of the model. Takes the place of `models.transformer.run_layers` in a training
-    objective. Weights that are divided over `fsdp` are gathered layer by layer, and again in the backward pass.
+    Plain segments are taken for all layers of the model. Takes the place of `models.transformer.run_layers` in a
+    training objective. Weights that are divided over `fsdp` are gathered layer by layer, and again in the backward
+    pass.
     """
     if not isinstance(layers, LayerRun):
         counts = tuple((len(segment.kinds), segment.repeats) for segment in cfg.segments)
@@ -72,7 +74,7 @@ def _layer(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[[Any
     block = apply_block(cfg, kind, dataclasses.replace(compute, remat='none') if divided else compute)
 
     def apply(params: Any, hidden_BTD: jax.Array, where: Where) -> tuple[jax.Array, RouterSums | None]:
-        hidden_BTD, _, sums = block(gather(params, compute.dtype, cfg.num_kv_heads), hidden_BTD, where)
+        hidden_BTD, _, sums = block(gather(params, compute.dtype, units_of(cfg)), hidden_BTD, where)
         return hidden_BTD, sums
 
     def regathered(params: Any, hidden_BTD: jax.Array, where: Where) -> tuple[jax.Array, RouterSums | None]:

@@ -31,7 +31,8 @@ ROLES: tuple[tuple[str, Role], ...] = (
     ('**/embedding', 'embedding'),
     ('**/scale', 'norm'),
     ('**/bias', 'bias'),
-    ('**/sinks', 'bias'),
+    ('**/{sinks,a_log,dt_bias,skip}', 'bias'),
+    ('**/filter', 'norm'),
     ('**/correction', 'bias'),  # has no gradient, see jpt.training.router
 )
 

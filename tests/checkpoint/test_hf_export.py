@@ -154,5 +154,5 @@ def test_every_tensor_of_the_model_is_written_once(write_hf_dir: Write) -> None:
     cfg, _ = load_hf(write_hf_dir(GPT2, gpt2_tensors()))
     parts = tensors_of(cfg)
     assert set(parts) == set(gpt2_tensors())
-    assert [part.source.part for part in parts['transformer.h.1.attn.c_attn.weight']] == [0, 1, 2]
+    assert [part.source.first for part in parts['transformer.h.1.attn.c_attn.weight']] == [0, cfg.width, 2 * cfg.width]
     assert hf_config(cfg, 'float32')['n_layer'] == 2

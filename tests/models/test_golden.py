@@ -169,6 +169,12 @@ def test_a_written_config_says_what_the_source_said(name):
         assert source['rope_parameters']['full_attention'].pop('truncate') is False
     if source.get('rope_parameters', {}).get('beta_slow') == 1:  # the default of every yarn, which need not be said
         del source['rope_parameters']['beta_slow']
+    if 'mlp' not in source.get('layers_block_type', ['mlp']):  # says the size of an MLP that it does not have
+        source.pop('intermediate_size')
+    if 'moe' not in source.get('layers_block_type', ['moe']):  # says sizes of experts that it does not have
+        source = {key: value for key, value in source.items() if 'expert' not in key and 'topk' not in key}
+        source = {key: value for key, value in source.items() if key not in ('moe_intermediate_size', 'n_group')}
+        source.pop('routed_scaling_factor')
     written = config_to_hf(config_from_hf(source))
     trained_only = {'attention_dropout', 'attn_pdrop', 'embd_pdrop', 'resid_pdrop', 'initializer_range'}
     fixed = {
@@ -180,6 +186,10 @@ def test_a_written_config_says_what_the_source_said(name):
         'router_aux_loss_coef', 'n_routed_experts', 'first_k_dense_replace', 'kv_lora_rank', 'q_lora_rank', 'n_group',
         'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'topk_group', 'routed_scaling_factor', 'n_shared_experts',
         'rope_interleave', 'num_nextn_predict_layers', 'swiglu_alpha', 'swiglu_limit',
+        'layers_block_type', 'mamba_num_heads', 'mamba_head_dim', 'ssm_state_size', 'n_groups', 'conv_kernel',
+        'use_bias', 'use_conv_bias', 'moe_latent_size', 'moe_shared_expert_intermediate_size', 'num_heads',
+        'state_size', 'no_rope_layers', 'moe_layers', 'attention_chunk_size', 'use_qk_norm',
+        'intermediate_size_mlp',
     }  # fmt: skip
     assert not trained_only & fixed
     for field in sorted(fixed & {key for key, value in source.items() if value is not None}):

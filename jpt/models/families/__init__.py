@@ -16,7 +16,9 @@ from jpt.models.families.gpt2 import GPT2
 from jpt.models.families.gpt_oss import GPT_OSS
 from jpt.models.families.llama import LLAMA, MISTRAL
 from jpt.models.families.llama4 import LLAMA4
+from jpt.models.families.mamba2 import MAMBA2
 from jpt.models.families.mixtral import MIXTRAL
+from jpt.models.families.nemotron_h import NEMOTRON_H
 from jpt.models.families.olmo2 import OLMO2
 from jpt.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
@@ -35,6 +37,8 @@ FAMILIES: dict[str, Family] = {
     'gpt_oss': GPT_OSS,
     'llama4_text': LLAMA4,
     'olmo2': OLMO2,
+    'mamba2': MAMBA2,
+    'nemotron_h': NEMOTRON_H,
 }
 
 

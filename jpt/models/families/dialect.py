@@ -10,14 +10,13 @@ class Stored:
 
     `name` stands between the layer's number and `.weight` or `.bias`. `{e}` in it is an expert's number: then every
     expert has a tensor of its own, else all of them lie in one, along its first axis. `transposed`: kernels are stored
-    (in, out). `part` of `parts`: a slice of the output dimension of a tensor that several modules share; `interleaved`:
-    every parts-th row of it from `part` on.
+    (in, out). `beside`: the modules that share the tensor, this one among them, one after the other along its output
+    dimension; or row by row in turns, where `interleaved`.
     """
 
     name: str
     transposed: bool = False
-    part: int = 0
-    parts: int = 1
+    beside: tuple[str, ...] = ()
     interleaved: bool = False
 
 

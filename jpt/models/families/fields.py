@@ -14,6 +14,7 @@ ACTIVATION_NAMES = {
     'gelu_pytorch_tanh': 'gelu_tanh',
     'gelu_python_tanh': 'gelu_tanh',
     'relu': 'relu',
+    'relu2': 'relu2',
     'tanh': 'tanh',
 }
 # Fields that say how a model was trained, stored or is served, not what it computes.

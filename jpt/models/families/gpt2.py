@@ -7,14 +7,15 @@ from jpt.models.families.dialect import Dialect, Stored
 from jpt.models.families.family import Family
 from jpt.models.families.fields import ACTIVATION_NAMES, Fields
 
+_QKV = Stored('attn.c_attn', transposed=True, beside=('attn.q', 'attn.k', 'attn.v'))
 GPT2_DIALECT = Dialect(
     embed='transformer.wte',
     layer_prefix='transformer.h',
     layer={
         'attn_norm': 'ln_1',
-        'attn.q': Stored('attn.c_attn', transposed=True, part=0, parts=3),
-        'attn.k': Stored('attn.c_attn', transposed=True, part=1, parts=3),
-        'attn.v': Stored('attn.c_attn', transposed=True, part=2, parts=3),
+        'attn.q': _QKV,
+        'attn.k': _QKV,
+        'attn.v': _QKV,
         'attn.out': Stored('attn.c_proj', transposed=True),
         'mlp_norm': 'ln_2',
         'mlp.up': Stored('mlp.c_fc', transposed=True),

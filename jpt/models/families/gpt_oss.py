@@ -11,18 +11,19 @@ from jpt.models.families.llama import LLAMA_DIALECT, layer_types_of, llama_like,
 from jpt.models.families.rope_fields import read_rope
 
 # All experts lie in one tensor, stored (in, out), rows of gate and up by turns.
-_GATE = Stored('mlp.experts.gate_up_proj', transposed=True, part=0, parts=2, interleaved=True)
-_GATE_BIAS = Stored('mlp.experts.gate_up_proj_bias', part=0, parts=2, interleaved=True)
+_BOTH = ('mlp.experts.gate', 'mlp.experts.up')
+_GATE_UP = Stored('mlp.experts.gate_up_proj', transposed=True, beside=_BOTH, interleaved=True)
+_GATE_UP_BIAS = Stored('mlp.experts.gate_up_proj_bias', beside=_BOTH, interleaved=True)
 GPT_OSS_DIALECT = dataclasses.replace(
     LLAMA_DIALECT,
     layer={
         **LLAMA_DIALECT.layer,
         'attn.sinks': 'self_attn.sinks',
         'mlp.router': 'mlp.router',
-        'mlp.experts.gate.kernel': _GATE,
-        'mlp.experts.up.kernel': dataclasses.replace(_GATE, part=1),
-        'mlp.experts.gate.bias': _GATE_BIAS,
-        'mlp.experts.up.bias': dataclasses.replace(_GATE_BIAS, part=1),
+        'mlp.experts.gate.kernel': _GATE_UP,
+        'mlp.experts.up.kernel': _GATE_UP,
+        'mlp.experts.gate.bias': _GATE_UP_BIAS,
+        'mlp.experts.up.bias': _GATE_UP_BIAS,
         'mlp.experts.down.kernel': Stored('mlp.experts.down_proj', transposed=True),
         'mlp.experts.down.bias': 'mlp.experts.down_proj_bias',
     },

@@ -11,7 +11,8 @@ from jpt.models.families.llama import LLAMA_DIALECT, llama_like, write_llama_lik
 from jpt.models.families.rope_fields import read_rope
 
 # All experts lie in one tensor, stored (in, out), gate before up.
-_GATE = Stored('feed_forward.experts.gate_up_proj', transposed=True, part=0, parts=2)
+_BOTH = ('mlp.experts.gate', 'mlp.experts.up')
+_GATE_UP = Stored('feed_forward.experts.gate_up_proj', transposed=True, beside=_BOTH)
 LLAMA4_DIALECT = dataclasses.replace(
     LLAMA_DIALECT,
     layer={
@@ -20,8 +21,8 @@ LLAMA4_DIALECT = dataclasses.replace(
         'mlp.up': 'feed_forward.up_proj',
         'mlp.down': 'feed_forward.down_proj',
         'mlp.router': 'feed_forward.router',
-        'mlp.experts.gate.kernel': _GATE,
-        'mlp.experts.up.kernel': dataclasses.replace(_GATE, part=1),
+        'mlp.experts.gate.kernel': _GATE_UP,
+        'mlp.experts.up.kernel': _GATE_UP,
         'mlp.experts.down.kernel': Stored('feed_forward.experts.down_proj', transposed=True),
         'mlp.shared.gate': 'feed_forward.shared_expert.gate_proj',
         'mlp.shared.up': 'feed_forward.shared_expert.up_proj',
