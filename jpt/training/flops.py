@@ -1,10 +1,21 @@
 """Floating-point operations per token of a model, and model FLOPs utilization (MFU).
 
 A product of a token with a kernel of n elements takes 2 n operations forward, 2 n for the gradient of its input and 2 n
-for that of the kernel. Scores and weighted values of a layer take 4 q v, where q = heads * head_dim and v is the mean
-number of keys that a token sees, counted causally: for a text of L tokens the area under the mask, L^2 / 2, or
-w L - w^2 / 2 where a window w is shorter; their backward pass takes twice that. Looking up embeddings, norms,
-activations, softmax and recomputation (remat) count nothing. With everything trained this is the count of Megatron-LM,
+for that of the kernel. What has no kernel is done twice as often backward as forward. Of a layer these count:
+
+- attention: maps, and 2 (q + u) v for scores and weighted values, where q = heads * head_dim, u = heads * width of a
+  value, and v is the mean number of keys that a token sees, counted causally: for a text of L tokens the area under the
+  mask, L^2 / 2, or w L - w^2 / 2 where a window w is shorter; of a text in chunks, those of its chunks;
+- latent attention: the same, with the maps to and from the latents; keys and values of all heads are made;
+- Mamba: maps, convolution (one weight per channel and tap), and 4 i z for the scan as the recurrence that it computes:
+  every one of i inner channels enters and reads z numbers of state. Its decay is elementwise and counts nothing, as
+  softmax does; Megatron-LM takes 7 i z for the scan and nothing for the convolution. What a scan in chunks multiplies
+  on top counts nothing, like recomputation;
+- experts: the router, the kernels of the `per_token` experts that a token goes to, the maps around them, and the MLP
+  that all tokens share. Of a kernel [experts, out, in] a token so meets per_token / experts of the elements.
+
+Looking up embeddings, norms, activations, softmax, weighing experts and recomputation (remat) count nothing. With
+everything trained this is the count of Megatron-LM, for a dense model
 
     6 sum(kernels) + 6 width vocab + 6 layers q sum(L^2) / sum(L).
 """
@@ -46,7 +57,7 @@ def flops_per_token(cfg: ModelConfig, lengths: int | Sequence[int], trained: Any
     kinds = list(cfg.layer_kinds())
     head = cfg.vocab_size * cfg.width
     kernels = [_kernel_elements(cfg, kind) for kind in kinds]
-    scores = [4 * cfg.num_heads * cfg.head_dim * _keys_seen(lengths, kind.window) for kind in kinds]
+    scores = [_mixing(cfg, kind, lengths) for kind in kinds]
     forward = 2 * (sum(kernels) + head) + sum(scores)
     if trained is None:
         return Flops(forward, 3 * forward)
@@ -71,21 +82,23 @@ def mfu(flops: float, tokens_per_second: float, devices: int, device_kind: str) 
 class _Trained(NamedTuple):
     """What of a model is trained: elements of kernels and LoRA factors, the lowest layer, anything below the head."""
 
-    kernels: int
-    lora: int
+    kernels: float  # of experts, what one token meets
+    lora: float
     lowest_layer: int
     below_head: bool
 
 
 def _trained(cfg: ModelConfig, tree: Any) -> _Trained:
-    kernels = lora = 0
+    kernels = lora = 0.0
+    share = 0.0 if cfg.experts is None else cfg.experts.per_token / cfg.experts.count
     lowest, below_head = cfg.num_layers, False
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = path_of(keys)
+        met = leaf.size * (share if matches('layers/**/experts', path) else 1)
         if matches('**/kernel/{a,b}', path):
-            lora += leaf.size
-        elif matches('**/kernel', path) or (cfg.tied and path == 'embed/embedding'):
-            kernels += leaf.size
+            lora += met
+        elif matches('**/{kernel,filter}', path) or (cfg.tied and path == 'embed/embedding'):
+            kernels += met
         below_head |= not path.startswith('lm_head')
         if matches('{embed,positions}', path):
             lowest = 0
@@ -96,14 +109,59 @@ def _trained(cfg: ModelConfig, tree: Any) -> _Trained:
 
 
 def _kernel_elements(cfg: ModelConfig, kind: LayerKind) -> int:
-    queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    return cfg.width * (2 * queries + 2 * keys + (3 if cfg.gated_mlp else 2) * kind.mlp_width)
+    """Elements of the kernels of a layer that one token is multiplied with."""
+    mixers = {'attention': _attention_elements, 'mamba': _mamba_elements, 'none': lambda cfg: 0}
+    return mixers[kind.mixer](cfg) + _mlp_elements(cfg, kind)
 
 
-def _keys_seen(lengths: Sequence[int], window: int | None) -> float:
+def _attention_elements(cfg: ModelConfig) -> int:
+    queries, latent = cfg.num_heads * cfg.head_dim, cfg.latent
+    if latent is None:
+        return cfg.width * 2 * (queries + cfg.num_kv_heads * cfg.head_dim)
+    rank, values = latent.query_rank, cfg.num_heads * latent.value_dim
+    to_queries = cfg.width * queries if rank is None else rank * (cfg.width + queries)
+    to_keys = latent.rank * (cfg.num_heads * latent.nope_dim + values)
+    return to_queries + cfg.width * (latent.rank + latent.rope_dim) + to_keys + values * cfg.width
+
+
+def _mamba_elements(cfg: ModelConfig) -> int:
+    space = cfg.state_space
+    assert space is not None
+    convolved = space.width + 2 * space.groups * space.state_dim
+    return cfg.width * (2 * space.width + convolved + space.num_heads) + space.conv_width * convolved
+
+
+def _mlp_elements(cfg: ModelConfig, kind: LayerKind) -> int:
+    maps, experts = 3 if cfg.gated_mlp else 2, cfg.experts
+    if not kind.experts:
+        return maps * cfg.width * kind.mlp_width
+    assert experts is not None
+    outer = experts.latent_width or cfg.width
+    around = 0 if experts.latent_width is None else 2 * cfg.width * outer
+    chosen = maps * outer * experts.width * experts.per_token
+    return experts.count * cfg.width + around + chosen + maps * cfg.width * experts.shared_width
+
+
+def _mixing(cfg: ModelConfig, kind: LayerKind, lengths: Sequence[int]) -> float:
+    """Operations per token of what mixes tokens: scores and weighted values, or a scan."""
+    if kind.mixer == 'none':
+        return 0.0
+    if kind.mixer == 'mamba':
+        assert cfg.state_space is not None
+        return 4 * cfg.state_space.width * cfg.state_space.state_dim
+    value_dim = cfg.head_dim if cfg.latent is None else cfg.latent.value_dim
+    return 2 * cfg.num_heads * (cfg.head_dim + value_dim) * _keys_seen(lengths, kind.window, kind.chunk)
+
+
+def _keys_seen(lengths: Sequence[int], window: int | None, chunk: int | None) -> float:
     """The mean over tokens of the keys that each sees."""
-    areas = (
-        length * length / 2 if window is None or window >= length else window * length - window * window / 2
-        for length in lengths
-    )
-    return sum(areas) / sum(lengths)
+
+    def area(length: int) -> float:
+        if chunk is not None and chunk < length:
+            whole, rest = divmod(length, chunk)
+            return whole * area(chunk) + area(rest)
+        if window is None or window >= length:
+            return length * length / 2
+        return window * length - window * window / 2
+
+    return sum(map(area, lengths)) / sum(lengths)
