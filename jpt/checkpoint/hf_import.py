@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jpt.checkpoint.assets import CONFIG_FILE
 from jpt.checkpoint.dtypes import cast_target, is_floating
+from jpt.checkpoint.mxfp4 import PackedReader
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
 from jpt.checkpoint.source import Index, load_tree, whole
@@ -56,7 +57,8 @@ class HuggingFaceSource:
     Args:
         path: the directory.
         dtype: cast floating-point weights to this; None keeps what is stored, tensor by tensor. The layers of one leaf
-            must then agree, since they are stacked.
+            must then agree, since they are stacked. Matrices in MXFP4 (see mxfp4.py) count as bfloat16, which holds
+            them exactly.
 
     Raises:
         FileNotFoundError: no config or no safetensors (pickled weights are refused by name).
@@ -68,10 +70,13 @@ class HuggingFaceSource:
         self.directory = Path(path)
         self._target = cast_target(dtype)
         try:
-            self.cfg = config_from_hf(read_config(self.directory))
+            config = read_config(self.directory)
+            self.cfg = config_from_hf(config)
         except ValueError as error:
             raise ValueError(f'{self.directory}: {error}') from error
-        self.reader = ShardedReader(self.directory)
+        # Only MXFP4 has been let through, and only where a family has it.
+        packed = config.get('quantization_config') is not None
+        self.reader = (PackedReader if packed else ShardedReader)(self.directory)
         self._names = resolve_names(self.cfg, self.reader.tensors, str(self.directory))
         if self.cfg.tied and HEAD in self.reader.tensors:
             self._check_tied()
@@ -91,19 +96,15 @@ class HuggingFaceSource:
         sources[...] = np.array(leaf.sources, object).reshape(sources.shape)
         for to in np.ndindex(array.shape[: leaf.stack]):
             source = sources[tuple(each[i] for each, i in zip(ranges, to, strict=False))]
-            array[to] = self._view(source, leaf.own_shape, index[leaf.stack :])
-            self._release(source)
+            self._fill(array[(*to, ...)], source, leaf.own_shape, index[leaf.stack :])
         return array
 
-    def _view(self, source: Source, shape: tuple[int, ...], index: Index) -> np.ndarray:
-        view = self.reader.view(self._names[source.name])
+    def _fill(self, target: np.ndarray, source: Source, shape: tuple[int, ...], index: Index) -> None:
+        name = self._names[source.name]
         rows = slice(*index[source.axis].indices(shape[source.axis])[:2])
         part = source.within(rows)[-1]
-        out_first = view.swapaxes(-1, -2) if source.transposed else view
-        return out_first[(*index[: source.axis], part, *index[source.axis + 1 :])]
-
-    def _release(self, source: Source) -> None:
-        self.reader.release(self._names[source.name])
+        self.reader.fill(target, name, (*index[: source.axis], part, *index[source.axis + 1 :]), source.transposed)
+        self.reader.release(name)
 
     def _spec(self, source: Source) -> TensorSpec:
         return self.reader.tensors[self._names[source.name]]

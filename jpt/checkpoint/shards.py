@@ -69,6 +69,14 @@ class ShardedReader:
         """A tensor as a read-only view of its file; nothing is read until it is used."""
         return self._files[name].view(name)
 
+    def fill(self, target: np.ndarray, name: str, index: tuple[slice, ...], transposed: bool = False) -> None:
+        """Copies the part of a tensor that `index` selects into `target`, in the dtype of that.
+
+        `transposed`: the last two axes are swapped first; `index` has a slice for each axis of what comes out.
+        """
+        view = self.view(name)
+        target[...] = (view.swapaxes(-1, -2) if transposed else view)[index]
+
     def release(self, name: str) -> None:
         """Lets the operating system drop a tensor's pages."""
         self._files[name].release(name)

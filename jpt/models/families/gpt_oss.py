@@ -34,6 +34,7 @@ _ROPE = Rope(150_000.0, 'yarn', 32.0, 4096, truncate=False)
 
 def _read(fields: Fields) -> ModelConfig:
     fields.ignore('output_router_logits', 'experts_per_token', 'initial_context_length')
+    _check_quantization(fields)
     layers = fields.integer('num_hidden_layers')
     says = fields.has('rope_parameters') or fields.has('rope_scaling')
     rope = read_rope(fields, fields.integer('max_position_embeddings', 131072), 150_000.0)
@@ -60,6 +61,23 @@ def _read(fields: Fields) -> ModelConfig:
         clamped_gate=ClampedGate(fields.number('swiglu_alpha', 1.702), fields.number('swiglu_limit', 7.0)),
         experts=experts,
     )
+
+
+def _check_quantization(fields: Fields) -> None:
+    """How the experts are stored changes no computation, where it is in MXFP4: that is read (checkpoint/mxfp4.py)."""
+    given = fields.get('quantization_config')
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise ValueError(f'config.json: quantization_config={given!r}: expected an object ({fields.family})')
+    method = given.get('quant_method')
+    if method != 'mxfp4':
+        raise ValueError(
+            f"config.json: quantization_config.quant_method={method!r}: expected 'mxfp4' ({fields.family})"
+        )
+    unknown = sorted(set(given) - {'quant_method', 'modules_to_not_convert', 'dequantize'})
+    if unknown:
+        raise ValueError(f'config.json: quantization_config has unknown fields: {", ".join(unknown)} ({fields.family})')
 
 
 def _write(cfg: ModelConfig) -> dict[str, Any]:
