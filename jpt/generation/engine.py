@@ -51,10 +51,12 @@ def generate(
             prompt; see `SamplingConfig`. From a single seed n, prompt i gets seed n + i.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, a prompt too long for the model, a setting out of
-            range, or text where the model has no tokenizer.
+        ValueError: an encoder, an empty prompt, an id outside the vocabulary, a prompt too long for the model, a
+            setting out of range, or text where the model has no tokenizer.
         FloatingPointError: the model's logits are not numbers.
     """
+    if not model.config.causal:
+        raise ValueError(f'{model.config.family} is an encoder: expected a model that predicts text')
     live = bool(stop) or stream is not None
     decoder = text_decoder(model, live)
     ids = encode_prompts(model, prompts)

@@ -96,6 +96,7 @@ class Attention(nn.Module):
             k_positions_BS=k_positions,
             q_segments_BT=where.segments_BT,
             k_segments_BS=k_segments,
+            causal=cfg.causal,
             window=kind.window,
             chunk=kind.chunk,
             soft_cap=cfg.attention_soft_cap,

@@ -56,7 +56,10 @@ class Block(nn.Module):
         """The residual stream with what a part of the layer returns."""
         if self.cfg.post_norms:
             part_BTD = norm(self.cfg, f'{name}_post_norm')(part_BTD)
-        return self.compute.place(hidden_BTD + part_BTD, ('batch', 'length', None))
+        summed_BTD = hidden_BTD + part_BTD
+        if self.cfg.residual_norms:
+            summed_BTD = norm(self.cfg, f'{name}_norm')(summed_BTD)
+        return self.compute.place(summed_BTD, ('batch', 'length', None))
 
 
 def _mixer(cfg: ModelConfig, kind: LayerKind) -> Callable[..., Any]:

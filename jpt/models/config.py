@@ -148,6 +148,14 @@ class StateSpace:
 
 
 @dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What a bidirectional encoder has beside its layers: kinds of tokens, and a head on its first token."""
+
+    token_types: int
+    pooled: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Temperature:
     """Queries grow with their position, by 1 + scale * log(1 + floor((position + 1) / floor)) (Llama 4)."""
 
@@ -206,6 +214,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # Gemma multiplies by (1 + scale)
     pre_norms: bool = True  # what attention and MLP read is normalized
     post_norms: bool = False  # what attention and MLP return is normalized
+    residual_norms: bool = False  # the residual stream itself is normalized after each, and not at the end
     qk_norm: bool = False
     qk_norm_over_heads: bool = False  # over all heads together instead of each
     qkv_bias: bool = False
@@ -220,6 +229,8 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     embed_scale: float | None = None
     learned_positions: bool = False
+    causal: bool = True  # a token sees no later ones
+    encoder: Encoder | None = None
     tied: bool = False
 
     def __post_init__(self) -> None:

@@ -79,9 +79,17 @@ class Leaf:
         return zip(np.ndindex(self.shape[: self.stack]), self.sources, strict=True)
 
 
+# The parts of a tree whose leaves are named one by one; all others stand in `Dialect.ends`.
+_PLACED = ('embed', 'positions', 'layers', 'lm_head')
+
+
 @functools.lru_cache(maxsize=64)
 def leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
-    """Every leaf of the model's parameter tree, in the order of the network."""
+    """Every leaf of the model's parameter tree, in the order of the network.
+
+    Raises:
+        ValueError: the family has no name for a parameter, or gives two of them the same rows of one tensor.
+    """
     dialect = FAMILIES[cfg.family].dialect
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     found = [_table(shapes, ('embed', 'embedding'), dialect.embed)]
@@ -90,13 +98,32 @@ def leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
     for segment, kinds in enumerate(shapes['layers']):
         for kind, tree in enumerate(kinds):
             found += _layer_leaves(cfg, dialect, segment, kind, tree)
-    for name, shape in shapes['final_norm'].items():
-        source = Source(f'{dialect.final_norm}.{"bias" if name == "bias" else "weight"}', cfg.width)
-        found.append(Leaf(('final_norm', name), shape.shape, (source,), 0, 'norm'))
+    ends = {'final_norm': dialect.final_norm, **dialect.ends}
+    for keys, shape in jax.tree_util.tree_leaves_with_path({k: v for k, v in shapes.items() if k not in _PLACED}):
+        module, name = _name_of(keys)
+        source = Source(f'{ends[module]}.{"bias" if name == "bias" else "weight"}', shape.shape[0])
+        role: Role = 'embedding' if name == 'embedding' else _role(module, name)
+        found.append(Leaf((*module.split('.'), name), shape.shape, (source,), 0, role))
     if not cfg.tied:
         head = Source('lm_head.weight', cfg.vocab_size)
         found.append(Leaf(('lm_head', 'kernel'), (cfg.vocab_size, cfg.width), (head,), 0, 'kernel'))
+    _check_apart(cfg, found)
     return tuple(found)
+
+
+def _check_apart(cfg: ModelConfig, found: list[Leaf]) -> None:
+    """Raises ValueError where two leaves, or two layers of one, lie in the same rows of one tensor."""
+    owners: dict[str, list[tuple[Leaf, range]]] = {}
+    for leaf in found:
+        for source in leaf.sources:
+            own = range(source.first, source.first + leaf.own_shape[source.axis] * source.step, source.step)
+            owners.setdefault(source.name, []).append((leaf, own))
+    for name, parts in owners.items():
+        for (leaf, own), (other, others) in itertools.combinations(parts, 2):
+            near = own.start < others.stop and others.start < own.stop
+            if near and not set(own).isdisjoint(others):
+                paths = ' and '.join('/'.join(map(str, each.path)) for each in (leaf, other))
+                raise ValueError(f'{cfg.family} gives {paths} the same rows of the tensor {name}')
 
 
 def _table(shapes: Any, path: TreePath, name: str) -> Leaf:
@@ -109,7 +136,7 @@ def _layer_leaves(cfg: ModelConfig, dialect: Dialect, segment: int, kind: int, t
     found = []
     shapes = {_name_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for (module, name), shape in shapes.items():
-        stored = dialect.place(module, name)
+        stored = dialect.place(module, name, cfg.family)
         apart = '{e}' in stored.name
         fused = 'experts' in module and not apart
         axis = 2 if fused or apart else 1  # of the outputs, in the leaf

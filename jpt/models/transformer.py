@@ -12,7 +12,8 @@ from jpt.models.attention import Where
 from jpt.models.block import Block, apply_block
 from jpt.models.cache import Cache, LayerCache, admit
 from jpt.models.config import Compute, ModelConfig, Segment
-from jpt.models.layers import norm
+from jpt.models.encoder import init_encoder, masked_words, normed_embeddings
+from jpt.models.layers import along_last, norm
 from jpt.models.rope import rope_table
 from jpt.models.routing import RouterSums, add_layer, no_sums
 from jpt.quant.dot import dot
@@ -41,7 +42,10 @@ def init(cfg: ModelConfig, key: jax.Array, dtype: DTypeLike = 'float32') -> Para
     if cfg.learned_positions:
         params['positions'] = {'embedding': table(cfg.max_length, 0.1 * std)}
     params['layers'] = [_init_segment(cfg, segment, next(keys)) for segment in cfg.segments]
-    params['final_norm'] = norm_params(cfg)
+    if not cfg.residual_norms:
+        params['final_norm'] = norm_params(cfg)
+    if cfg.encoder is not None:
+        params |= init_encoder(cfg, jax.random.fold_in(key, 1))
     if not cfg.tied:
         params['lm_head'] = {'kernel': table(cfg.vocab_size, std)}
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -73,7 +77,12 @@ def locate(cfg: ModelConfig, positions_BT: jax.Array, segments_BT: jax.Array, dt
 
 
 def embed(
-    cfg: ModelConfig, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, compute: Compute
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    compute: Compute,
+    token_types_BT: jax.Array | None = None,
 ) -> jax.Array:
     """The hidden states that enter the first layer, [B, T, D] in the compute dtype."""
     hidden_BTD = embed_lookup(params['embed']['embedding'], tokens_BT).astype(compute.dtype)
@@ -82,6 +91,8 @@ def embed(
         hidden_BTD = hidden_BTD * jnp.asarray(cfg.embed_scale, compute.dtype)
     if cfg.learned_positions:
         hidden_BTD = hidden_BTD + jnp.take(params['positions']['embedding'], positions_BT, axis=0).astype(compute.dtype)
+    if cfg.encoder is not None:
+        hidden_BTD = normed_embeddings(cfg, params, hidden_BTD, token_types_BT)
     return compute.place(hidden_BTD, ('batch', 'length', None))
 
 
@@ -187,6 +198,8 @@ def check_taps(cfg: ModelConfig, taps: Sequence[str]) -> None:
 
 def final_norm(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """The hidden states that the unembedding reads."""
+    if cfg.residual_norms:
+        return hidden_BTD
     apply: Callable[..., Any] = norm(cfg, 'norm').clone(parent=None, name=None).apply
     return apply({'params': params['final_norm']}, hidden_BTD)
 
@@ -200,13 +213,14 @@ def forward(
     cache: Cache | None = None,
     taps: Sequence[str] = (),
     *,
+    token_types_BT: jax.Array | None = None,
     compute: Compute = Compute(),  # noqa: B008 (frozen)
 ) -> Forward:
     """Hidden states of a batch of tokens [B, T], after the final norm.
 
     Positions default to 0..T-1 (plus what the cache holds) and segments to one text per row. With a cache the new
-    tokens are written to its next slots and attend to all of it. Taps name hidden states to return: 'embed.output',
-    'layers.N.input', 'layers.N.output', 'final_norm.output'.
+    tokens are written to its next slots and attend to all of it. Token types (of encoders) default to 0. Taps name
+    hidden states to return: 'embed.output', 'layers.N.input', 'layers.N.output', 'final_norm.output'.
     """
     check_taps(cfg, taps)
     if positions_BT is None:
@@ -217,7 +231,7 @@ def forward(
     if cache is not None:
         cache = admit(cache, positions_BT, segment_ids_BT)
     where = locate(cfg, positions_BT, segment_ids_BT, compute.dtype)
-    embedded_BTD = embed(cfg, params, tokens_BT, positions_BT, compute)
+    embedded_BTD = embed(cfg, params, tokens_BT, positions_BT, compute, token_types_BT)
     result = run_layers(cfg, params['layers'], embedded_BTD, where, compute, cache, taps)
     hidden_BTD = final_norm(cfg, params, result.hidden_BTD)
     ends = {'embed.output': embedded_BTD, 'final_norm.output': hidden_BTD}
@@ -233,7 +247,11 @@ def head_kernel(cfg: ModelConfig, params: Params) -> jax.Array:
 def unembed(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] of hidden states [..., D], in at least float32; columns beyond the vocabulary are -inf."""
     kernel = head_kernel(cfg, params)
+    if cfg.encoder is not None:
+        hidden = masked_words(cfg, params, hidden)
     logits = dot(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32)), kernel)
+    if cfg.encoder is not None:
+        logits = logits + along_last(params['mlm']['output']['bias'].astype(logits.dtype), logits)
     if cfg.logit_soft_cap is not None:
         logits = cfg.logit_soft_cap * jnp.tanh(logits / cfg.logit_soft_cap)
     rows = kernel.shape[0]

@@ -3,12 +3,15 @@
 Canonical is what `init` returns, what checkpoints hold and what files are exported from: leaves under 'layers' are
 stacked [R, ...] on the repeats of their segment. With `pipe` > 1 (or several chunks per device) they become
 [pipe, chunks, slots, ...]: chunk c of device i is virtual stage c * pipe + i, so that consecutive stages are
-neighbours in the ring. Stages take as equal a number of layers as possible, the earlier ones one more; stages with
-fewer layers of a kind than the fullest one have zero slots at the end that nothing reads.
+neighbours in the ring. The costliest stage is as cheap as it can be, where a layer costs its kernels' elements (of
+experts those that a token passes through); embedding and head, which all devices compute together, count for none.
+Stages with fewer layers of a kind than the fullest one have zero slots at the end that nothing reads.
 """
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpt.models.config import Experts
 from jpt.sharding.rules import Keys, path_keys
 
 VOCAB_TABLES = (('embed', 'embedding'), ('lm_head', 'kernel'))
@@ -39,7 +43,8 @@ class Run(NamedTuple):
 class Layout:
     """How one model's parameters are laid out in memory; hashable.
 
-    segments: (number of kinds, repeats) of each segment. vocab: rows of the tables in the canonical layout.
+    segments: (number of kinds, repeats) of each segment. vocab: rows of the tables in the canonical layout. costs: of
+    a layer of each kind of each segment; none: all layers cost the same.
     """
 
     segments: tuple[tuple[int, int], ...]
@@ -47,6 +52,7 @@ class Layout:
     padded_vocab: int
     pipe: int = 1
     chunks: int = 1
+    costs: tuple[tuple[int, ...], ...] = ()
 
     @property
     def staged(self) -> bool:
@@ -63,8 +69,10 @@ class Layout:
         return sum(kinds * repeats for kinds, repeats in self.segments)
 
 
-def make_layout(params: Any, sizes: Mapping[str, int], chunks: int = 1) -> Layout:
+def make_layout(params: Any, sizes: Mapping[str, int], chunks: int = 1, experts: Experts | None = None) -> Layout:
     """The layout of a canonical parameter tree (arrays or ShapeDtypeStructs) on a mesh of these sizes.
+
+    experts: of the model, which say how many of them a token passes through.
 
     Raises:
         ValueError: fewer layers than stages, or chunks that are not a positive number.
@@ -73,9 +81,10 @@ def make_layout(params: Any, sizes: Mapping[str, int], chunks: int = 1) -> Layou
     for segment in params['layers']:
         leaf = jax.tree.leaves(segment)[0]
         segments.append((len(segment), leaf.shape[0]))
+    costs = tuple(tuple(_cost(kind, experts) for kind in segment) for segment in params['layers'])
     vocab = params['embed']['embedding'].shape[0]
     multiple = sizes['pipe'] * sizes['tensor']
-    layout = Layout(tuple(segments), vocab, -(-vocab // multiple) * multiple, sizes['pipe'], chunks)
+    layout = Layout(tuple(segments), vocab, -(-vocab // multiple) * multiple, sizes['pipe'], chunks, costs)
     if chunks < 1 or (chunks > 1 and sizes['pipe'] == 1):
         raise ValueError(f'pipeline chunks={chunks} with pipe={sizes["pipe"]}: several chunks need pipe > 1')
     if layout.num_layers < layout.num_stages:
@@ -85,11 +94,49 @@ def make_layout(params: Any, sizes: Mapping[str, int], chunks: int = 1) -> Layou
     return layout
 
 
+def _cost(kind: Any, experts: Experts | None) -> int:
+    """Elements of the matrices of one layer that a token is multiplied with."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(kind):
+        keys = path_keys(path)
+        if leaf.ndim < 3:  # the repeats, and a matrix
+            continue
+        share = experts.per_token / experts.count if experts is not None and 'experts' in keys else 1
+        total += round(share * math.prod(leaf.shape[1:]))
+    return max(total, 1)
+
+
+@functools.cache
 def stage_bounds(layout: Layout) -> np.ndarray:
-    """Where each virtual stage begins: int [stages + 1], the first `num_layers % stages` stages one layer longer."""
-    each, longer = divmod(layout.num_layers, layout.num_stages)
-    lengths = [each + (stage < longer) for stage in range(layout.num_stages)]
-    return np.concatenate([[0], np.cumsum(lengths)])
+    """Where each virtual stage begins: int [stages + 1].
+
+    The largest cost of a stage is the least possible, then the sum of squares, then earlier stages are the longer ones.
+    """
+    costs = layout.costs or tuple((1,) * kinds for kinds, _ in layout.segments)
+    layers = [
+        cost for (_, repeats), kinds in zip(layout.segments, costs, strict=True) for cost in repeats * list(kinds)
+    ]
+    before = [0, *itertools.accumulate(layers)]
+    count, stages = len(layers), layout.num_stages
+    # best[i]: (largest cost, sum of squares, end of the first stage) of layers i and on, in so many stages.
+    best: list[tuple[int, int, int] | None] = [None] * count + [(0, 0, count)]
+    ends: list[list[int]] = []
+    for left in range(1, stages + 1):
+        fresh: list[tuple[int, int, int] | None] = [None] * (count + 1)
+        for first in range(count - left + 1):
+            options = []
+            for end in range(first + 1, count - left + 2):
+                rest, own = best[end], before[end] - before[first]
+                if rest is not None and (left > 1) == (end < count):
+                    options.append((max(own, rest[0]), own * own + rest[1], -end))
+            largest, squares, end = min(options)
+            fresh[first] = (largest, squares, -end)
+        best = fresh
+        ends.insert(0, [entry[2] if entry is not None else count for entry in fresh])
+    bounds = [0]
+    for stage in range(stages):
+        bounds.append(ends[stage][bounds[-1]])
+    return np.array(bounds)
 
 
 @functools.cache

@@ -57,7 +57,7 @@ def make_plan(
     layouts, placed = {}, {}
     for name, config in configs.items():
         whole = _union(params, frozen['model']) if name == 'model' else frozen[name]
-        layouts[name] = make_layout(whole, mesh.shape, chunks)
+        layouts[name] = make_layout(whole, mesh.shape, chunks, config.experts)
         rules = Rules(mesh.shape, units_of(config), layouts[name].staged)
         placed[name] = functools.partial(_specs_of, layouts[name], rules)
     frozen_specs = {name: placed[name](tree) for name, tree in frozen.items()}

@@ -94,6 +94,9 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
         attention=config.compute.attention,
         unroll=config.compute.unroll,
     )
+    for name, weights in models.items():
+        if not weights.cfg.causal:
+            raise ValueError(f'config.{name}: {weights.cfg.family} is an encoder: expected a model that predicts text')
     objective = _objective(config, models, compute)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)

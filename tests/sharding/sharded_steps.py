@@ -1,4 +1,4 @@
-"""Three small models, a batch with everything in it, and one training step on any mesh."""
+"""Four small models, a batch with everything in it, and one training step on any mesh."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpt.data.batch import Batch
-from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment, segments_of
+from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment, StateSpace, runs_of, segments_of
 from jpt.models.transformer import forward, init, unembed
 from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout, to_device_layout
@@ -19,6 +19,12 @@ from jpt.sharding.rules import shardings
 from jpt.training.freeze import partition
 from jpt.training.objective import language_modeling
 
+HYBRID = {
+    'M': LayerKind(mixer='mamba'),
+    '*': LayerKind(),
+    '-': LayerKind(mlp_width=24, mixer='none'),
+    'E': LayerKind(experts=True, mixer='none'),
+}
 LOCAL, WHOLE = LayerKind(Rope(), 4, 24), LayerKind(Rope(1e6), None, 24)
 MODELS = {
     # Seven equal layers; three KV heads and a vocabulary that no mesh divides.
@@ -39,6 +45,21 @@ MODELS = {
         attention_soft_cap=4.0,
         logit_soft_cap=3.0,
         tied=True,
+    ),
+    # Mamba, attention, MLP and expert layers, without a period.
+    'hybrid': ModelConfig(
+        'nemotron_h',
+        53,
+        16,
+        4,
+        2,
+        4,
+        runs_of(tuple(HYBRID[letter] for letter in 'MM*-MEM')),
+        64,
+        activation='relu2',
+        gated_mlp=False,
+        state_space=StateSpace(4, 6, 2, 5, 3, bias=True),
+        experts=Experts(4, 2, 12, 'sigmoid', shared_width=12, latent_width=8, balance_loss=0.5),
     ),
     # A dense layer, then four with experts, in groups; both auxiliary losses.
     'experts': ModelConfig(

@@ -27,6 +27,8 @@ CASES = {
     'experts-data8': ('experts', {'data': 8}, 1, {}),
     'experts-tensor': ('experts', {'data': 2, 'expert': 2, 'tensor': 2}, 2, {}),
     'experts-fsdp-context': ('experts', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, {}),
+    'hybrid-fsdp-expert-tensor': ('hybrid', {'fsdp': 2, 'expert': 2, 'tensor': 2}, 1, {}),
+    'hybrid-pipe-tensor': ('hybrid', {'pipe': 2, 'data': 1, 'tensor': 4}, 4, {}),
     'experts-pipe-tensor': ('experts', {'pipe': 2, 'expert': 2, 'tensor': 2}, 4, {'remat': 'full'}),
 }
 

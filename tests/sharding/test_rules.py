@@ -109,7 +109,7 @@ def test_kv_heads_that_do_not_divide_are_held_whole():
         ('mlp/up/kernel', (8, 9), Units(4, 4), ['dimension 1', 'embed', 'fsdp=2']),
         ('embed/embedding', (50257, 8), Units(4, 4), ['50257', 'vocab', 'tensor=2']),
         ('mlp/up/kernel', (8,), Units(4, 4), ['mlp/up/kernel', '(8,)', '2 dimensions']),
-        ('mlp/router/kernel', (8, 8), Units(4, 4), ['no sharding rule', 'mlp/router/kernel', 'mlp/up/kernel']),
+        ('mlp/side/kernel', (8, 8), Units(4, 4), ['no sharding rule', 'mlp/side/kernel', 'mlp/up/kernel']),
     ],
 )
 def test_what_does_not_divide_is_an_error_that_names_it(keys, shape, units, words):

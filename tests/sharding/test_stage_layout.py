@@ -1,6 +1,7 @@
 """The stage layout against a list of layers dealt out by hand."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jpt.models.config import Experts
 from jpt.sharding.layout import (
     Run,
     RunSegment,
@@ -50,6 +52,29 @@ def test_seven_layers_on_four_stages():
     placed = to_device_layout(layout, tree_of([(1, 7)]))['layers'][0][0]['w']
     assert placed.shape == (4, 1, 2, 2)
     np.testing.assert_array_equal(placed[:, 0, :, 0], [[0, 1], [2, 3], [4, 5], [6, 0]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=9), st.integers(2, 4))
+def test_the_costliest_stage_is_as_cheap_as_any_cut_makes_it(costs, pipe):
+    pipe = min(pipe, len(costs))
+    params = tree_of([(len(costs), 1)])
+    params['layers'] = [[{'kernel': np.zeros((1, 1, cost), np.float32)} for cost in costs]]
+    bounds = stage_bounds(make_layout(params, SIZES | {'pipe': pipe}))
+    cuts = [(0, *inner, len(costs)) for inner in itertools.combinations(range(1, len(costs)), pipe - 1)]
+    worst = [max(sum(costs[a:b]) for a, b in itertools.pairwise(cut)) for cut in cuts]
+    assert tuple(bounds) in cuts
+    assert worst[cuts.index(tuple(bounds))] == min(worst)
+
+
+def test_a_layer_costs_the_experts_that_a_token_passes_through():
+    """Eight experts of 30 elements, two of them for a token, and a router of 16: 76, as much as a dense layer of 76."""
+    experts = {'router': {'kernel': np.zeros((1, 8, 2))}, 'experts': {'up': {'kernel': np.zeros((1, 8, 15, 2))}}}
+    params = tree_of([(4, 1)])
+    params['layers'] = [[{'mlp': experts}, *({'mlp': {'up': {'kernel': np.zeros((1, 38, n))}}} for n in (1, 1, 2))]]
+    layout = make_layout(params, SIZES | {'pipe': 2}, experts=Experts(8, 2, 15))
+    assert layout.costs == ((76, 38, 38, 76),)
+    assert tuple(stage_bounds(layout)) == (0, 2, 4)
 
 
 def test_chunks_go_round_the_ring():

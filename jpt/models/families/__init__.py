@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpt.models.config import ModelConfig
+from jpt.models.families.bert import BERT
 from jpt.models.families.deepseek import DEEPSEEK_V3
 from jpt.models.families.family import Family
 from jpt.models.families.fields import Fields
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     'gemma2': GEMMA2,
     'gemma3_text': GEMMA3,
     'gpt2': GPT2,
+    'bert': BERT,
     'qwen3_moe': QWEN3_MOE,
     'mixtral': MIXTRAL,
     'deepseek_v3': DEEPSEEK_V3,

@@ -33,9 +33,10 @@ class Dialect:
     layer: Mapping[str, str | Stored]
     final_norm: str
     positions: str = ''
+    ends: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further modules outside the layers
 
-    def place(self, module: str, leaf: str) -> Stored:
-        """The full name within a layer, and the rest, of one parameter.
+    def place(self, module: str, leaf: str, family: str) -> Stored:
+        """The full name within a layer, and the rest, of one parameter; `family` is for the error.
 
         Raises:
             ValueError: the family has no name for it.
@@ -43,7 +44,10 @@ class Dialect:
         exact = self.layer.get(f'{module}.{leaf}')
         entry = self.layer.get(module) if exact is None else exact
         if entry is None:
-            raise ValueError(f'{module}.{leaf}: expected one of the modules {", ".join(self.layer)}')
+            raise ValueError(
+                f'{family} has no tensor name for the parameter {module}.{leaf}: expected one of the modules '
+                f'{", ".join(self.layer)}'
+            )
         stored = Stored(entry) if isinstance(entry, str) else entry
         suffix = '' if exact is not None else '.bias' if leaf == 'bias' else '.weight'
         return dataclasses.replace(stored, name=stored.name + suffix, transposed=stored.transposed and leaf == 'kernel')

@@ -203,6 +203,6 @@ class Fields:
         if unknown:
             listed = ', '.join(f'{name}={self.config[name]!r}' for name in unknown)
             raise ValueError(
-                f'config.json of a {self.family} model has fields that jpt does not know and that may change the '
-                f'computation: {listed}'
+                f'config.json ({self.family}) has fields that jpt does not know and that may change the computation: '
+                f'{listed}'
             )
