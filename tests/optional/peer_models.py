@@ -1,18 +1,27 @@
 """Random transformers models for the peer tests: a seed fixes family, sizes, options, weights and tokens."""
 
+import pathlib
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from peer_families import NEW_FAMILIES, Draw
 
-FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3_text', 'gpt2')
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / 'golden'
+sys.path.append(str(GOLDEN))
+from routing import LEAST_GAP, least_gap, routings_of  # noqa: E402
+
+FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gemma3_text', 'gpt2', *NEW_FAMILIES)
 LAYER_TYPES = ('full_attention', 'sliding_attention')
 
 
 def random_config(family: str, seed: int) -> transformers.PretrainedConfig:
     """A config of this family whose sizes and options come from the seed."""
     random = np.random.default_rng([seed, FAMILIES.index(family)])
+    if family in NEW_FAMILIES:
+        return NEW_FAMILIES[family][1](Draw(random))
 
     def pick(*choices: Any) -> Any:
         return choices[int(random.integers(len(choices)))]
@@ -89,21 +98,48 @@ def random_scaling(pick: Any, theta: float, length: int) -> dict[str, Any]:
     return {**scaling, 'rope_theta': theta}
 
 
-def random_model(config: transformers.PretrainedConfig, seed: int) -> Any:
-    """The model of a config in float32 and evaluation mode, with weights of which every one matters."""
-    config._attn_implementation = 'eager'
-    model = getattr(transformers, CLASSES[config.model_type][1])(config).float().eval()
+def random_model(config: transformers.PretrainedConfig, seed: int, tokens: np.ndarray) -> Any:
+    """The model of a config in float32 and evaluation mode, with weights of which every one matters.
+
+    Drawn again until no choice of experts for these tokens is near a tie, which other arithmetic may decide otherwise.
+    """
+    for attempt in range(100):
+        model = _drawn(config, seed + 1000 * attempt)
+        if least_gap(routings_of(model, tokens)) > LEAST_GAP:
+            return model
+    raise RuntimeError(f'{config.model_type}, seed {seed}: 100 draws, and in each a token is near a tie')
+
+
+def _drawn(config: transformers.PretrainedConfig, seed: int) -> Any:
+    # A plain loop over experts: the fused form refuses widths that are no multiple of 16 bytes.
+    config._attn_implementation = config._experts_implementation = 'eager'
+    kind = config.model_type
+    name = NEW_FAMILIES[kind][0] if kind in NEW_FAMILIES else CLASSES[kind][1]
+    model = getattr(transformers, name)(config).float().eval()
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in stored(model).items():
             noise = torch.randn(weight.shape, generator=random)
             if weight.dim() > 1:
-                weight.copy_(0.15 * noise)
-            elif 'Gemma' not in type(model).__name__ and name.endswith('weight'):
-                weight.copy_(1 + 0.2 * noise)
+                weight.copy_((0.4 if name.endswith(WIDE) else 0.15) * noise)
             else:
-                weight.copy_(0.2 * noise)
+                weight.copy_(_centre(model, name) + (1 if name.endswith('sinks') else 0.2) * noise)
     return model
+
+
+WIDE = ('.gate.weight', 'router.weight', 'conv1d.weight')  # choices that differ, and states that remember
+
+
+def _centre(model: Any, name: str) -> float:
+    """Scales are about 1, but Gemma's, to which 1 is added; biases, and what has no such name, about 0."""
+    scale = name.endswith('.weight') and 'Gemma' not in type(model).__name__
+    return 1.0 if scale or name.endswith('.D') else 0.0
+
+
+def stored(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters, and what else is in a checkpoint: corrections of routers."""
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
 
 
 def random_tokens(config: transformers.PretrainedConfig, seed: int) -> np.ndarray:
