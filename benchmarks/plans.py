@@ -14,7 +14,8 @@ from typing import Any
 import jax
 
 from jpt.config import config_dict, from_config_dict
-from jpt.plan import Planned, fits, idle_share, plan_step
+from jpt.plan import fits, idle_share
+from jpt.planned import Planned, plan_step
 from jpt.sharding.audit import summed
 from jpt.sharding.topology import H100, topology_devices
 from jpt.training.settings import TrainConfig

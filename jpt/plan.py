@@ -6,11 +6,8 @@ by part, the collectives with their bytes, idle time of a pipeline, operations, 
 
 import json
 import os
-import re
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +15,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jpt.config import from_config_dict
-from jpt.sharding.audit import Collective, collectives, sent_bytes, table
+from jpt.planned import Planned, compile_step
+from jpt.sharding.audit import sent_bytes, table
 from jpt.sharding.timetable import waste
 from jpt.sharding.topology import CHIPS, Chip, topology_devices
 from jpt.training.job import Job, make_job
-from jpt.training.memory import bytes_per_device, gib, gradient_bytes, remedies
-from jpt.training.overview import bytes_by_part, flops_of, overview
+from jpt.training.memory import bytes_per_device, gib, remedies
+from jpt.training.overview import flops_of, overview
 from jpt.training.settings import TrainConfig
 from jpt.training.xla_flags import set_xla_flags
 
@@ -36,34 +34,9 @@ PARTS = {
     'frozen': ('frozen weights', ''),
     'average': ('moving average', 'of the parameters'),
     'batch': ('batch', ''),
-    'gradients': ('gradients', 'float32 or wider'),
+    'gradients': ('gradients', 'of one microbatch in the dtype of the parameters, else in float32'),
     'rest': ('temporaries', 'activations, gathered weights, buffers, at their peak'),
 }
-
-
-class Buffer(NamedTuple):
-    """A piece of the memory that the compiler gave to temporary arrays, and the largest array in it."""
-
-    bytes: int
-    shape: str  # as in HLO: 'bf16[36,8,4096,4096]'
-
-
-class Planned(NamedTuple):
-    """A compiled step and what it needs; bytes are per device."""
-
-    job: Job
-    parts: dict[str, int]  # by the names in PARTS; all but gradients and rest are there between steps
-    traffic: list[Collective]
-    buffers: list[Buffer]  # largest first; empty where the compiler was not asked
-
-    @property
-    def temporary(self) -> int:
-        """What a step needs beside its arguments: gradients, activations and buffers, at their peak."""
-        return self.parts['gradients'] + self.parts['rest']
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
 
 
 def define_flags() -> Any:
@@ -72,53 +45,6 @@ def define_flags() -> Any:
     flags.DEFINE_enum('chip', 'h100', sorted(CHIPS), 'Which GPU.')
     flags.DEFINE_bool('json', False, 'Print the numbers as one line of JSON at the end.')
     return config_flags.DEFINE_config_file('config', None, 'A file of configs/, with a function get_config().')
-
-
-def plan_step(config: TrainConfig, devices: list[Any], *, with_buffers: bool = False) -> Planned:
-    """Compiles the training step of a config for devices that need not be here; see `compile_step`.
-
-    Raises:
-        ValueError: settings that do not hold, or do not fit the devices.
-    """
-    return compile_step(make_job(config, devices), with_buffers=with_buffers)
-
-
-def compile_step(job: Job, *, with_buffers: bool = False) -> Planned:
-    """Compiles the step of a job; `with_buffers` has the compiler say what fills its temporary memory."""
-    shape = (job.config.batch.size, job.config.batch.length)
-    batch = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where), job.batch, job.batch_shardings
-    )
-    lowered = job.step.lower(job.state, batch)
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile(compiler_options={'xla_dump_to': folder} if with_buffers else None)
-        reports = Path(folder).glob('*jit_step*memory-usage-report.txt')
-        buffers = [buffer for path in reports for buffer in read_buffers(path.read_text())]
-    memory = compiled.memory_analysis()
-    parts = {**bytes_by_part(job), 'batch': bytes_per_device(batch), 'gradients': gradient_bytes(job.state.params)}
-    # Results that do not take the place of an argument are a few metrics; the state is donated.
-    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    parts['gradients'] = min(parts['gradients'], beside)
-    parts['rest'] = beside - parts['gradients']
-    return Planned(job, parts, collectives(compiled.as_text()), sorted(buffers, reverse=True))
-
-
-def read_buffers(report: str) -> list[Buffer]:
-    """The rows of XLA's memory usage report: bytes of a piece of memory, and the shapes that lie there in turn."""
-    units = {'B': 1, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30}
-    row = r'^\s*\S+\(\s*\d+%\);\s*([\d.]+)(B|KiB|MiB|GiB);\s*\d+;\s*\d+;\s*(.+)$'
-    found = []
-    for number, unit, listed in re.findall(row, report, re.MULTILINE):
-        shapes = re.findall(r'\w+\[[\d,]*\]', listed)
-        found.append(Buffer(int(float(number) * units[unit]), max(shapes, key=_elements, default='')))
-    return found
-
-
-def _elements(shape: str) -> int:
-    product = 1
-    for part in re.findall(r'\d+', shape.partition('[')[2]):
-        product *= int(part)
-    return product
 
 
 def idle_share(job: Job) -> float:
@@ -174,19 +100,54 @@ def describe(planned: Planned, chip: Chip) -> str:
     return '\n'.join([*lines, '', *_traffic(planned), '', *_bounds(planned, chip)])
 
 
+class Bounds(NamedTuple):
+    """What a step takes of a device, and the seconds that this takes at best, each for itself."""
+
+    flops: float
+    touched: int  # bytes of device memory: state and gradients, once in and out
+    sent: float  # bytes to other devices
+    products: float
+    memory: float
+    link: float
+
+    @property
+    def roofline(self) -> float:
+        return max(self.products, self.memory, self.link)
+
+
+def bounds_of(planned: Planned, chip: Chip) -> Bounds:
+    """Operations and bytes of a step, and the time that they take at best; bubbles count as products."""
+    job = planned.job
+    flops = flops_of(job) * _tokens(job) / job.mesh.size
+    peak = chip.bfloat16 if _narrow(job) else chip.bfloat16 / 2  # XLA multiplies float32 in TF32
+    touched = 2 * sum(planned.parts.get(name, 0) for name in ('params', 'optimizer', 'average', 'gradients'))
+    touched += planned.parts.get('frozen', 0)
+    sent = sent_bytes(planned.traffic)
+    products = flops / peak / (1 - idle_share(job))
+    return Bounds(flops, touched, sent, products, touched / chip.bandwidth, sent / chip.link)
+
+
+def _tokens(job: Job) -> int:
+    return job.config.batch.size * job.config.batch.length
+
+
+def _narrow(job: Job) -> bool:
+    return job.config.compute.dtype == 'bfloat16'
+
+
 def _traffic(planned: Planned) -> list[str]:
     if not planned.traffic:
         return ['collectives: none']
     title = 'collectives of a step; MiB is what one device has in the end, not what it sends:'
-    return [title, table(planned.traffic, dict(planned.job.mesh.shape))]
+    lines = [title, table(planned.traffic, dict(planned.job.mesh.shape))]
+    if planned.job.mesh.shape['expert'] > 1 and planned.job.models['model'].cfg.experts is not None:
+        lines.append('with routers that use experts evenly: further rounds of exchange are not counted')
+    return lines
 
 
 def _bounds(planned: Planned, chip: Chip) -> list[str]:
     """Operations and bytes of a step, and the time that they take at best."""
-    job = planned.job
-    tokens = job.config.batch.size * job.config.batch.length
-    flops = flops_of(job) * tokens / job.mesh.size
-    sent = sent_bytes(planned.traffic)
+    job, bounds = planned.job, bounds_of(planned, chip)
     idle = idle_share(job)
     lines = []
     if job.plan.layouts['model'].staged:
@@ -194,22 +155,19 @@ def _bounds(planned: Planned, chip: Chip) -> list[str]:
         setting = f'{layout.pipe} stages, {job.plan.num_microbatches} microbatches'
         setting += f', {layout.chunks} chunks per device' if layout.chunks > 1 else ''
         lines.append(f'pipeline bubbles       {100 * idle:12.1f} %     of a step ({job.plan.schedule}, {setting})')
-    narrow = job.config.compute.dtype == 'bfloat16'
-    peak = chip.bfloat16 if narrow else chip.bfloat16 / 2  # XLA multiplies float32 in TF32
-    touched = 2 * sum(planned.parts.get(name, 0) for name in ('params', 'optimizer', 'average', 'gradients'))
-    touched += planned.parts.get('frozen', 0)
-    products, memory, link = flops / peak / (1 - idle), touched / chip.bandwidth, sent / chip.link
-    bound = max(products, memory, link)
-    note = f'{"bfloat16" if narrow else "TF32"}, ' + ('bubbles included' if idle else 'nothing recomputed')
+    note = f'{"bfloat16" if _narrow(job) else "TF32"}, ' + ('bubbles included' if idle else 'nothing recomputed')
+    peak = chip.bfloat16 if _narrow(job) else chip.bfloat16 / 2
     return [
         *lines,
-        f'operations             {flops / 1e12:12.3f} TFLOP per device and step (formula: jpt/training/flops.py)',
-        f'products at best       {1e3 * products:12.3f} ms    at {peak / 1e12:.0f} TFLOP/s: {note}',
-        f'memory at best         {1e3 * memory:12.3f} ms    {gib(touched)} at {chip.bandwidth / 1e9:,.0f} GB/s: state '
-        'and gradients, once in and out',
-        f'collectives at best    {1e3 * link:12.3f} ms    {gib(int(sent))} sent by each device '
+        f'operations             {bounds.flops / 1e12:12.3f} TFLOP per device and step '
+        '(formula: jpt/training/flops.py)',
+        f'products at best       {1e3 * bounds.products:12.3f} ms    at {peak / 1e12:.0f} TFLOP/s: {note}',
+        f'memory at best         {1e3 * bounds.memory:12.3f} ms    {gib(bounds.touched)} at '
+        f'{chip.bandwidth / 1e9:,.0f} GB/s: state and gradients, once in and out',
+        f'collectives at best    {1e3 * bounds.link:12.3f} ms    {gib(int(bounds.sent))} sent by each device '
         f'at {chip.link / 1e9:.0f} GB/s, nothing overlapped',
-        f'roofline               {1e3 * bound:12.3f} ms    per step, the longest; {tokens / bound:,.0f} tokens/s',
+        f'roofline               {1e3 * bounds.roofline:12.3f} ms    per step, the longest; '
+        f'{_tokens(job) / bounds.roofline:,.0f} tokens/s',
     ]
 
 

@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from jpt.config import config_dict, from_config_dict
-from jpt.plan import FRACTION, MOST, Buffer, Planned, describe, fits, idle_share, largest, read_buffers, verdict
+from jpt.plan import FRACTION, MOST, describe, fits, idle_share, largest, verdict
+from jpt.planned import Buffer, Planned, read_buffers
 from jpt.sharding.topology import H100, H200
 from jpt.training.job import make_job
 from jpt.training.memory import bytes_per_device, gradient_bytes
@@ -68,6 +69,7 @@ def test_gradients_are_wide_and_divided_as_the_parameters(flat):
     assert gradient_bytes(params) == bytes_per_device(params)  # float32 already
     narrow = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, 'bfloat16', sharding=leaf.sharding), params)
     assert bytes_per_device(narrow) * 2 == gradient_bytes(narrow) == gradient_bytes(params)
+    assert gradient_bytes(narrow, wide=False) == bytes_per_device(narrow)
 
 
 @pytest.mark.parametrize(

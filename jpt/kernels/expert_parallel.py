@@ -23,6 +23,7 @@ from jpt.kernels.parallel_attention import ROWS, SEQUENCE
 
 EXPERT, TENSOR = 'expert', 'tensor'
 FACTOR = 1.5
+LATE = 'late_round'  # what an even router does not need, by the names that a compiled program gives its operations
 # How the weights of all experts lie, by name: kernels [E, out, in], biases [E, out].
 SPECS = {
     'up': P(EXPERT, TENSOR),
@@ -227,7 +228,8 @@ def _exchanged(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, on_input
     needed = pmax(jnp.max(-(-load // room)), [EXPERT])
 
     def further(total, turn):
-        more = lax.cond(turn < needed, jax.checkpoint(deliver), lambda _: jnp.zeros_like(total), turn)
+        with jax.named_scope(LATE):
+            more = lax.cond(turn < needed, jax.checkpoint(deliver), lambda _: jnp.zeros_like(total), turn)
         return total + more, None
 
     out, _ = lax.scan(further, deliver(jnp.int32(0)), jnp.arange(1, -(-len(flat) // room), dtype=jnp.int32))

@@ -81,14 +81,17 @@ def wanted_bytes(message: str) -> int | None:
     return int(float(found[1]) * 1024 ** ('bytes', 'KiB', 'MiB', 'GiB', 'TiB').index(found[2]))
 
 
-def gradient_bytes(params: Any) -> int:
-    """Bytes that one device holds of the gradients of its parameters: as they are divided, in at least float32."""
+def gradient_bytes(params: Any, wide: bool = True) -> int:
+    """Bytes that one device holds of the gradients of its parameters: as they are divided, `wide` in at least float32.
 
-    def wide(leaf: Any) -> jax.ShapeDtypeStruct:
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    Otherwise they have the dtypes of the parameters.
+    """
+
+    def gradient(leaf: Any) -> jax.ShapeDtypeStruct:
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if wide else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=getattr(leaf, 'sharding', None))
 
-    return bytes_per_device(jax.tree.map(wide, params))
+    return bytes_per_device(jax.tree.map(gradient, params))
 
 
 def gib(size: int) -> str:

@@ -29,7 +29,8 @@ UNLIMITED = 2**30
 
 
 def _read_mamba2(fields: Fields) -> ModelConfig:
-    fields.ignore(*NO_EFFECT, 'time_step_min', 'residual_in_fp32', 'norm_before_gate')
+    fields.ignore(*NO_EFFECT, 'time_step_min', 'residual_in_fp32', 'norm_before_gate', 'rms_norm')
+    fields.ignore('time_step_init_scheme', 'time_step_scale', 'intermediate_size')  # as Codestral Mamba has them
     width = fields.integer('hidden_size', 4096)
     space = StateSpace(
         num_heads=fields.integer('num_heads', 128),

@@ -91,7 +91,7 @@ def _read_nemotron_h(fields: Fields) -> ModelConfig:
         width=width,
         num_heads=heads,
         num_kv_heads=fields.integer('num_key_value_heads', 8),
-        head_dim=fields.integer('head_dim', 128),
+        head_dim=fields.integer('head_dim', fields.integer('attention_head_dim', 128)),  # the first release's name
         segments=runs_of(tuple(kinds[letter] for letter in pattern)),
         max_length=fields.integer('max_position_embeddings', 4096),
         activation=fields.choice('mlp_hidden_act', ACTIVATION_NAMES, 'relu2'),
