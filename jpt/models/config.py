@@ -14,6 +14,7 @@ import jax
 from jax.typing import DTypeLike
 
 RopeKind = Literal['default', 'linear', 'dynamic', 'yarn', 'llama3']
+LONGEST_PERIOD = 16
 Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu', 'relu2', 'tanh']
 
 
@@ -280,31 +281,27 @@ class ModelConfig:
         return tuple(dict.fromkeys(kind.rope for kind in self.layer_kinds() if kind.rope is not None))
 
 
-def segments_of(kinds: tuple[LayerKind, ...], period: int) -> tuple[Segment, ...]:
-    """Segments for a list of layers that repeats with `period`; what remains over becomes a second segment.
-
-    Raises:
-        ValueError: the layers do not repeat with this period.
-    """
-    repeats, rest = divmod(len(kinds), period)
-    if kinds != (kinds[:period] * (repeats + 1))[: len(kinds)]:
-        raise ValueError(f'layers do not repeat with period {period}: {kinds}')
-    whole = (Segment(kinds[:period], repeats),) if repeats else ()
-    return whole + ((Segment(kinds[:rest], 1),) if rest else ())
-
-
 def runs_of(kinds: tuple[LayerKind, ...]) -> tuple[Segment, ...]:
-    """Segments for a list of layers: the shortest period that serves the whole list, else runs of equal layers."""
-    for period in range(1, min(len(kinds), 8) + 1):
-        if kinds == (kinds[:period] * (len(kinds) // period + 1))[: len(kinds)] and len(kinds) > period:
-            return segments_of(kinds, period)
-    runs: list[Segment] = []
-    for kind in kinds:
-        if runs and runs[-1].kinds == (kind,):
-            runs[-1] = Segment((kind,), runs[-1].repeats + 1)
-        else:
-            runs.append(Segment((kind,), 1))
-    return tuple(runs)
+    """Segments for a list of layers, such that the fewest layers are traced and compiled, then the fewest segments.
+
+    A segment costs the layers of its period, of which there are up to LONGEST_PERIOD, however often it repeats.
+    """
+    # best[i]: (layers traced, segments) for the layers from i on.
+    best: list[tuple[int, tuple[Segment, ...]]] = [(0, ())] * (len(kinds) + 1)
+    for first in reversed(range(len(kinds))):
+        options = []
+        for period in range(1, min(LONGEST_PERIOD, len(kinds) - first) + 1):
+            block, repeats = kinds[first : first + period], 1
+            while True:
+                end = first + period * repeats
+                traced, rest = best[end]
+                options.append((period + traced, 1 + len(rest), -repeats, (Segment(block, repeats), *rest)))
+                if kinds[end : end + period] != block:
+                    break
+                repeats += 1
+        traced, _, _, segments = min(options, key=lambda option: option[:3])
+        best[first] = traced, segments
+    return best[0][1]
 
 
 def unplaced(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

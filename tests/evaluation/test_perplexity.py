@@ -13,7 +13,7 @@ from jpt.evaluation.perplexity import perplexity
 from jpt.evaluation.score import Reference, Scores, score
 from jpt.evaluation.windows import batches_of, rows_of
 from jpt.model import load
-from jpt.models.config import LayerKind, ModelConfig, Rope, segments_of
+from jpt.models.config import LayerKind, ModelConfig, Rope, runs_of
 from jpt.models.transformer import forward, init, unembed
 
 
@@ -48,7 +48,7 @@ def test_nothing_to_predict_is_an_error():
 
 def tiny(vocab, width):
     kinds = (LayerKind(Rope(), None, 12),)
-    return ModelConfig('llama', vocab, width, 2, 1, 4, segments_of(kinds, 1), 16, tied=True)
+    return ModelConfig('llama', vocab, width, 2, 1, 4, runs_of(kinds), 16, tied=True)
 
 
 def test_scores_equal_the_softmax_of_whole_logits():

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jpt.models.config import LayerKind, ModelConfig, Rope, segments_of
+from jpt.models.config import LayerKind, ModelConfig, Rope, runs_of
 from jpt.models.transformer import init
 
 
@@ -19,7 +19,7 @@ def mixed() -> ModelConfig:
         num_heads=4,
         num_kv_heads=2,
         head_dim=6,
-        segments=segments_of(kinds, 3),
+        segments=runs_of(kinds),
         max_length=64,
         activation='gelu_tanh',
         norm_offset=1.0,

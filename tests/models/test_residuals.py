@@ -8,7 +8,7 @@ import pytest
 
 from jpt.models.attention import Where
 from jpt.models.block import apply_block
-from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, segments_of
+from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, runs_of
 from jpt.models.layers import LayerNorm, RMSNorm
 from jpt.models.mlp import MLP
 from jpt.models.transformer import init, locate
@@ -27,7 +27,7 @@ def config(**more):
         num_kv_heads=1,
         head_dim=8,
         max_length=T,
-        segments=segments_of((kind,), 1),
+        segments=runs_of((kind,)),
         **more,
     )
 

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jpt.models.attention import Where
 from jpt.models.block import apply_block
 from jpt.models.cache import init_cache
-from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment, runs_of, segments_of
+from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment, runs_of
 from jpt.models.transformer import embed, final_norm, forward, init, locate, unembed
 
 PLAIN = Compute(attention='dense')
@@ -99,7 +101,7 @@ def test_packing_leaks_nothing(mixed, mixed_params, whole):
 
 def test_rematerialization_changes_no_gradient(mixed):
     """Every policy in one program, on two layers."""
-    cfg = dataclasses.replace(mixed, segments=segments_of(mixed.segments[0].kinds[:1] * 2, 1))
+    cfg = dataclasses.replace(mixed, segments=runs_of(mixed.segments[0].kinds[:1] * 2))
     params = init(cfg, jax.random.key(3))
 
     def gradient(params, remat):
@@ -158,8 +160,35 @@ def test_runs_find_the_shortest_period_or_split():
     assert runs_of((a, a, a)) == (Segment((a,), 3),)
     assert runs_of((a, b, a, b, a)) == (Segment((a, b), 2), Segment((a,), 1))
     assert runs_of((a, a, b, b, b)) == (Segment((a,), 2), Segment((b,), 3))
-    with pytest.raises(ValueError, match='period 2'):
-        segments_of((a, b, b), 2)
+
+
+def test_a_hybrid_of_52_layers_traces_13():
+    """The pattern of Nemotron-H-8B: eleven layers four times, then two layers four times."""
+    kinds = {'M': LayerKind(mixer='mamba'), '*': LayerKind(), '-': LayerKind(mlp_width=8, mixer='none')}
+    pattern = 'M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-'
+    segments = runs_of(tuple(kinds[letter] for letter in pattern))
+    assert [(len(segment.kinds), segment.repeats) for segment in segments] == [(11, 4), (2, 4)]
+    again = [kind for segment in segments for kind in segment.kinds * segment.repeats]
+    assert again == [kinds[letter] for letter in pattern]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=9))
+def test_no_other_segments_trace_fewer_layers(numbers):
+    def fewest(rest: tuple[int, ...]) -> int:
+        """By trying every first segment."""
+        if not rest:
+            return 0
+        found = []
+        for period in range(1, len(rest) + 1):
+            for repeats in range(1, len(rest) // period + 1):
+                if rest[: period * repeats] == rest[:period] * repeats:
+                    found.append(period + fewest(rest[period * repeats :]))
+        return min(found)
+
+    segments = runs_of(tuple(LayerKind(window=number + 1) for number in numbers))
+    assert [k.window - 1 for s in segments for k in s.kinds * s.repeats] == numbers
+    assert sum(len(segment.kinds) for segment in segments) == fewest(tuple(numbers))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpt.data.batch import Batch
-from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment, StateSpace, runs_of, segments_of
+from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment, StateSpace, runs_of
 from jpt.models.transformer import forward, init, unembed
 from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout, to_device_layout
@@ -37,7 +37,7 @@ MODELS = {
         4,
         2,
         4,
-        segments_of(((LOCAL, LOCAL, WHOLE) * 3)[:7], 3),
+        runs_of(((LOCAL, LOCAL, WHOLE) * 3)[:7]),
         64,
         qk_norm=True,
         post_norms=True,

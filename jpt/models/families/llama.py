@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jpt.models.config import LayerKind, ModelConfig, runs_of, segments_of
+from jpt.models.config import LayerKind, ModelConfig, runs_of
 from jpt.models.families.dialect import Dialect
 from jpt.models.families.family import Family
 from jpt.models.families.fields import ACTIVATION_NAMES, Fields
@@ -43,7 +43,6 @@ def llama_like(fields: Fields, kinds: tuple[LayerKind, ...] | None = None, **mor
     if len(kinds) != layers:
         raise ValueError(f'config.json: layer_types has {len(kinds)} entries: expected num_hidden_layers={layers}')
     kinds = tuple(dataclasses.replace(kind, mlp_width=mlp_width) for kind in kinds)
-    period = more.pop('period', None)
     values: dict[str, Any] = {
         'activation': fields.choice('hidden_act', ACTIVATION_NAMES, 'silu') if 'activation' not in more else '',
         'tied': fields.boolean('tie_word_embeddings', more.pop('default_tied', False)),
@@ -56,7 +55,7 @@ def llama_like(fields: Fields, kinds: tuple[LayerKind, ...] | None = None, **mor
         num_heads=heads,
         num_kv_heads=fields.optional_integer('num_key_value_heads') or heads,
         head_dim=head_dim,
-        segments=segments_of(kinds, period) if period else runs_of(kinds),
+        segments=runs_of(kinds),
         max_length=max_length,
         **(values | more),
     )
