@@ -35,6 +35,13 @@ ARCHITECTURE = {
     'max_position_embeddings': 512,
     'tie_word_embeddings': False,
 }
+MIXTURE = {
+    **ARCHITECTURE,
+    'model_type': 'qwen3_moe',
+    'moe_intermediate_size': 48,
+    'num_experts': 32,
+    'num_experts_per_tok': 4,
+}
 LENGTH = 128
 MESHES: tuple[dict[str, int], ...] = (
     {'data': 8},
@@ -60,11 +67,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(mesh: dict[str, int], microbatches: int = 1, rows: int = 16, **compute: Any) -> Planned:
+def tiny(
+    mesh: dict[str, int],
+    microbatches: int = 1,
+    rows: int = 16,
+    architecture: dict[str, Any] = ARCHITECTURE,
+    **compute: Any,
+) -> Planned:
     """The compiled step of a tiny model on eight H100; rows of one microbatch."""
     values = {
         'task': 'sft',
-        'model': {'architecture': ARCHITECTURE},
+        'model': {'architecture': architecture},
         'data': {'paths': ('talk.jsonl',), 'kind': 'chat'},
         'batch': {'size': rows * microbatches, 'length': LENGTH, 'microbatches': microbatches},
         'compute': {'dtype': 'bfloat16', 'remat': 'full', **compute},

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from jpt.config import config_dict, from_config_dict
-from jpt.plan import FRACTION, MOST, describe, fits, idle_share, largest, verdict
-from jpt.planned import Buffer, Planned, read_buffers
+from jpt.plan import FRACTION, MOST, bounds_of, describe, fits, idle_share, largest, verdict
+from jpt.planned import Buffer, Planned, read_buffers, without_late_rounds
+from jpt.sharding.audit import Collective
 from jpt.sharding.topology import H100, H200
 from jpt.training.job import make_job
 from jpt.training.memory import bytes_per_device, gradient_bytes
@@ -26,10 +27,33 @@ ARCHITECTURE = {
 }
 
 
-def job_of(mesh, microbatches=1, **compute):
+MIXTURE = {
+    **ARCHITECTURE,
+    'model_type': 'qwen3_moe',
+    'moe_intermediate_size': 40,
+    'num_experts': 4,
+    'num_experts_per_tok': 2,
+}
+HYBRID = {
+    'model_type': 'nemotron_h',
+    'hybrid_override_pattern': 'M-*',
+    'vocab_size': 64,
+    'hidden_size': 16,
+    'intermediate_size': 24,
+    'num_attention_heads': 2,
+    'num_key_value_heads': 2,
+    'head_dim': 8,
+    'mamba_num_heads': 8,
+    'mamba_head_dim': 8,
+    'ssm_state_size': 4,
+    'n_groups': 2,
+}
+
+
+def job_of(mesh, microbatches=1, architecture=ARCHITECTURE, **compute):
     values = {
         'task': 'pretrain',
-        'model': {'architecture': ARCHITECTURE},
+        'model': {'architecture': architecture},
         'data': {'paths': ('text.txt',)},
         'batch': {'size': 8 * microbatches, 'length': 8, 'microbatches': microbatches},
         'optimizer': {'moments': 'bfloat16'},
@@ -105,6 +129,50 @@ def test_what_does_not_fit_names_the_largest_and_what_to_change(flat):
     assert advice[2].strip().startswith("optimizer: optimizer.moments='int8'")
     fine = describe(planned._replace(parts=parts | {'rest': 1}), H100)
     assert 'what to change' not in fine
+
+
+@pytest.mark.parametrize(
+    ('architecture', 'mesh', 'tensor', 'size'),
+    [
+        # Eight layers of four experts, 40 x 16; divided over both axes.
+        (MIXTURE, {'expert': 4, 'fsdp': 2}, '/mlp/experts/', 8 * 4 * 40 * 16 * 4 // 8),
+        # Four taps for each of 64 channels, whole on every device.
+        (HYBRID, {'fsdp': 8}, '/mamba/conv_x/', 64 * 4 * 4),
+    ],
+)
+def test_largest_tensors_of_experts_and_of_mamba_layers_are_named(architecture, mesh, tensor, size):
+    job = job_of(mesh, architecture=architecture)
+    planned = Planned(job, {'params': 80 * GIB, 'gradients': 0, 'rest': 0}, [], [])
+    text = describe(planned, H100)
+    assert 'DOES NOT FIT' in text
+    listed = text.split('largest tensors of the state:')[1]
+    names = [line.split()[-1] for line in listed.splitlines()[1:6]]
+    assert any(tensor in name for name in names), names
+    assert max(rest for name, rest in largest(job, 1000) if tensor in name) == size
+
+
+def test_bounds_of_a_mixture_are_those_of_its_active_parameters():
+    """Bytes that are sent are counted from the collectives: of an all-to-all among 4, three quarters leave."""
+    job = job_of({'expert': 4, 'fsdp': 2}, architecture=MIXTURE, dtype='bfloat16')
+    exchange = Collective('all-to-all', 'bf16', ((4, 96, 16),), 4 * 96 * 16 * 2, (0, 1, 2, 3), 48)
+    planned = Planned(job, {'params': 3 * GIB, 'optimizer': GIB, 'gradients': 2 * GIB, 'rest': 7 * GIB}, [exchange], [])
+    bounds = bounds_of(planned, H100)
+    layer = 16 * 4 * 16 + 4 * 16 + 2 * 3 * 40 * 16  # attention, router, two experts of a token
+    per_token = 6 * (8 * layer + 64 * 16) + 3 * 8 * 4 * 16 * 4  # and scores of eight tokens
+    assert bounds.flops == pytest.approx(per_token * 8 * 8 / 8)
+    assert bounds.products == pytest.approx(bounds.flops / 989.4e12)
+    assert bounds.touched == 2 * 6 * GIB
+    assert bounds.sent == pytest.approx(48 * 4 * 96 * 16 * 2 * 3 / 4)
+    assert bounds.roofline == bounds.memory == pytest.approx(12 * GIB / 3.352e12)
+    assert 'further rounds of exchange are not counted' in describe(planned, H100)
+
+
+def test_rounds_that_an_even_router_does_not_need_are_left_out():
+    line = '  %{} = bf16[4]{{0}} all-to-all(%x), replica_groups={{{{0,1}}}}, metadata={{op_name="jit(step)/{}"}}'
+    lines = ['ENTRY %main () -> bf16[4] {', line.format('a', 'mlp/all_to_all'), '}']
+    late = [line.format('b', 'late_round/cond/all_to_all'), line.format('c', 'transpose(jvp(late_round))/all_to_all')]
+    assert without_late_rounds('\n'.join([*lines[:2], *late, lines[2]])) == '\n'.join(lines)
+    assert without_late_rounds('\n'.join([line.format('d', 'latest_rounds/x')])) == line.format('d', 'latest_rounds/x')
 
 
 REPORT = """Memory Space: default (color=0)

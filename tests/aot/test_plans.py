@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from jpt.plan import describe, fits
+from jpt.config import from_config_dict
+from jpt.plan import FRACTION, describe, fits
+from jpt.planned import plan_step
 from jpt.sharding.audit import summed
 from jpt.sharding.topology import H100, PLUGINS, target_config, topology_devices
 from jpt.training.memory import bytes_per_device
+from jpt.training.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -24,9 +27,17 @@ needs_plugin = pytest.mark.skipif(
     'JPT_AOT' not in os.environ and not any(importlib.util.find_spec(name) for name in PLUGINS),
     reason="the CUDA plugin is not installed: pip install -e '.[aot]'",
 )
-spec = importlib.util.spec_from_file_location('plans', ROOT / 'benchmarks' / 'plans.py')
-plans = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plans)
+
+
+def benchmark(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'benchmarks' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+plans, sizes = benchmark('plans'), benchmark('real_sizes')
 VOCAB, WIDTH = plans.ARCHITECTURE['vocab_size'], plans.ARCHITECTURE['hidden_size']
 # Embedding and head; four layers of q, k, v, out, gate, up, down, two norms of the width, two of a head; the last norm.
 PARAMETERS = 2 * VOCAB * WIDTH + 4 * (WIDTH * (4 * 128 + 3 * 96) + 2 * WIDTH + 2 * 16) + WIDTH
@@ -124,6 +135,44 @@ def test_a_pipeline_needs_no_more_memory_for_64_microbatches_than_for_4():
     assert many.temporary <= 1.2 * few.temporary
     text = describe(few, H100)
     assert f'{100 * 3 / 7:.1f} %     of a step (1f1b, 4 stages, 4 microbatches)' in text
+
+
+@needs_plugin
+def test_experts_exchange_rows_and_nothing_is_gathered_over_their_axis():
+    """Four shards of experts, each with eight of 32: rows travel, in bfloat16 and in padded shares, and nothing else.
+
+    Every gather is one of a weight over fsdp: neither the tokens of all shards [2048, 64] nor the experts of all.
+    """
+    plan = plans.tiny({'expert': 4, 'fsdp': 2}, architecture=plans.MIXTURE)
+    shards, layers, width = plan.job.mesh.shape['expert'], 4, 48
+    tokens = 16 * plans.LENGTH // 8  # of a device
+    room = 4 * tokens * 3 // 2 // 4  # four experts per token, half as much again as the even share of a shard
+    moved = [item for item in plan.traffic if item.kind == 'all-to-all' and item.dtype == 'bf16']
+    assert {item.shapes for item in moved} == {((4, room, WIDTH),)}
+    assert all(item.group == shards for item in moved)
+    assert sum(item.times for item in moved) == 6 * layers  # there and back: forward, recomputed, backward
+    heads = 8 * 16
+    weights = {(VOCAB, WIDTH), (heads, WIDTH), (WIDTH, heads), (8, width, WIDTH), (8, WIDTH, width)}
+    for item in plan.traffic:
+        if item.kind == GATHER:
+            assert set(item.shapes) <= weights
+            assert item.members == (0, 4), 'a weight is gathered over fsdp alone'
+    # Gradients of experts' kernels are summed over fsdp, and not over the axis that divides the experts.
+    dense = 2 * VOCAB * WIDTH // 2 + layers * 4 * WIDTH * heads // 2
+    over_experts = [item for item in plan.traffic if item.kind == REDUCE and item.group == shards]
+    assert sum(item.bytes * item.times for item in over_experts if item.dtype == 'f32') == 4 * dense
+
+
+@needs_plugin
+@pytest.mark.full
+@pytest.mark.parametrize('name', sizes.BY_NAME)
+def test_published_models_fit_as_the_table_says(name):
+    config = from_config_dict(TrainConfig, sizes.get_config(name), 'config')
+    plan = plan_step(config, topology_devices(sizes.BY_NAME[name].gpus))
+    assert fits(plan, H100)
+    assert plan.total < FRACTION * H100.memory
+    over_experts = {row.kind for row in summed(plan.traffic, dict(plan.job.mesh.shape)) if row.axes == 'expert'}
+    assert over_experts == ({'all-to-all', REDUCE} if 'expert' in sizes.BY_NAME[name].mesh else set())
 
 
 # GiB per H100 of a step of Qwen3-8B on 8 x 4,096 tokens; float32 parameters, bfloat16 moments and products, full remat.
