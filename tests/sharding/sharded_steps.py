@@ -1,4 +1,4 @@
-"""Four small models, a batch with everything in it, and one training step on any mesh."""
+"""Small models, a batch with everything in it, and one training step on any mesh."""
 
 import dataclasses
 import functools
@@ -60,6 +60,21 @@ MODELS = {
         gated_mlp=False,
         state_space=StateSpace(4, 6, 2, 5, 3, bias=True),
         experts=Experts(4, 2, 12, 'sigmoid', shared_width=12, latent_width=8, balance_loss=0.5),
+    ),
+    # Norms after attention and MLP only; queries and keys normed over heads that a mesh divides.
+    'over_heads': ModelConfig(
+        'olmo2',
+        53,
+        16,
+        4,
+        2,
+        4,
+        (Segment((WHOLE,), 4),),
+        64,
+        pre_norms=False,
+        post_norms=True,
+        qk_norm=True,
+        qk_norm_over_heads=True,
     ),
     # A dense layer, then four with experts, in groups; both auxiliary losses.
     'experts': ModelConfig(

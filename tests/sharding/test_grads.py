@@ -24,6 +24,7 @@ CASES = {
     'pipe-fsdp': ('mixed', {'pipe': 4, 'fsdp': 2}, 4, {}),
     'pipe-data-tensor': ('mixed', {'pipe': 2, 'data': 2, 'tensor': 2}, 2, {'chunks': 2, 'remat': 'full'}),
     'pipe-data-expert': ('even', {'pipe': 2, 'data': 2, 'expert': 2}, 1, {}),
+    'over-heads-fsdp-tensor': ('over_heads', {'data': 2, 'fsdp': 2, 'tensor': 2}, 2, {}),
     'experts-data8': ('experts', {'data': 8}, 1, {}),
     'experts-tensor': ('experts', {'data': 2, 'expert': 2, 'tensor': 2}, 2, {}),
     'experts-fsdp-context': ('experts', {'fsdp': 2, 'expert': 2, 'context': 2}, 1, {}),
