@@ -14,12 +14,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jpt
 from jpt.checkpoint.manifest import MANIFEST_FILE, CheckpointMismatch
 from jpt.checkpoint.tree import LeafSpec
-from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
+from jpt.models.config import ModelConfig
 
 FORMAT = 1
 STATE, MODEL, ASSETS, CONFIG, DATA, MANIFEST = 'state', 'model', 'assets', 'config', 'data', 'manifest'
@@ -85,24 +85,26 @@ def model_from_json(content: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a field that this version does not know: it may change the computation.
     """
-    fields = dict(content)
-    fields['segments'] = tuple(_segment(segment) for segment in fields['segments'])
-    return _build(ModelConfig, fields)
-
-
-def _segment(content: Mapping[str, Any]) -> Segment:
-    kinds = []
-    for kind in content['kinds']:
-        rope = None if kind.get('rope') is None else _build(Rope, kind['rope'])
-        kinds.append(_build(LayerKind, dict(kind) | {'rope': rope}))
-    return _build(Segment, dict(content) | {'kinds': tuple(kinds)})
+    return _build(ModelConfig, content)
 
 
 def _build(cls: Any, fields: Mapping[str, Any]) -> Any:
+    """A frozen dataclass from its fields as JSON has them."""
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
     if unknown:
         raise ValueError(f'{cls.__name__} has fields that this version of jpt does not know: {", ".join(unknown)}')
-    return cls(**fields)
+    types = get_type_hints(cls)
+    return cls(**{name: _value(types[name], value) for name, value in fields.items()})
+
+
+def _value(declared: Any, content: Any) -> Any:
+    """What JSON holds as an object is the dataclass among the declared types, and a list is a tuple."""
+    if isinstance(content, list):
+        return tuple(_value(get_args(declared)[0], part) for part in content)
+    if isinstance(content, Mapping):
+        cls = next(kind for kind in (declared, *get_args(declared)) if dataclasses.is_dataclass(kind))
+        return _build(cls, content)
+    return content
 
 
 def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpt.kernels.grouped_matmul import PRODUCT
 from jpt.models.attention import Where
 from jpt.models.block import apply_block, remat_policy
 from jpt.models.config import Compute, LayerKind, ModelConfig
@@ -78,10 +79,16 @@ def _layer(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[[Any
         return hidden_BTD, sums
 
     def regathered(params: Any, hidden_BTD: jax.Array, where: Where) -> tuple[jax.Array, RouterSums | None]:
-        policy = keep_activations(params) if compute.remat == 'none' else remat_policy(compute.remat)
+        policy = keep_parts(params) if compute.remat == 'none' else remat_policy(compute.remat)
         return jax.checkpoint(apply, policy=policy)(params, hidden_BTD, where)
 
     return regathered if divided else apply
+
+
+def keep_parts(params: Any) -> Callable[..., Any]:
+    """The policy of a layer that keeps everything but its gathered weights; experts' rows are known by their name."""
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(keep_activations(params), policies.save_only_these_names(PRODUCT))
 
 
 def whole_segments(counts: tuple[tuple[int, int], ...]) -> tuple[RunSegment, ...]:

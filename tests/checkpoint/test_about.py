@@ -10,6 +10,7 @@ from jpt.checkpoint import about as layout
 from jpt.checkpoint.manifest import CheckpointMismatch
 from jpt.checkpoint.tree import LeafSpec
 from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
+from jpt.models.families import config_from_hf
 
 GLOBAL = LayerKind(Rope(1e6, 'yarn', 4.0, 32, attention_factor=0.1 + 0.2, truncate=False), None, 24)
 CONFIG = ModelConfig(
@@ -100,3 +101,14 @@ def test_a_description_without_a_field_is_of_an_older_format(tmp_path: Path, fie
     write(tmp_path, content)
     with pytest.raises(CheckpointMismatch, match=f"no field '{field}': written in an older format"):
         layout.read_about(tmp_path)
+
+
+MODELS = Path(__file__).parents[1] / 'golden' / 'models'
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in MODELS.iterdir()))
+def test_every_kind_of_model_is_described_whole(name: str, tmp_path: Path) -> None:
+    """Experts, latents, state spaces and all else that a config holds come back from JSON as they were."""
+    cfg = config_from_hf(json.loads((MODELS / name / 'config.json').read_text()))
+    write(tmp_path, json.loads(json.dumps(layout.to_json(ABOUT._replace(model=cfg)))))
+    assert layout.read_about(tmp_path).model == cfg

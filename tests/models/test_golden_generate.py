@@ -17,6 +17,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 NAMES = sorted(path.name for path in (GOLDEN / 'models').iterdir())
 # One for each way in which a decoding step can go wrong; the others repeat these and run in .ci/full.
 CHOSEN = ('llama', 'llama_dynamic', 'llama_llama3', 'mistral_window', 'qwen3_mixed', 'gemma2', 'gemma3_text', 'gpt2')
+CHOSEN += ('deepseek_v3', 'gpt_oss', 'llama4_text', 'mamba2', 'nemotron_h_moe')
 NEW_TOKENS = 12
 
 
