@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
             print(set_xla_flags(config.compute.xla_flags))
         job = make_job(config, topology_devices(given.topology, chip))
         print(overview(job))
-        print(f'\ncompiling for {given.topology} x {chip.name}: usually within a minute ...', flush=True)
+        print(f'\ncompiling for {given.topology} x {chip.name}: half a minute to some minutes ...', flush=True)
         start = time.monotonic()
         planned = compile_step(job, with_buffers=True)
         print(f'compiled in {time.monotonic() - start:.0f} s\n')

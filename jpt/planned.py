@@ -1,5 +1,6 @@
 """A training step compiled ahead of time, on a machine that has no GPU: what it needs and what it sends."""
 
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jpt.kernels.expert_parallel import LATE
-from jpt.sharding.audit import Collective, collectives
+from jpt.sharding.audit import BYTES, Collective, collectives
 from jpt.training.job import Job, make_job
 from jpt.training.memory import bytes_per_device, gradient_bytes
 from jpt.training.overview import bytes_by_part
@@ -85,12 +86,11 @@ def read_buffers(report: str) -> list[Buffer]:
     found = []
     for number, unit, listed in re.findall(row, report, re.MULTILINE):
         shapes = re.findall(r'\w+\[[\d,]*\]', listed)
-        found.append(Buffer(int(float(number) * units[unit]), max(shapes, key=_elements, default='')))
+        found.append(Buffer(int(float(number) * units[unit]), max(shapes, key=_bytes, default='')))
     return found
 
 
-def _elements(shape: str) -> int:
-    product = 1
-    for part in re.findall(r'\d+', shape.partition('[')[2]):
-        product *= int(part)
-    return product
+def _bytes(shape: str) -> int:
+    """Of an array as HLO writes it: 'bf16[36,8,4096]'."""
+    dtype, _, dims = shape.partition('[')
+    return BYTES.get(dtype, 4) * math.prod(map(int, re.findall(r'\d+', dims)))
