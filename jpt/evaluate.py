@@ -116,6 +116,8 @@ def report_progress(unit: str) -> Callable[[int], None]:
 def evaluate(given: Any) -> dict[str, Any]:
     """The results of one command line (`given` has its flags as attributes)."""
     model = load(given.model, dtype=given.dtype)
+    if not model.config.causal:
+        raise ValueError(f'--model={given.model}: {model.config.family} is an encoder: expected one that predicts text')
     length = given.length or min(model.config.max_length, 4096)
     if model.config.learned_positions and length > model.config.max_length:
         raise ValueError(f"--length={length}: expected at most the model's {model.config.max_length} positions")

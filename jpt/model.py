@@ -21,7 +21,7 @@ from jpt.data.tokenizer import Tokenizer
 from jpt.generation.engine import GenerationResult, generate
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.names import leaves, put
-from jpt.models.transformer import forward, unembed
+from jpt.models.transformer import KEPT, forward, last_name, unembed
 from jpt.quant.lora import is_weight
 from jpt.sharding.rules import Rules, param_specs, shardings, units_of
 
@@ -41,11 +41,13 @@ class Model:
     def compute(self) -> Compute:
         """How it is run: in the widest dtype of its weights, in bfloat16 where all have eight bits.
 
-        Adapters do not count: their factors are float32 whatever the kernels are.
+        Adapters do not count, nor does what is held in float32 whatever the kernels are.
         """
-        weights = jax.tree.leaves(self.params, is_leaf=is_weight)
+        weights = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_weight)
         dtypes = {
-            leaf.dtype for leaf in weights if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
+            leaf.dtype
+            for path, leaf in weights
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1 and last_name(path) not in KEPT
         }
         return Compute(dtype=functools.reduce(jnp.promote_types, sorted(dtypes, key=str)) if dtypes else 'bfloat16')
 

@@ -126,12 +126,13 @@ def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: 
                 block = _squeeze(part, source.read(part.leaf, part.index(rows)))
                 writer.write(name, block, part.source.first + rows.start)
         return
+    # Every part once and in order: with several processes the others gather as often (see export_hf).
+    values = [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]
     if first.axis == 0:
-        writer.write(name, _joined(parts, [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]))
+        writer.write(name, _joined(parts, values))
         return
     for expert in range(parts[0].shape[0]):
-        row = slice(expert, expert + 1)
-        writer.write(name, _joined(parts, [_squeeze(p, source.read(p.leaf, p.index(row))) for p in parts]), expert)
+        writer.write(name, _joined(parts, [value[expert : expert + 1] for value in values]), expert)
 
 
 def _joined(parts: list[_Part], values: list[np.ndarray]) -> np.ndarray:

@@ -86,7 +86,7 @@ class HuggingFaceSource:
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype in which a leaf is given."""
         stored = self._spec(leaf.sources[0]).dtype
-        return self._target if self._target is not None and is_floating(stored) else stored
+        return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         """A part of a leaf, copied out of the files; nothing else is read."""

@@ -111,12 +111,12 @@ class StoredSource:
     def dtype(self, leaf: Leaf) -> np.dtype:
         name = name_of(leaf.path)
         stored = np.dtype(self._specs[self._names.get(name) or self._names[f'{name}/base']].dtype)
-        return self._target if self._target is not None and is_floating(stored) else stored
+        return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         name = name_of(leaf.path)
         array = self._part(name, index) if name in self._names else self._merged(name, index)
-        return cast(array, self._target)
+        return cast(array, self._target if leaf.castable else None)
 
     def _part(self, name: str, index: Index) -> np.ndarray:
         stored = self._names[name]

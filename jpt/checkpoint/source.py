@@ -62,14 +62,14 @@ class TreeSource:
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         stored = np.dtype(self.array(leaf).dtype)
-        return self._target if self._target is not None and is_floating(stored) else stored
+        return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         path, array = self._held
         if path != leaf.path or array is None:
             array = to_host(self.array(leaf))
             self._held = (leaf.path, array)
-        return cast(array[index], self._target)
+        return cast(array[index], self._target if leaf.castable else None)
 
 
 def is_vocabulary(leaf: Leaf) -> bool:

@@ -8,11 +8,20 @@ from jpt.data.batch import Batch
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import distillation
 from jpt.models.config import Compute, ModelConfig
-from jpt.models.routing import no_sums
-from jpt.models.transformer import embed, final_norm, head_kernel, locate
+from jpt.models.transformer import final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
-from jpt.training.objective import Carry, Objective, Sums, Tree, in_tokens, token_counts, token_weights, with_router
+from jpt.training.objective import (
+    Carry,
+    Objective,
+    Sums,
+    Tree,
+    first_carry,
+    in_tokens,
+    token_counts,
+    token_weights,
+    with_router,
+)
 
 
 def logit_distillation(
@@ -43,10 +52,7 @@ def logit_distillation(
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
-        return {
-            name: Carry(embed(cfg, both[name], micro.tokens, micro.positions, compute), no_sums(cfg, compute.dtype))
-            for name, cfg in configs.items()
-        }
+        return {name: first_carry(cfg, both[name], micro, compute) for name, cfg in configs.items()}
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
         both = models(layers, frozen_layers)

@@ -78,13 +78,7 @@ def mixture(
       ValueError: experts that do not divide over `expert`, or kernels of another number of experts.
     """
     shards = axis_size([EXPERT]) * auto_size([EXPERT])
-    if count % shards:
-        raise ValueError(f'{count} experts do not divide over expert={shards}: expected a multiple of it')
-    for name, kernel in kernels.items():
-        if kernel.shape[0] != count // axis_size([EXPERT]):
-            raise ValueError(
-                f"experts' {name} has shape {kernel.shape}: expected kernels of {count // axis_size([EXPERT])} experts"
-            )
+    _check(kernels, count, shards)
     batch, length = x_BTD.shape[:2]
     rows = auto(ROWS) if batch % auto_size(ROWS) == 0 else ()
     sequence = auto([SEQUENCE]) if length % auto_size([SEQUENCE]) == 0 else ()
@@ -112,6 +106,15 @@ def mixture(
         x_BTD, ids_BTJ, weights_BTJ, kernels
     )
     return jnp.sum(out, axis=0, dtype=x_BTD.dtype), lax.stop_gradient(jnp.sum(late))
+
+
+def _check(kernels: dict[str, Any], count: int, shards: int) -> None:
+    if count % shards:
+        raise ValueError(f'{count} experts do not divide over expert={shards}: expected a multiple of it')
+    here = count // axis_size([EXPERT])
+    for name, kernel in kernels.items():
+        if kernel.shape[0] != here:
+            raise ValueError(f"experts' {name} has shape {kernel.shape}: expected kernels of {here} experts")
 
 
 def _here(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, on_input: bool):
@@ -227,10 +230,14 @@ def _exchanged(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, on_input
 
     needed = pmax(jnp.max(-(-load // room)), [EXPERT])
 
-    def further(total, turn):
+    # Made again in the backward pass as a whole: a branch would hand out what it reads, and the scan stack it.
+    @jax.checkpoint
+    def late_round(turn):
         with jax.named_scope(LATE):
-            more = lax.cond(turn < needed, jax.checkpoint(deliver), lambda _: jnp.zeros_like(total), turn)
-        return total + more, None
+            return lax.cond(turn < needed, deliver, lambda _: jnp.zeros_like(rows), turn)
+
+    def further(total, turn):
+        return total + late_round(turn), None
 
     out, _ = lax.scan(further, deliver(jnp.int32(0)), jnp.arange(1, -(-len(flat) // room), dtype=jnp.int32))
     late = jnp.sum(jnp.maximum(load - room, 0)).astype(jnp.float32)

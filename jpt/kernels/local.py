@@ -40,8 +40,9 @@ def local(fn: Callable, in_specs, out_specs, axes: Sequence[str]) -> Callable:
         manual (inside an outer shard_map, where the operands are local already) are dropped from them.
       axes: the axes that `fn` may see as manual.
 
-    Do not differentiate through `fn` when it holds collectives: replication is not tracked (check_vma=False), so give
-    it a custom_vjp outside this call and run both directions through `local`.
+    Do not differentiate through `fn` when it holds sums over shards: replication is not tracked (check_vma=False), so
+    give it a custom_vjp outside this call and run both directions through `local`. An all-to-all is safe: its transpose
+    is the exchange back, whoever holds what.
     """
     names = frozenset(auto(axes))
     if not names:

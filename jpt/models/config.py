@@ -61,7 +61,7 @@ class Experts:
     biases: bool = False  # of the router and of the experts' maps
     shared_width: int = 0  # of an MLP that all tokens pass through as well; 0: none
     latent_width: int | None = None  # experts work between two maps to and from this width; None: on the model's
-    balance_loss: float = 0.0  # weight of the balance loss in training, see routing.balance
+    balance_loss: float = 0.0  # what the model's config.json says; a job names the weight of its own loss
     balance_over: Literal['text', 'batch'] = 'text'  # tokens over which experts are to be used evenly
     z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2 in training
     capacity: float | None = (

@@ -12,7 +12,7 @@ import numpy as np
 from jpt.models.config import ModelConfig
 from jpt.models.families import FAMILIES
 from jpt.models.families.dialect import Dialect
-from jpt.models.transformer import init
+from jpt.models.transformer import KEPT, init
 
 TreePath = tuple[str | int, ...]
 Role = Literal['embedding', 'kernel', 'bias', 'norm']
@@ -41,7 +41,7 @@ class Source:
     def within(self, rows: slice) -> tuple[slice, ...]:
         """Where some of the own rows lie in the (untransposed) tensor."""
         start, stop = (self.first + row * self.step for row in (rows.start, rows.stop))
-        return (*[slice(None)] * self.axis, slice(start, stop - self.step + 1, self.step))
+        return (*[slice(None)] * self.axis, slice(start, max(stop - self.step + 1, start), self.step))
 
     @property
     def alone(self) -> bool:
@@ -68,6 +68,11 @@ class Leaf:
     sources: tuple[Source, ...]
     stack: int
     role: Role
+
+    @property
+    def castable(self) -> bool:
+        """Whether a cast of the weights rounds it: not what decides which experts are chosen."""
+        return self.path[-1] not in KEPT
 
     @property
     def own_shape(self) -> tuple[int, ...]:

@@ -135,7 +135,7 @@ def balance(choice: Choice, segments_BT: jax.Array) -> jax.Array:
     count = psum(jax.vmap(per_text)(used, segments_BT), ['context'])
     tokens = jnp.sum(count, axis=-1, keepdims=True) / per_token
     share_of_text = count / jnp.where(tokens > 0, tokens, 1)
-    mine = jnp.take_along_axis(share_of_text, segments_BT[..., None], axis=1)
+    mine = jnp.take_along_axis(share_of_text, segments_BT[..., None], axis=1, mode='clip')
     terms = jax.lax.stop_gradient(mine) * shares.reshape(mine.shape)
     return experts / per_token * jnp.sum(jnp.where(segments_BT[..., None] > 0, terms, 0))
 
@@ -154,4 +154,5 @@ def batch_balance(choice: Choice, segments_BT: jax.Array) -> jax.Array:
 
 def _shares(choice: Choice) -> jax.Array:
     """Scores that sum to 1 over the experts, [M, E]."""
-    return choice.scores_ME / jnp.sum(choice.scores_ME, axis=-1, keepdims=True)
+    total = jnp.sum(choice.scores_ME, axis=-1, keepdims=True)
+    return choice.scores_ME / jnp.where(total > 0, total, 1)

@@ -19,6 +19,8 @@ from jpt.models.routing import RouterSums, add_layer, no_sums
 from jpt.quant.dot import dot
 
 Params = dict[str, Any]
+# Parameters that are held in float32 whatever the others are: steps of a correction are lost in fewer bits.
+KEPT = ('correction',)
 
 
 class Forward(NamedTuple):
@@ -48,7 +50,14 @@ def init(cfg: ModelConfig, key: jax.Array, dtype: DTypeLike = 'float32') -> Para
         params |= init_encoder(cfg, jax.random.fold_in(key, 1))
     if not cfg.tied:
         params['lm_head'] = {'kernel': table(cfg.vocab_size, std)}
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if last_name(path) in KEPT else leaf.astype(dtype), params
+    )
+
+
+def last_name(path: tuple[Any, ...]) -> Any:
+    """The name of a leaf in its module, from its path in a tree; None where the path ends otherwise."""
+    return getattr(path[-1], 'key', None)
 
 
 def norm_params(cfg: ModelConfig) -> Params:

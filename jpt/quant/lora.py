@@ -41,7 +41,9 @@ def add_lora(
     alphas: Mapping[str, float] | None = None,
     place: str = 'lora.targets',
 ) -> Any:
-    """Wraps the layers' kernels that the path patterns `targets` cover; the model computes what it did before.
+    """Wraps the layers' kernels that the path patterns `targets` cover, but for experts' and routers'.
+
+    The model computes what it did before.
 
     a [R, rank, in] is uniform in +-1/sqrt(in), b [R, out, rank] is zero (PEFT's default), both float32. `ranks` and
     `alphas` give other values by path pattern, the first that matches.
@@ -51,6 +53,8 @@ def add_lora(
             [1, min(out, in)].
     """
     kernels = [path for path in paths(params, is_weight) if path.startswith('layers/') and path.endswith('/kernel')]
+    # Experts' kernels are stacks, which PEFT has no adapters for, and a router is not low-rank to begin with.
+    kernels = [path for path in kernels if not {'experts', 'router'} & set(path.split('/'))]
     chosen = select(targets, kernels, place)
     for pattern in (*(ranks or {}), *(alphas or {})):
         select([pattern], sorted(chosen), place)

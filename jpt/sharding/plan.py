@@ -56,6 +56,11 @@ def make_plan(
         raise ValueError(f"pipeline chunks={chunks}: schedule 'gpipe' has one chunk per device, '1f1b' may have more")
     layouts, placed = {}, {}
     for name, config in configs.items():
+        if config.state_space is not None and mesh.shape['context'] > 1:
+            raise ValueError(
+                f'mesh.context={mesh.shape["context"]}: {name} ({config.family}) has layers that carry a state along '
+                'the sequence: expected 1'
+            )
         whole = _union(params, frozen['model']) if name == 'model' else frozen[name]
         layouts[name] = make_layout(whole, mesh.shape, chunks, config.experts)
         rules = Rules(mesh.shape, units_of(config), layouts[name].staged)

@@ -131,10 +131,10 @@ def _routed(cfg: ModelConfig, config: TrainConfig) -> ModelConfig:
     """The model with its routers trained as the job says."""
     if cfg.experts is None:
         return cfg
-    router, own = config.router, cfg.experts
+    router = config.router
     changed = dataclasses.replace(
-        own,
-        balance_loss=own.balance_loss if router.balance_loss is None else router.balance_loss,
+        cfg.experts,
+        balance_loss=router.balance_loss,
         balance_over=router.balance_over,
         z_loss=router.z_loss,
         capacity=router.capacity,

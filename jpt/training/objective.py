@@ -45,6 +45,11 @@ class Carry(NamedTuple):
     router: RouterSums | None
 
 
+def first_carry(cfg: ModelConfig, params: Tree, micro: Batch, compute: Compute) -> Carry:
+    """What enters the first layer of a model."""
+    return Carry(embed(cfg, params, micro.tokens, micro.positions, compute), no_sums(cfg, compute.dtype))
+
+
 def token_counts(batch: Batch) -> dict[str, jax.Array]:
     """How much loss weight the whole batch holds, and how many tokens that are not padding."""
     wide = jnp.promote_types(batch.loss_mask.dtype, jnp.float32)
@@ -80,7 +85,9 @@ def with_router(
         return result
     total, sums = result
     experts, everything = cfg.experts, jnp.maximum(counts['real_tokens'], 1)
-    total = total + (experts.balance_loss * router.balance + experts.z_loss * router.z) / everything
+    for weight, value in ((experts.balance_loss, router.balance), (experts.z_loss, router.z)):
+        if weight:
+            total = total + weight * value / everything
     places = jnp.sum(micro.segment_ids > 0) * jnp.asarray(sum(kind.experts for kind in cfg.layer_kinds()), total.dtype)
     more = {
         'balance': (router.balance, places),
@@ -96,8 +103,7 @@ def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
     """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> Carry:
-        model = merge(params, frozen['model'])
-        return Carry(embed(cfg, model, micro.tokens, micro.positions, compute), no_sums(cfg, compute.dtype))
+        return first_carry(cfg, merge(params, frozen['model']), micro, compute)
 
     def stage(layers: Tree, frozen_layers: Tree, carry: Carry, micro: Batch) -> Carry:
         where = locate(cfg, micro.positions, micro.segment_ids, compute.dtype)

@@ -40,7 +40,7 @@ class DistillConfig:
 class RouterConfig:
     """How the routers of a model with experts are trained; without effect on others."""
 
-    balance_loss: float | None = None  # weight of the loss that spreads tokens evenly; None: the model's own
+    balance_loss: float = 0.0  # weight of the loss that spreads tokens evenly, summed over layers
     balance_over: Literal['text', 'batch'] = 'text'  # evenly within each text, or over a microbatch on all devices
     z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2
     correction_rate: float = 0.001  # step of the bias that evens out the load of a model that has one; 0 keeps it
@@ -48,8 +48,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         for name in ('balance_loss', 'z_loss', 'correction_rate'):
-            value = getattr(self, name)
-            require(self, name, value is None or value >= 0, 'a number of 0 or more')
+            require(self, name, getattr(self, name) >= 0, 'a number of 0 or more')
         require(self, 'capacity', self.capacity is None or self.capacity > 0, 'a positive number or None')
 
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.expert_parallel import SPECS, Rows, mixture
+from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.sharding.mesh import AXES, MeshConfig, make_mesh
 
 B, T, J, D, F = 8, 16, 2, 6, 8
@@ -209,3 +210,23 @@ def test_experts_that_do_not_fit_are_refused(count, held, message):
     case, (x, weights, _, cotangent) = Case({'data': 2, 'expert': 4}, count), inputs(count)
     with jax.set_mesh(case.mesh), pytest.raises(ValueError, match=message):
         case.mixture(x, routers(count)['even'], weights, weights_of(held), cotangent)
+
+
+def test_late_rounds_keep_no_copies_of_the_kernels_for_the_backward_pass():
+    """A round that an even router does not need must not make the scan stack what it would read."""
+    mesh = make_mesh(MeshConfig(data=1, expert=4, tensor=2))
+    kernels = {'up': jnp.ones((8, 10, 6)), 'down': jnp.ones((8, 6, 10))}
+    x, ids, weights = jnp.ones((4, 32, 6)), jnp.zeros((4, 32, 2), jnp.int32), jnp.ones((4, 32, 2))
+
+    def run(kernels, rows):
+        return grouped_matmul(grouped_matmul(rows.x_MD, kernels['up'], rows.sizes_E), kernels['down'], rows.sizes_E)
+
+    def loss(x, kernels):
+        return jnp.sum(mixture(run, x, ids, weights, kernels, 8)[0] ** 2)
+
+    with jax.set_mesh(mesh):
+        text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernels))
+    assert '[2,5,6]' in text, 'the kernels of a shard'
+    rounds = 3  # 64 rows of a shard, 24 to a shard in a round
+    for stacked in (f'[{rounds - 1},2,5,6]', f'[{rounds - 1},2,6,5]', f'[{rounds - 1},64,6]'):
+        assert stacked not in text

@@ -125,6 +125,13 @@ class Fields:
             raise ValueError(f'config.json: {name}={value!r}: expected an integer ({self.family})')
         return value
 
+    def positive(self, name: str, default: int) -> int:
+        """An integer of 1 or more."""
+        value = self.integer(name, default)
+        if value < 1:
+            raise ValueError(f'config.json: {name}={value}: expected a positive integer ({self.family})')
+        return value
+
     def optional_integer(self, name: str, default: int | None = None) -> int | None:
         """An integer field that may be null."""
         return None if self.get(name, default) is None else self.integer(name, default)

@@ -61,11 +61,11 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _kinds(fields: Fields, layers: int) -> tuple[LayerKind, ...]:
-    every = fields.integer('no_rope_layer_interval', 4)
+    every = fields.positive('no_rope_layer_interval', 4)
     rotary = fields.integers('no_rope_layers', ()) or [int((i + 1) % every != 0) for i in range(layers)]
     chunked = ['chunked_attention' if uses else 'full_attention' for uses in rotary]
     types = fields.layer_types(chunked, ('full_attention', 'chunked_attention'))
-    step = fields.integer('interleave_moe_layer_step', 1)
+    step = fields.positive('interleave_moe_layer_step', 1)
     sparse = fields.integers('moe_layers', range(step - 1, layers, step))
     chunk = fields.optional_integer('attention_chunk_size', 8192)
     if len(rotary) != layers or len(types) != layers:

@@ -44,7 +44,7 @@ def _read_qwen3_moe(fields: Fields) -> ModelConfig:
         window = None
     rope = read_rope(fields, fields.integer('max_position_embeddings', 32768))
     dense = fields.integers('mlp_only_layers', ())
-    step = fields.integer('decoder_sparse_step', 1)
+    step = fields.positive('decoder_sparse_step', 1)
     count = fields.same_integer('num_experts', 'num_local_experts', 128)
     kinds = tuple(
         LayerKind(rope, window, experts=layer not in dense and (layer + 1) % step == 0)
@@ -57,6 +57,8 @@ def _read_qwen3_moe(fields: Fields) -> ModelConfig:
         normalized=fields.boolean('norm_topk_prob', False),
         balance_loss=fields.number('router_aux_loss_coef', 0.001),
     )
+    if not any(kind.experts for kind in kinds):
+        raise ValueError('config.json: mlp_only_layers names every layer: expected some with experts (qwen3_moe)')
     bias = fields.boolean('attention_bias', False)
     return llama_like(
         fields,
@@ -65,7 +67,7 @@ def _read_qwen3_moe(fields: Fields) -> ModelConfig:
         qk_norm=True,
         qkv_bias=bias,
         attention_out_bias=bias,
-        experts=experts if any(kind.experts for kind in kinds) else None,
+        experts=experts,
     )
 
 
