@@ -110,3 +110,9 @@ def test_text_that_no_expert_wants_gives_a_finite_balance():
     """Sigmoid scores may all be 0 in float32; a segment's number may be larger than the row is long."""
     choice = choose(Experts(4, 2, 8, 'sigmoid'), jnp.full((4, 4), -200.0))
     assert np.isfinite(balance(choice, jnp.full((1, 4), 9, jnp.int32)))
+
+
+def test_a_checkpoint_with_modules_for_further_tokens_is_refused_by_its_field():
+    """tests/golden/mtp holds one, with what transformers computes for it, until jpt reads such modules."""
+    with pytest.raises(ValueError, match='num_nextn_predict_layers=2'):
+        jpt.load(MODELS.parent / 'mtp' / 'deepseek_v3')
