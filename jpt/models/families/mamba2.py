@@ -1,6 +1,7 @@
 """Mamba-2."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jpt.models.config import LayerKind, ModelConfig, StateSpace, runs_of
@@ -26,23 +27,17 @@ MAMBA2_DIALECT = Dialect('backbone.embeddings', 'backbone.layers', MAMBA_LAYER, 
 NO_EFFECT = ('time_step_rank', 'time_step_max', 'time_step_floor', 'rescale_prenorm_residual', 'chunk_size')
 # A recurrence has no table of positions; this many is no limit in practice.
 UNLIMITED = 2**30
+# The fields of a state space that not all families name alike.
+SPACE_FIELDS = {'num_heads': 'num_heads', 'head_dim': 'head_dim', 'state_dim': 'state_size', 'activation': 'hidden_act'}
 
 
 def _read_mamba2(fields: Fields) -> ModelConfig:
-    fields.ignore(*NO_EFFECT, 'time_step_min', 'residual_in_fp32', 'norm_before_gate', 'rms_norm')
-    fields.ignore('time_step_init_scheme', 'time_step_scale', 'intermediate_size')  # as Codestral Mamba has them
+    # Codestral Mamba's has norm_before_gate true, and is computed by transformers with the gate first all the same.
+    fields.ignore(*NO_EFFECT, 'time_step_min', 'residual_in_fp32', 'norm_before_gate')
+    fields.ignore('time_step_init_scheme', 'time_step_scale', 'intermediate_size')
+    fields.expect('rms_norm', (True, None))
     width = fields.integer('hidden_size', 4096)
-    space = StateSpace(
-        num_heads=fields.integer('num_heads', 128),
-        head_dim=fields.integer('head_dim', 64),
-        groups=fields.integer('n_groups', 8),
-        state_dim=fields.integer('state_size', 128),
-        conv_width=fields.integer('conv_kernel', 4),
-        activation=fields.choice('hidden_act', ACTIVATION_NAMES, 'silu'),
-        bias=fields.boolean('use_bias', False),
-        conv_bias=fields.boolean('use_conv_bias', True),
-        steps=_limits(fields),
-    )
+    space = read_space(fields, SPACE_FIELDS, read_step_limits(fields))
     if fields.integer('expand', 2) * width != space.width:
         raise ValueError(
             f'config.json: expand * hidden_size={fields.integer("expand", 2) * width}: expected num_heads * head_dim='
@@ -63,7 +58,7 @@ def _read_mamba2(fields: Fields) -> ModelConfig:
     )
 
 
-def _limits(fields: Fields) -> tuple[float, float]:
+def read_step_limits(fields: Fields) -> tuple[float, float]:
     """The limits of the step size, of which the upper may be infinite in two spellings."""
     limits = fields.get('time_step_limit') or (0.0, math.inf)
     spelled = [float(each['__float__']) if isinstance(each, dict) else each for each in limits]
@@ -72,27 +67,40 @@ def _limits(fields: Fields) -> tuple[float, float]:
     return float(spelled[0]), float(spelled[1])
 
 
-def write_space(space: StateSpace) -> dict[str, Any]:
-    return {
+def read_space(fields: Fields, names: Mapping[str, str], steps: tuple[float, float]) -> StateSpace:
+    """The state space of a config that has these names for what SPACE_FIELDS lists."""
+    return StateSpace(
+        num_heads=fields.integer(names['num_heads'], 128),
+        head_dim=fields.integer(names['head_dim'], 64),
+        groups=fields.integer('n_groups', 8),
+        state_dim=fields.integer(names['state_dim'], 128),
+        conv_width=fields.integer('conv_kernel', 4),
+        activation=fields.choice(names['activation'], ACTIVATION_NAMES, 'silu'),
+        bias=fields.boolean('use_bias', False),
+        conv_bias=fields.boolean('use_conv_bias', True),
+        steps=steps,
+    )
+
+
+def write_space(space: StateSpace, names: Mapping[str, str]) -> dict[str, Any]:
+    """What `read_space` reads."""
+    shared = {
         'n_groups': space.groups,
         'conv_kernel': space.conv_width,
         'use_bias': space.bias,
         'use_conv_bias': space.conv_bias,
     }
+    return shared | {field: getattr(space, name) for name, field in names.items()}
 
 
 def _write_mamba2(cfg: ModelConfig) -> dict[str, Any]:
     space = cfg.state_space
     assert space is not None
-    config = write_space(space) | {
+    config = write_space(space, SPACE_FIELDS) | {
         'vocab_size': cfg.vocab_size,
         'hidden_size': cfg.width,
         'num_hidden_layers': cfg.num_layers,
-        'num_heads': space.num_heads,
-        'head_dim': space.head_dim,
-        'state_size': space.state_dim,
         'expand': space.width // cfg.width,
-        'hidden_act': space.activation,
         'layer_norm_epsilon': cfg.norm_eps,
         'tie_word_embeddings': cfg.tied,
     }

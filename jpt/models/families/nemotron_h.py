@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from jpt.models.config import Experts, LayerKind, ModelConfig, StateSpace, runs_of
+from jpt.models.config import Experts, LayerKind, ModelConfig, runs_of
 from jpt.models.families.dialect import Dialect
 from jpt.models.families.family import Family
 from jpt.models.families.fields import ACTIVATION_NAMES, Fields
-from jpt.models.families.mamba2 import MAMBA_LAYER, NO_EFFECT, write_space
+from jpt.models.families.mamba2 import MAMBA_LAYER, NO_EFFECT, read_space, read_step_limits, write_space
 
 NEMOTRON_H_DIALECT = Dialect(
     'backbone.embeddings',
@@ -34,10 +34,12 @@ NEMOTRON_H_DIALECT = Dialect(
     'backbone.norm_f',
 )
 BLOCKS = {'linear_attention': 'M', 'mamba': 'M', 'full_attention': '*', 'attention': '*', 'mlp': '-', 'moe': 'E'}
-_EXPERT_FIELDS = (
-    'n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size', 'norm_topk_prob', 'routed_scaling_factor',
-    'n_group', 'topk_group', 'moe_shared_expert_intermediate_size', 'moe_latent_size',
-)  # fmt: skip
+SPACE_FIELDS = {
+    'num_heads': 'mamba_num_heads',
+    'head_dim': 'mamba_head_dim',
+    'state_dim': 'ssm_state_size',
+    'activation': 'mamba_hidden_act',
+}
 
 
 def _pattern(fields: Fields) -> str:
@@ -57,14 +59,29 @@ def _pattern(fields: Fields) -> str:
     return pattern
 
 
-def _read_nemotron_h(fields: Fields) -> ModelConfig:
-    fields.ignore(*NO_EFFECT, 'time_step_limit', 'residual_in_fp32', 'expand', 'mamba_proj_bias', 'attention_bias')
-    fields.ignore('sliding_window', 'n_shared_experts', 'moe_shared_expert_overlap', 'num_logits_to_keep')
-    fields.ignore('hidden_dropout', 'use_mamba_kernels', 'mamba_ssm_cache_dtype', 'rms_norm_eps', 'rms_norm')
-    fields.ignore('mtp_layers_block_type')
-    fields.ignore('output_router_logits', 'tie_word_embeddings', 'auto_map')  # the head is its own whatever it says
+def _check(fields: Fields) -> None:
+    """Refuses what would be another computation, in transformers or in the code that NVIDIA publishes beside weights.
+
+    transformers hears none of these fields.
+    """
+    for name in ('attention_bias', 'mamba_proj_bias', 'tie_word_embeddings'):
+        fields.expect(name, (False, None))
+    fields.expect('sliding_window', (None,))
     fields.expect('num_nextn_predict_layers', (0, None))
-    fields.ignore(*_EXPERT_FIELDS)  # written for dense patterns too
+    for name in ('rms_norm_eps', 'norm_eps'):
+        fields.expect(name, (fields.number('layer_norm_epsilon', 1e-5), None))
+    limits = read_step_limits(fields)
+    if limits != (0.0, math.inf):
+        raise ValueError(f'config.json: time_step_limit={limits}: expected 0 to infinity, no limits (nemotron_h)')
+    # There is no rotary embedding, whatever these say.
+    fields.ignore('rope_theta', 'partial_rotary_factor')
+    fields.ignore(*NO_EFFECT, 'residual_in_fp32', 'expand', 'moe_shared_expert_overlap', 'num_logits_to_keep')
+    fields.ignore('hidden_dropout', 'use_mamba_kernels', 'mamba_ssm_cache_dtype', 'mtp_layers_block_type')
+    fields.ignore('output_router_logits', 'auto_map')
+
+
+def _read_nemotron_h(fields: Fields) -> ModelConfig:
+    _check(fields)
     pattern = _pattern(fields)
     mlp_width = fields.integer('intermediate_size', 21504)
     kinds = {
@@ -74,17 +91,8 @@ def _read_nemotron_h(fields: Fields) -> ModelConfig:
         'E': LayerKind(mixer='none', experts=True),
     }
     heads, width = fields.integer('num_attention_heads', 32), fields.integer('hidden_size', 4096)
-    space = StateSpace(
-        num_heads=fields.integer('mamba_num_heads', 128),
-        head_dim=fields.integer('mamba_head_dim', 64),
-        groups=fields.integer('n_groups', 8),
-        state_dim=fields.integer('ssm_state_size', 128),
-        conv_width=fields.integer('conv_kernel', 4),
-        activation=fields.choice('mamba_hidden_act', ACTIVATION_NAMES, 'silu'),
-        bias=fields.boolean('use_bias', False),
-        conv_bias=fields.boolean('use_conv_bias', True),
-        steps=(fields.number('time_step_min', 0.001), math.inf),
-    )
+    space = read_space(fields, SPACE_FIELDS, (fields.number('time_step_min', 0.001), math.inf))
+    experts = _experts(fields)  # written for patterns without them too
     return ModelConfig(
         family='nemotron_h',
         vocab_size=fields.integer('vocab_size', 131072),
@@ -99,11 +107,12 @@ def _read_nemotron_h(fields: Fields) -> ModelConfig:
         norm_eps=fields.number('layer_norm_epsilon', 1e-5),
         mlp_bias=fields.boolean('mlp_bias', False),
         state_space=space if 'M' in pattern else None,
-        experts=_experts(fields) if 'E' in pattern else None,
+        experts=experts if 'E' in pattern else None,
     )
 
 
 def _experts(fields: Fields) -> Experts:
+    fields.expect('n_shared_experts', (1, None))
     return Experts(
         count=fields.integer('n_routed_experts', 8),
         per_token=fields.integer('num_experts_per_tok', 2),
@@ -142,19 +151,20 @@ def _write_nemotron_h(cfg: ModelConfig) -> dict[str, Any]:
         'tie_word_embeddings': False,
     }
     if space is not None:
-        config |= write_space(space) | {
-            'mamba_num_heads': space.num_heads,
-            'mamba_head_dim': space.head_dim,
-            'ssm_state_size': space.state_dim,
-            'mamba_hidden_act': space.activation,
-            'time_step_min': space.steps[0],
-        }
+        config |= write_space(space, SPACE_FIELDS) | {'time_step_min': space.steps[0]}
     if experts is not None:
-        values = (
-            experts.count, experts.per_token, experts.width, experts.normalized, experts.scale, experts.groups,
-            experts.top_groups, experts.shared_width, experts.latent_width,
-        )  # fmt: skip
-        config |= dict(zip(_EXPERT_FIELDS, values, strict=True)) | {'n_shared_experts': 1}
+        config |= {
+            'n_routed_experts': experts.count,
+            'num_experts_per_tok': experts.per_token,
+            'moe_intermediate_size': experts.width,
+            'norm_topk_prob': experts.normalized,
+            'routed_scaling_factor': experts.scale,
+            'n_group': experts.groups,
+            'topk_group': experts.top_groups,
+            'n_shared_experts': 1,
+            'moe_shared_expert_intermediate_size': experts.shared_width,
+            'moe_latent_size': experts.latent_width,
+        }
     return config
 
 
