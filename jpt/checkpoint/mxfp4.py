@@ -65,6 +65,7 @@ class PackedReader(ShardedReader):
         self.tensors = {name: spec for name, spec in self.tensors.items() if name not in parts} | packed
 
     def fill(self, target: np.ndarray, name: str, index: tuple[slice, ...], transposed: bool = False) -> None:
+        """As `ShardedReader.fill`; of a packed tensor only the groups that hold what is asked for are unpacked."""
         if name not in self._packed:
             super().fill(target, name, index, transposed)
             return

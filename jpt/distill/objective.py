@@ -13,15 +13,18 @@ from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
 from jpt.training.objective import (
     Carry,
+    Counts,
     Objective,
     Sums,
     Tree,
     first_carry,
     in_tokens,
+    reads_load,
     token_counts,
     token_weights,
     with_router,
 )
+from jpt.training.settings import RouterConfig
 
 
 def logit_distillation(
@@ -31,6 +34,7 @@ def logit_distillation(
     *,
     temperature: float = 1.0,
     alpha: float = 1.0,
+    router: RouterConfig = RouterConfig(),  # noqa: B008 (frozen)
 ) -> Objective:
     """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy (Hinton et al. 2015).
 
@@ -65,7 +69,7 @@ def logit_distillation(
         }
 
     def last(
-        params: Tree, frozen: Tree, carry: dict[str, Carry], micro: Batch, counts: dict[str, jax.Array]
+        params: Tree, frozen: Tree, carry: dict[str, Carry], micro: Batch, counts: Counts
     ) -> tuple[jax.Array, Sums]:
         """The loss between both models' logits, which exist chunk by chunk only."""
         both = models(params, frozen)
@@ -80,6 +84,6 @@ def logit_distillation(
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,
         )
-        return with_router(in_tokens(result, counts), student, carry['student'].router, micro, counts)
+        return with_router(in_tokens(result, counts), router, student, carry['student'].router, micro, counts)
 
-    return Objective(token_counts, first, stage, last)
+    return Objective(token_counts, first, stage, last, reads_load(router, student))

@@ -124,6 +124,7 @@ def _rows_body(tile: Tile, out_first: bool, total, group, run, start, size, x, k
     part = 32  # columns that leave at a time: what shared memory has left beside four steps
 
     def pipeline(step, context, index, column):
+        """The loads of one tile of y, along the depth of the product."""
         x_block = plgpu.BlockSpec((tile.rows, tile.depth), lambda k: (run[index], k), transforms=_layout(64, dtype))
         if out_first:
             kernel_block = plgpu.BlockSpec((wide, tile.depth), lambda k: (column, k), transforms=_layout(64, dtype))
@@ -165,6 +166,7 @@ def _rows_body(tile: Tile, out_first: bool, total, group, run, start, size, x, k
 
             def multiply_and_store(multiply: Callable):
                 def scope(acc):
+            """The product over the rows of the group; what a block holds of other groups is made 0 first."""
                     multiply(acc)
                     result = acc[...].astype(dtype)
                     for at in range(0, tile.columns, part):

@@ -1,14 +1,14 @@
 """What fixes a model's computation (`ModelConfig`) and how it is run (`Compute`); both frozen and hashable.
 
 Layers are described as segments: a segment is a period of layer kinds, repeated. A dense model is one segment of
-period 1; Gemma 3 is a segment of period 6 and one for the remainder; a family that starts with two dense layers and
-goes on with experts would be two segments.
+period 1; Gemma 3 is a segment of period 6 and one for the remainder; DeepSeek-V3, which starts with dense layers and
+goes on with experts, is two segments.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.typing import DTypeLike
@@ -16,6 +16,12 @@ from jax.typing import DTypeLike
 RopeKind = Literal['default', 'linear', 'dynamic', 'yarn', 'llama3']
 LONGEST_PERIOD = 16
 Activation = Literal['silu', 'gelu', 'gelu_tanh', 'relu', 'relu2', 'tanh']
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f'{type(config).__name__}.{name}={getattr(config, name)}: expected a positive integer')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +67,11 @@ class Experts:
     biases: bool = False  # of the router and of the experts' maps
     shared_width: int = 0  # of an MLP that all tokens pass through as well; 0: none
     latent_width: int | None = None  # experts work between two maps to and from this width; None: on the model's
-    balance_loss: float = 0.0  # what the model's config.json says; a job names the weight of its own loss
-    balance_over: Literal['text', 'batch'] = 'text'  # tokens over which experts are to be used evenly
-    z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2 in training
-    capacity: float | None = (
-        None  # at most this multiple of an even share of a device's tokens; None: nothing is dropped
-    )
+    capacity: float | None = None  # in even shares of a device's tokens, what an expert takes; None: all
+    router_aux_loss_coef: float = 0.0  # the field of config.json, only kept: a job weighs its own losses
 
     def __post_init__(self) -> None:
-        for name in ('count', 'width', 'groups', 'top_groups'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'Experts.{name}={getattr(self, name)}: expected a positive integer')
+        _require_positive(self, 'count', 'width', 'groups', 'top_groups')
         if not 1 <= self.per_token <= self.count:
             raise ValueError(f'Experts.per_token={self.per_token}: expected 1 to count={self.count}')
         if self.capacity is not None and self.capacity <= 0:
@@ -112,9 +112,7 @@ class Latent:
     norm_eps: float = 1e-6  # of the norms of both latents
 
     def __post_init__(self) -> None:
-        for name in ('rank', 'nope_dim', 'rope_dim', 'value_dim'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'Latent.{name}={getattr(self, name)}: expected a positive integer')
+        _require_positive(self, 'rank', 'nope_dim', 'rope_dim', 'value_dim')
         if self.query_rank is not None and self.query_rank < 1:
             raise ValueError(f'Latent.query_rank={self.query_rank}: expected a positive integer or None')
 
@@ -137,9 +135,7 @@ class StateSpace:
     steps: tuple[float, float] = (0.0, math.inf)  # limits of the step size
 
     def __post_init__(self) -> None:
-        for name in ('num_heads', 'head_dim', 'groups', 'state_dim', 'conv_width'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'StateSpace.{name}={getattr(self, name)}: expected a positive integer')
+        _require_positive(self, 'num_heads', 'head_dim', 'groups', 'state_dim', 'conv_width')
         if self.num_heads % self.groups:
             raise ValueError(f'StateSpace.groups={self.groups}: expected a divisor of num_heads={self.num_heads}')
 
@@ -170,17 +166,13 @@ class LayerKind:
 
     rope: Rope | None = None  # None: no rotary embedding
     window: int | None = None  # a query sees the keys at distance < window
-    mlp_width: int = 0  # of a dense MLP; 0: none
+    mlp_width: int = 0  # of a dense MLP; 0: experts or nothing
     attention_scale: float | None = None  # the factor on this layer's attention scores; None: the model's
     chunk: int | None = None  # a query sees the keys whose position // chunk is its own
     unit_qk: bool = False  # queries and keys are divided by their root mean square, after the rotary embedding
     temperature: Temperature | None = None
     experts: bool = False  # a mixture of experts in place of the MLP
     mixer: Literal['attention', 'mamba', 'none'] = 'attention'
-
-    @property
-    def has_mlp(self) -> bool:
-        return self.experts or self.mlp_width > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +189,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the computation of a decoder-only transformer."""
+    """Everything that fixes the computation of a transformer: a decoder, or an encoder where it is not causal."""
 
     family: str  # the Hugging Face model_type, which names tensors and config fields
     vocab_size: int
@@ -235,9 +227,7 @@ class ModelConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        for name in ('vocab_size', 'width', 'num_heads', 'num_kv_heads', 'head_dim', 'max_length'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'ModelConfig.{name}={getattr(self, name)}: expected a positive integer')
+        _require_positive(self, 'vocab_size', 'width', 'num_heads', 'num_kv_heads', 'head_dim', 'max_length')
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f'ModelConfig.num_kv_heads={self.num_kv_heads}: expected a divisor of num_heads={self.num_heads}'

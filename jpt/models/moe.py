@@ -30,7 +30,8 @@ class Router(nn.Module):
         count = self.experts.count
         init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', in_axis=-1, out_axis=-2)
         kernel = self.param('kernel', init, (count, x.shape[-1]))
-        logits = dot(x.astype(jnp.promote_types(x.dtype, jnp.float32)), kernel)
+        # All bits of float32, of which a GPU's products would drop 13: a near tie decides which experts compute.
+        logits = dot(x.astype(jnp.promote_types(x.dtype, jnp.float32)), kernel, precision='highest')
         if self.experts.biases:
             bias = self.param('bias', nn.initializers.zeros, (count,))
             logits = logits + along_last(bias.astype(logits.dtype), logits)
@@ -131,4 +132,4 @@ class MoE(nn.Module):
         if experts.shared_width:
             mixed_BTD = mixed_BTD + MLP(cfg, experts.shared_width, name='shared')(x_BTD)
         dropped = jnp.sum(ids_MJ != wanted_MJ, dtype=logits_ME.dtype)
-        return mixed_BTD, router_sums(experts, logits_ME, choice, segments_BT)._replace(late=late, dropped=dropped)
+        return mixed_BTD, router_sums(logits_ME, choice, segments_BT)._replace(late=late, dropped=dropped)

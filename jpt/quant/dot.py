@@ -8,6 +8,7 @@ layer of it.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,21 +66,24 @@ class Transposed:
 
 
 Weight = Array | LoraKernel | Transposed
+Precision = Literal['highest'] | None
 KINDS = 'an array, LoraKernel, Transposed'
 
 
-def dot(x: jax.Array, kernel: Weight) -> jax.Array:
+def dot(x: jax.Array, kernel: Weight, precision: Precision = None) -> jax.Array:
     """Multiplies x[..., in] by a kernel [out, in] and returns [..., out] in the dtype of x.
 
     Arrays are cast to the dtype of x first: this is where float32 master weights meet a bfloat16 computation.
+    `precision` is that of `jax.lax.dot_general`, for this product and those of its gradients.
     """
     match kernel:
         case LoraKernel(base, a, b, scale):
-            return dot(x, base) + scale * _dot_array(_dot_array(x, a), b)
+            inner = _dot_array(x, a, precision=precision)
+            return dot(x, base, precision) + scale * _dot_array(inner, b, precision=precision)
         case Transposed(held):
-            return _dot_array(x, held, 0)
+            return _dot_array(x, held, 0, precision)
         case jax.Array() | np.ndarray():
-            return _dot_array(x, kernel)
+            return _dot_array(x, kernel, precision=precision)
         case _:
             raise TypeError(f'kernel of type {type(kernel).__name__}: expected one of {KINDS}')
 
@@ -112,36 +116,40 @@ def dense(kernel: Weight) -> jax.Array:
             raise TypeError(f'kernel of type {type(kernel).__name__}: expected one of {KINDS}')
 
 
-def _dot_array(x: jax.Array, kernel: Array, axis: int = 1) -> jax.Array:
+def _dot_array(x: jax.Array, kernel: Array, axis: int = 1, precision: Precision = None) -> jax.Array:
     """x[..., in] times a matrix whose `axis` is `in`."""
-    return _product(x, kernel.astype(x.dtype), axis)
+    return _product(x, kernel.astype(x.dtype), axis, precision)
 
 
-def _plain_product(x: jax.Array, matrix: jax.Array, axis: int) -> jax.Array:
+def _plain_product(x: jax.Array, matrix: jax.Array, axis: int, precision: Precision) -> jax.Array:
     contract = ((x.ndim - 1,), (axis,)), ((), ())
-    return jax.lax.dot_general(x, matrix, contract, preferred_element_type=x.dtype)
+    return jax.lax.dot_general(x, matrix, contract, precision, preferred_element_type=x.dtype)
 
 
-_product = jax.custom_vjp(_plain_product, nondiff_argnums=(2,))
+_product = jax.custom_vjp(_plain_product, nondiff_argnums=(2, 3))
 
 
-def _product_fwd(x: jax.Array, matrix: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _product_fwd(
+    x: jax.Array, matrix: jax.Array, axis: int, precision: Precision
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Not _product: remat='dots' would not see that its result is that of a product.
-    return _plain_product(x, matrix, axis), (x, matrix)
+    return _plain_product(x, matrix, axis, precision), (x, matrix)
 
 
-def _product_bwd(axis: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_bwd(
+    axis: int, precision: Precision, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The two gradients, the matrix's with the narrower operand on the left.
 
     On CPU a product over the rows of both operands begins with a transposed copy of the left one, together with all
     elementwise work that makes it: for an MLP's gate that is the wide one, and its copy took a sixth of a step.
     """
     x, matrix = residuals
-    dx = _plain_product(dy, matrix, 1 - axis)
+    dx = _plain_product(dy, matrix, 1 - axis, precision)
     rows = tuple(range(x.ndim - 1))
     wide = dy.shape[-1] > x.shape[-1]
     left, right = (x, dy) if wide else (dy, x)
-    dmatrix = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=x.dtype)
+    dmatrix = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), precision, preferred_element_type=x.dtype)
     in_first = axis == 0
     return dx, dmatrix if wide == in_first else dmatrix.T
 

@@ -29,6 +29,8 @@ class Objective(Protocol):
     @property
     def counts(self) -> Callable[..., Tree]: ...
     @property
+    def reads_load(self) -> bool: ...
+    @property
     def first(self) -> Callable[..., Tree]: ...
     @property
     def stage(self) -> Callable[..., Tree]: ...
@@ -61,12 +63,27 @@ def loss_and_grads(objective: Objective, params: Tree, frozen: Tree, batch: Tree
             _summed(plan, sums),
         )
 
-    return _on_mesh(body, objective, plan, params, frozen, batch, (P(), _manual_specs(plan.specs), P()))
+    counts = _counts(objective, params, frozen, batch, plan)
+    return _on_mesh(body, plan, params, frozen, batch, counts, (P(), _manual_specs(plan.specs), P()))
 
 
 def loss_and_sums(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> Tree:
     """Metrics {name: (sum, count)} of a whole batch, the loss among them, without gradients; as `loss_and_grads`."""
+    return _sums(objective, params, frozen, batch, _counts(objective, params, frozen, batch, plan), plan)
 
+
+def _counts(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> Tree:
+    """What an objective knows of the whole batch before its first microbatch.
+
+    The load of experts takes a forward pass to know; a batch that is one microbatch has it in time without.
+    """
+    counts = objective.counts(batch)
+    if not objective.reads_load or plan.num_microbatches == 1:
+        return counts
+    return counts | {'load': _sums(objective, params, frozen, batch, counts, plan)['load'][0]}
+
+
+def _sums(objective: Objective, params: Tree, frozen: Tree, batch: Tree, counts: Tree, plan: Plan) -> Tree:
     def body(params: Tree, frozen: Tree, batch: Tree, counts: Tree) -> Tree:
         micros = _microbatches(plan, batch)
         if plan.layouts['model'].staged:
@@ -77,16 +94,15 @@ def loss_and_sums(objective: Objective, params: Tree, frozen: Tree, batch: Tree,
             sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
         return _summed(plan, sums)
 
-    return _on_mesh(body, objective, plan, params, frozen, batch, P())
+    return _on_mesh(body, plan, params, frozen, batch, counts, P())
 
 
 def _on_mesh(
-    body: Callable[..., Tree], objective: Objective, plan: Plan, params: Tree, frozen: Tree, batch: Tree, out_specs: Any
+    body: Callable[..., Tree], plan: Plan, params: Tree, frozen: Tree, batch: Tree, counts: Tree, out_specs: Any
 ) -> Tree:
     """`body` on local shards and the counts of the whole batch; itself on a single device."""
     leaves = [leaf for leaf in jax.tree.leaves(batch) if leaf.ndim > 1]
     check_batch(plan.mesh, leaves[0].shape[0], leaves[0].shape[1], plan.num_microbatches)
-    counts = objective.counts(batch)
     if plan.mesh.size > 1:
         batch_specs = jax.tree.map(lambda leaf: batch_spec(leaf.ndim), batch)
         in_specs = (_manual_specs(plan.specs), _manual_specs(plan.frozen_specs), batch_specs, P())

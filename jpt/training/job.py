@@ -115,7 +115,9 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
 
 
 def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute) -> Objective:
-    cfg = _routed(models['model'].cfg, config)
+    cfg = models['model'].cfg
+    if cfg.experts is not None:
+        cfg = dataclasses.replace(cfg, experts=dataclasses.replace(cfg.experts, capacity=config.router.capacity))
     if config.task == 'distill':
         return logit_distillation(
             cfg,
@@ -123,23 +125,9 @@ def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute
             compute,
             temperature=config.distill.temperature,
             alpha=config.distill.alpha,
+            router=config.router,
         )
-    return language_modeling(cfg, compute)
-
-
-def _routed(cfg: ModelConfig, config: TrainConfig) -> ModelConfig:
-    """The model with its routers trained as the job says."""
-    if cfg.experts is None:
-        return cfg
-    router = config.router
-    changed = dataclasses.replace(
-        cfg.experts,
-        balance_loss=router.balance_loss,
-        balance_over=router.balance_over,
-        z_loss=router.z_loss,
-        capacity=router.capacity,
-    )
-    return dataclasses.replace(cfg, experts=changed)
+    return language_modeling(cfg, compute, config.router)
 
 
 def _drawn(config: TrainConfig, name: str, weights: Weights, key: jax.Array) -> Any:

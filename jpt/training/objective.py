@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jpt.data.batch import Batch
+from jpt.kernels.expert_balance import batch_balance, load_everywhere
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import cross_entropy
 from jpt.models.config import Compute, ModelConfig
@@ -18,9 +19,11 @@ from jpt.models.routing import RouterSums, no_sums
 from jpt.models.transformer import embed, final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.freeze import merge
+from jpt.training.settings import RouterConfig
 
 Tree = Any
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+Counts = dict[str, jax.Array]
 
 
 class Objective(NamedTuple):
@@ -32,10 +35,11 @@ class Objective(NamedTuple):
     The carry is a pytree of float arrays that rides from stage to stage.
     """
 
-    counts: Callable[[Batch], dict[str, jax.Array]]  # global counts, from the whole batch
+    counts: Callable[[Batch], Counts]  # global counts, from the whole batch
     first: Callable[[Tree, Tree, Batch], Tree]  # (params, frozen, micro) -> carry
     stage: Callable[[Tree, Tree, Tree, Batch], Tree]  # (layers, frozen_layers, carry, micro) -> carry
-    last: Callable[[Tree, Tree, Tree, Batch, dict[str, jax.Array]], tuple[jax.Array, Sums]]
+    last: Callable[[Tree, Tree, Tree, Batch, Counts], tuple[jax.Array, Sums]]
+    reads_load: bool = False  # `last` finds counts['load'], that of the whole batch, where there are microbatches
 
 
 class Carry(NamedTuple):
@@ -50,7 +54,7 @@ def first_carry(cfg: ModelConfig, params: Tree, micro: Batch, compute: Compute) 
     return Carry(embed(cfg, params, micro.tokens, micro.positions, compute), no_sums(cfg, compute.dtype))
 
 
-def token_counts(batch: Batch) -> dict[str, jax.Array]:
+def token_counts(batch: Batch) -> Counts:
     """How much loss weight the whole batch holds, and how many tokens that are not padding."""
     wide = jnp.promote_types(batch.loss_mask.dtype, jnp.float32)
     return {
@@ -59,24 +63,29 @@ def token_counts(batch: Batch) -> dict[str, jax.Array]:
     }
 
 
-def token_weights(micro: Batch, counts: dict[str, jax.Array]) -> jax.Array:
+def token_weights(micro: Batch, counts: Counts) -> jax.Array:
     """The weight [B, T] of every token of a microbatch in the loss of the whole batch; zeros where that is empty."""
     total = counts['tokens']
     return micro.loss_mask / jnp.where(total > 0, total, 1)
 
 
-def in_tokens(result: tuple[jax.Array, Sums], counts: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
+def in_tokens(result: tuple[jax.Array, Sums], counts: Counts) -> tuple[jax.Array, Sums]:
     """The same loss, with metrics as sums over tokens, so that they can be added over batches of different size."""
     total, sums = result
     return total, {name: (part * counts['tokens'], weight * counts['tokens']) for name, (part, weight) in sums.items()}
 
 
 def with_router(
-    result: tuple[jax.Array, Sums], cfg: ModelConfig, router: RouterSums | None, micro: Batch, counts: dict[str, Any]
+    result: tuple[jax.Array, Sums],
+    settings: RouterConfig,
+    cfg: ModelConfig,
+    router: RouterSums | None,
+    micro: Batch,
+    counts: Counts,
 ) -> tuple[jax.Array, Sums]:
     """A loss with the auxiliary losses of the model's routers on top; itself for a model without experts.
 
-    total + balance_loss * (mean of `routing.balance` over tokens, summed over layers) + z_loss * (likewise). Metrics:
+    total + balance_loss * (mean of the balance over tokens, summed over layers) + z_loss * (likewise). Metrics:
     'balance' and 'router_z' are means over tokens and layers, 'late' is the share of rows that needed a further round
     of exchange, 'dropped' that beyond the capacity of an expert, 'load' [L, E] says how many tokens went to each expert
     (the step makes a number of it).
@@ -84,22 +93,30 @@ def with_router(
     if router is None or cfg.experts is None:
         return result
     total, sums = result
-    experts, everything = cfg.experts, jnp.maximum(counts['real_tokens'], 1)
-    for weight, value in ((experts.balance_loss, router.balance), (experts.z_loss, router.z)):
+    balance = router.balance
+    if settings.balance_over == 'batch':
+        load = counts['load'] if 'load' in counts else load_everywhere(router.load)
+        balance = batch_balance(load, router.share)
+    for weight, value in ((settings.balance_loss, balance), (settings.z_loss, router.z)):
         if weight:
-            total = total + weight * value / everything
+            total = total + weight * value / jnp.maximum(counts['real_tokens'], 1)
     places = jnp.sum(micro.segment_ids > 0) * jnp.asarray(sum(kind.experts for kind in cfg.layer_kinds()), total.dtype)
     more = {
-        'balance': (router.balance, places),
+        'balance': (balance, places),
         'router_z': (router.z, places),
-        'late': (router.late, places * experts.per_token),
-        'dropped': (router.dropped, places * experts.per_token),
-        'load': (router.load_E, jnp.ones((), total.dtype)),
+        'late': (router.late, places * cfg.experts.per_token),
+        'dropped': (router.dropped, places * cfg.experts.per_token),
+        'load': (router.load, jnp.ones((), total.dtype)),
     }
     return total, sums | jax.lax.stop_gradient(more)
 
 
-def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
+def reads_load(settings: RouterConfig, cfg: ModelConfig) -> bool:
+    """Whether these losses need to know how a whole batch goes to experts, see Objective."""
+    return cfg.experts is not None and settings.balance_over == 'batch'
+
+
+def language_modeling(cfg: ModelConfig, compute: Compute, router: RouterConfig = RouterConfig()) -> Objective:  # noqa: B008 (frozen)
     """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> Carry:
@@ -109,9 +126,7 @@ def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
         where = locate(cfg, micro.positions, micro.segment_ids, compute.dtype)
         return Carry(*run_layers(cfg, merge(layers, frozen_layers['model']), *carry, where, compute))
 
-    def last(
-        params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: dict[str, jax.Array]
-    ) -> tuple[jax.Array, Sums]:
+    def last(params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
         """Cross-entropy from the hidden states after the last layer."""
         model = merge(params, frozen['model'])
         result = linear_loss(
@@ -123,6 +138,6 @@ def language_modeling(cfg: ModelConfig, compute: Compute) -> Objective:
             vocab_size=cfg.vocab_size,
             soft_cap=cfg.logit_soft_cap,
         )
-        return with_router(in_tokens(result, counts), cfg, carry.router, micro, counts)
+        return with_router(in_tokens(result, counts), router, cfg, carry.router, micro, counts)
 
-    return Objective(token_counts, first, stage, last)
+    return Objective(token_counts, first, stage, last, reads_load(router, cfg))

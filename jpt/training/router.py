@@ -35,6 +35,7 @@ def make_correction(cfg: ModelConfig, layout: Layout, rate: float) -> Callable[[
     """
 
     def corrected(params: Any, load_LE: jax.Array) -> Any:
+        """The parameters with the corrections of all layers moved by the load of their experts."""
         mean = jnp.mean(load_LE, axis=-1, keepdims=True)
         moves_LE = rate * jnp.sign(mean - load_LE)
         layers = [list(kinds) for kinds in params['layers']]

@@ -41,7 +41,7 @@ class RouterConfig:
     """How the routers of a model with experts are trained; without effect on others."""
 
     balance_loss: float = 0.0  # weight of the loss that spreads tokens evenly, summed over layers
-    balance_over: Literal['text', 'batch'] = 'text'  # evenly within each text, or over a microbatch on all devices
+    balance_over: Literal['text', 'batch'] = 'text'  # evenly within each text, or over the whole batch
     z_loss: float = 0.0  # weight of the mean of logsumexp(logits)^2
     correction_rate: float = 0.001  # step of the bias that evens out the load of a model that has one; 0 keeps it
     capacity: float | None = None  # an expert takes this multiple of an even share, the rest is dropped; None: all

@@ -32,6 +32,7 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        """The state after one batch, or as it was where the batch is refused, and the metrics."""
         total, grads, sums = loss_and_grads(objective, state.params, state.frozen, batch, plan)
         params, opt_state, info = optimizer.update(grads, state.opt_state, state.params, jnp.isfinite(total))
         accepted = info['accepted']

@@ -14,7 +14,7 @@ from jpt.checkpoint.hf_export import tensors_of, write_hf
 from jpt.checkpoint.source import TreeSource
 from jpt.models.config import Experts
 from jpt.models.families import config_from_hf
-from jpt.models.routing import balance, choose
+from jpt.models.routing import choose, router_sums
 from jpt.models.transformer import init
 from jpt.quant.lora import add_lora
 from jpt.sharding.mesh import MeshConfig, make_mesh
@@ -109,7 +109,8 @@ def test_configs_that_cannot_be_are_refused_by_name(name, change, message):
 def test_text_that_no_expert_wants_gives_a_finite_balance():
     """Sigmoid scores may all be 0 in float32; a segment's number may be larger than the row is long."""
     choice = choose(Experts(4, 2, 8, 'sigmoid'), jnp.full((4, 4), -200.0))
-    assert np.isfinite(balance(choice, jnp.full((1, 4), 9, jnp.int32)))
+    sums = router_sums(jnp.full((4, 4), -200.0), choice, jnp.full((1, 4), 9, jnp.int32))
+    assert np.isfinite(sums.balance)
 
 
 def test_a_checkpoint_with_modules_for_further_tokens_is_refused_by_its_field():

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jpt.kernels.grouped_matmul import PRODUCT
 from jpt.models.block import remat_policy
 from jpt.models.config import ClampedGate, Experts, LayerKind, ModelConfig, Rope, Segment
-from jpt.models.moe import MoE
+from jpt.models.moe import MoE, Router
 from jpt.sharding.fsdp import gather, keep_activations
 from jpt.sharding.mesh import MeshConfig, make_mesh
 
@@ -113,7 +113,7 @@ def test_the_mixture_is_a_loop_over_tokens(name, double_precision):
     out, sums = jax.jit(MoE(cfg).apply)({'params': params}, x, SEGMENTS)
     wanted, load, dropped = by_hand(cfg, params, x)
     np.testing.assert_allclose(out, wanted, rtol=1e-12, atol=1e-12)
-    np.testing.assert_array_equal(sums.load_E, load)
+    np.testing.assert_array_equal(sums.load, load)
     assert float(sums.dropped) == dropped
     assert (dropped > 0) == (name == 'capacity')
     assert float(sums.late) == 0
@@ -169,7 +169,7 @@ def test_in_bfloat16_the_router_decides_in_float32():
     exact = np.einsum('btd,ed->bte', np.asarray(x, np.float64), params['router']['kernel'].astype(np.float64))
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
     wanted, load, _ = by_hand(cfg, params, np.asarray(x, np.float64))
-    np.testing.assert_array_equal(sums.load_E, load)
+    np.testing.assert_array_equal(sums.load, load)
     np.testing.assert_allclose(np.asarray(out, np.float64), wanted, rtol=0.03, atol=0.03 * np.abs(wanted).max())
 
 
@@ -183,6 +183,19 @@ def names(jaxpr):
             inner = getattr(inner, 'jaxpr', inner)
             found += names(inner) if hasattr(inner, 'eqns') else []
     return found
+
+
+def test_products_of_the_router_keep_all_bits_of_float32():
+    """Its own and those of both gradients; by default a GPU would round what they read to 10 bits."""
+    router, params = Router(Experts(5, 2, F)), {'params': {'kernel': jnp.ones((5, D))}}
+
+    def total(params, x):
+        return jnp.sum(jnp.square(router.apply(params, x)[0]))
+
+    lowered = jax.jit(jax.grad(total, (0, 1))).lower(params, jnp.ones((B * T, D))).as_text()
+    products = [line for line in lowered.splitlines() if 'dot_general' in line]
+    assert len(products) == 3
+    assert all('precision = [HIGHEST, HIGHEST]' in line for line in products), products
 
 
 @pytest.mark.parametrize('name', ['plain', 'no-gate-on-input'])

@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
+from jpt.kernels.expert_balance import batch_balance, load_everywhere
 from jpt.models.config import Experts
 from jpt.models.families import config_from_hf
-from jpt.models.routing import Choice, balance, batch_balance, choose, router_sums, within_capacity
+from jpt.models.routing import Choice, choose, router_sums, within_capacity
 from jpt.sharding.mesh import MeshConfig, make_mesh
 
 MODELS = pathlib.Path(__file__).parents[1] / 'golden' / 'models'
@@ -123,6 +124,17 @@ REAL = SEGMENTS.reshape(-1) > 0
 RULE = Experts(6, 2, 1, 'sigmoid')
 
 
+def over_text(choice, segments):
+    """The balance of each text, as a layer reports it."""
+    return router_sums(jnp.zeros_like(choice.scores_ME), choice, segments).balance
+
+
+def over_batch(choice, segments):
+    """The balance of all tokens of all devices, from what a layer reports."""
+    sums = router_sums(jnp.zeros_like(choice.scores_ME), choice, segments)
+    return batch_balance(load_everywhere(sums.load)[None], sums.share[None])
+
+
 def random_choice(seed):
     logits = np.random.default_rng(seed).normal(size=(SEGMENTS.size, RULE.count))
     return logits, chosen_by(RULE, logits)
@@ -163,7 +175,7 @@ def test_balance_is_the_sum_over_documents_however_they_lie():
 
     @jax.jit
     def value(logits, segments):
-        return balance(choose(RULE, logits.reshape(-1, RULE.count)), segments)
+        return over_text(choose(RULE, logits.reshape(-1, RULE.count)), segments)
 
     for number in range(3):
         np.testing.assert_allclose(value(forms[number], segments[number]), wanted, rtol=1e-12)
@@ -173,7 +185,7 @@ def test_balance_of_an_even_text_is_one_per_token():
     """Every expert is chosen by as many tokens, or every score is the same: sum_e f_e P_e = 1."""
     ids = np.array([[0, 1], [2, 3], [4, 5], [0, 1], [2, 3], [4, 5]])
     ones = np.ones((2, 3), np.int32)
-    both = jax.jit(lambda choice: (balance(choice, ones[:1].repeat(2, 1)), batch_balance(choice, ones)))
+    both = jax.jit(lambda choice: (over_text(choice, ones[:1].repeat(2, 1)), over_batch(choice, ones)))
     for scores in (np.ones((6, 6)), np.random.default_rng(1).random((6, 6)) + 0.1):
         np.testing.assert_allclose(both(Choice(ids, np.ones((6, 2)), scores)), 6, rtol=1e-12)
     crowd = np.tile([0, 1], (6, 1))  # two of six have all tokens, and half of the score each
@@ -182,7 +194,7 @@ def test_balance_of_an_even_text_is_one_per_token():
     )
 
 
-@pytest.mark.parametrize('form', [balance, batch_balance])
+@pytest.mark.parametrize('form', [over_text, over_batch])
 def test_the_gradient_of_balance_is_that_of_the_scores_at_a_fixed_load(form):
     logits, choice = random_choice(2)
 
@@ -199,15 +211,21 @@ def test_the_gradient_of_balance_is_that_of_the_scores_at_a_fixed_load(form):
     assert np.sum(gradient * direction) == pytest.approx(float(above - below) / (2 * step), rel=1e-7)
 
 
-def test_batch_balance_is_its_formula():
-    _, choice = random_choice(4)
-    scores, ids, n = np.asarray(choice.scores_ME)[REAL], np.asarray(choice.ids_MJ)[REAL], REAL.sum()
-    wanted = 0.0
+def batch_balance_by_hand(scores, ids):
+    """n * sum_e f_e P_e of the n real tokens of SEGMENTS."""
+    scores, ids, n, total = scores[REAL], ids[REAL], REAL.sum(), 0.0
     for e in range(RULE.count):
         f = RULE.count / (RULE.per_token * n) * np.sum(ids == e)
-        wanted += n * f * np.mean(scores[:, e] / scores.sum(axis=1))
-    np.testing.assert_allclose(jax.jit(batch_balance)(choice, SEGMENTS), wanted, rtol=1e-12)
-    assert abs(wanted - balance_by_hand(choice.scores_ME, choice.ids_MJ, SEGMENTS)) > 1e-3
+        total += n * f * np.mean(scores[:, e] / scores.sum(axis=1))
+    return total
+
+
+def test_batch_balance_is_its_formula():
+    _, choice = random_choice(4)
+    scores, ids = np.asarray(choice.scores_ME), np.asarray(choice.ids_MJ)
+    wanted = batch_balance_by_hand(scores, ids)
+    np.testing.assert_allclose(jax.jit(over_batch)(choice, SEGMENTS), wanted, rtol=1e-12)
+    assert abs(wanted - balance_by_hand(scores, ids, SEGMENTS)) > 1e-3
 
 
 @pytest.mark.parametrize('name', [name for name in ROUTED if name.startswith(('qwen3_moe', 'mixtral'))])
@@ -218,32 +236,30 @@ def test_batch_balance_is_the_loss_of_transformers(name):
     layers = [golden[key] for key in sorted(golden.files) if key.startswith('router_logits_')]
     choice = chosen_by(cfg.experts, np.concatenate(layers))
     tokens = choice.ids_MJ.shape[0]
-    ours = jax.jit(batch_balance)(choice, np.ones((1, tokens), np.int32)) / tokens
+    ours = jax.jit(over_batch)(choice, np.ones((1, tokens), np.int32)) / tokens
     np.testing.assert_allclose(cfg.experts.per_token * ours, golden['aux_loss'], rtol=1e-5)
 
 
 def test_sums_on_a_mesh_are_those_of_one_device():
     """Rows over data, and every text in two parts over context: f_e is that of the whole text, or of the batch."""
     logits, choice = random_choice(5)
-    experts = {form: Experts(6, 2, 1, 'sigmoid', balance_over=form) for form in ('text', 'batch')}
     mesh = make_mesh(MeshConfig(data=2, context=2), jax.devices()[:4])
 
     def sums(logits, segments):
-        chosen = choose(RULE, logits.reshape(-1, RULE.count))
-        found = [router_sums(rule, logits.reshape(-1, RULE.count), chosen, segments) for rule in experts.values()]
-        return jax.lax.psum(found, ('data', 'context'))
+        logits = logits.reshape(-1, RULE.count)
+        chosen = choose(RULE, logits)
+        return jax.lax.psum((router_sums(logits, chosen, segments), over_batch(chosen, segments)), ('data', 'context'))
 
     place = P('data', 'context')
     mapped = jax.shard_map(sums, mesh=mesh, in_specs=(place, place), out_specs=P(), check_vma=False)
-    text, batch = jax.jit(mapped)(logits.reshape(2, 8, -1), SEGMENTS)
-    wanted = balance_by_hand(choice.scores_ME, choice.ids_MJ, SEGMENTS)
-    np.testing.assert_allclose(text.balance, wanted, rtol=1e-12)
-    np.testing.assert_allclose(batch.balance, jax.jit(batch_balance)(choice, SEGMENTS), rtol=1e-12)
-    z = sum(np.log(np.exp(row).sum()) ** 2 for row in logits[REAL])
-    load = [np.sum(np.asarray(choice.ids_MJ)[REAL] == e) for e in range(RULE.count)]
-    for found in (text, batch):
-        np.testing.assert_allclose(found.z, z, rtol=1e-12)
-        np.testing.assert_array_equal(found.load_E, load)
+    found, batch = jax.jit(mapped)(logits.reshape(2, 8, -1), SEGMENTS)
+    scores, ids = np.asarray(choice.scores_ME), np.asarray(choice.ids_MJ)
+    np.testing.assert_allclose(found.balance, balance_by_hand(scores, ids, SEGMENTS), rtol=1e-12)
+    np.testing.assert_allclose(batch, batch_balance_by_hand(scores, ids), rtol=1e-12)
+    np.testing.assert_allclose(found.z, sum(np.log(np.exp(row).sum()) ** 2 for row in logits[REAL]), rtol=1e-12)
+    np.testing.assert_array_equal(found.load, [np.sum(ids[REAL] == e) for e in range(RULE.count)])
+    shares = scores[REAL] / scores[REAL].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.share, shares.sum(axis=0), rtol=1e-12)
 
 
 def kept_by_hand(ids, count, room):

@@ -18,6 +18,7 @@ from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
 from jpt.training.freeze import partition
 from jpt.training.objective import language_modeling
+from jpt.training.settings import RouterConfig
 
 HYBRID = {
     'M': LayerKind(mixer='mamba'),
@@ -59,7 +60,7 @@ MODELS = {
         activation='relu2',
         gated_mlp=False,
         state_space=StateSpace(4, 6, 2, 5, 3, bias=True),
-        experts=Experts(4, 2, 12, 'sigmoid', shared_width=12, latent_width=8, balance_loss=0.5),
+        experts=Experts(4, 2, 12, 'sigmoid', shared_width=12, latent_width=8),
     ),
     # Norms after attention and MLP only; queries and keys normed over heads that a mesh divides.
     'over_heads': ModelConfig(
@@ -76,7 +77,7 @@ MODELS = {
         qk_norm=True,
         qk_norm_over_heads=True,
     ),
-    # A dense layer, then four with experts, in groups; both auxiliary losses.
+    # A dense layer, then four with experts, in groups.
     'experts': ModelConfig(
         'qwen3_moe',
         53,
@@ -86,10 +87,14 @@ MODELS = {
         4,
         (Segment((WHOLE,), 1), Segment((dataclasses.replace(WHOLE, experts=True),), 4)),
         64,
-        experts=Experts(
-            8, 2, 12, 'sigmoid', scale=1.5, groups=4, top_groups=2, shared_width=20, balance_loss=0.5, z_loss=0.05
-        ),
+        experts=Experts(8, 2, 12, 'sigmoid', scale=1.5, groups=4, top_groups=2, shared_width=20),
     ),
+}
+MODELS['batch_balanced'] = MODELS['experts']
+ROUTERS = {
+    'hybrid': RouterConfig(balance_loss=0.5),
+    'experts': RouterConfig(balance_loss=0.5, z_loss=0.05),
+    'batch_balanced': RouterConfig(balance_loss=0.5, balance_over='batch'),
 }
 
 
@@ -125,9 +130,13 @@ def reference(model: str) -> tuple[float, Any, float]:
         ce = -jnp.sum(chosen * batch.loss_mask) / jnp.sum(batch.loss_mask)
         if cfg.experts is None:
             return ce, ce
-        real = np.sum(batch.segment_ids > 0)
-        auxiliary = cfg.experts.balance_loss * result.router.balance + cfg.experts.z_loss * result.router.z
-        return ce + auxiliary / real, ce
+        router, balance = ROUTERS[model], result.router.balance
+        if router.balance_over == 'batch':
+            used_LE = jax.lax.stop_gradient(result.router.load[1:])  # the first layer is dense
+            even_L1 = jnp.sum(used_LE, axis=1, keepdims=True) / cfg.experts.count
+            balance = jnp.sum(used_LE / even_L1 * result.router.share[1:])
+        auxiliary = router.balance_loss * balance + router.z_loss * result.router.z
+        return ce + auxiliary / np.sum(batch.segment_ids > 0), ce
 
     (total, ce), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(canonical_params(model))
     return float(total), jax.tree.map(np.asarray, grads), float(ce)
@@ -159,7 +168,7 @@ def step_on(
 ) -> Step:
     """One training step on eight devices."""
     cfg, devices = MODELS[model], make_mesh(mesh)
-    objective = language_modeling(cfg, Compute(dtype, remat))
+    objective = language_modeling(cfg, Compute(dtype, remat), ROUTERS.get(model, RouterConfig()))
     whole = jax.tree.map(lambda leaf: leaf.astype(dtype), canonical_params(model))
     params, rest = partition(whole, frozen)
     plan = make_plan(

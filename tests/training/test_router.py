@@ -160,9 +160,9 @@ def test_a_step_moves_corrections_against_the_load_it_saw(tmp_path):
 
     for number in (1, 2):
         router = plain(model, batch)
-        load_E, before = np.asarray(router.load_E)[1], correction(model)
+        load_E, before = np.asarray(router.load)[1], correction(model)
         assert load_E.sum() == cfg.experts.per_token * tokens
-        assert not np.any(np.asarray(router.load_E)[0])
+        assert not np.any(np.asarray(router.load)[0])
         state, sums = job.step(state, placed)
         model = jax.device_get(jobs.whole_model(job, state))
         moves = np.float32(RATE) * np.sign(load_E.mean() - load_E)

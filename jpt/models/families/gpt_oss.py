@@ -47,7 +47,7 @@ def _read(fields: Fields) -> ModelConfig:
         per_token=fields.integer('num_experts_per_tok', 4),
         width=fields.integer('intermediate_size', 2880),
         biases=True,
-        balance_loss=fields.number('router_aux_loss_coef', 0.001),
+        router_aux_loss_coef=fields.number('router_aux_loss_coef', 0.001),
     )
     return llama_like(
         fields,
@@ -93,7 +93,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         'swiglu_limit': gate.limit,
         'num_local_experts': experts.count,
         'num_experts_per_tok': experts.per_token,
-        'router_aux_loss_coef': experts.balance_loss,
+        'router_aux_loss_coef': experts.router_aux_loss_coef,
     }
 
 

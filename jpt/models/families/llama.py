@@ -62,6 +62,7 @@ def llama_like(fields: Fields, kinds: tuple[LayerKind, ...] | None = None, **mor
 
 
 def write_llama_like(cfg: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that all families share that are like Llama; a family adds its own."""
     kinds = list(cfg.layer_kinds())
     activation = 'gelu_pytorch_tanh' if cfg.activation == 'gelu_tanh' else cfg.activation
     config: dict[str, Any] = {

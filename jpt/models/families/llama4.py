@@ -44,7 +44,7 @@ def _read(fields: Fields) -> ModelConfig:
         normalized=False,
         on_input=True,
         shared_width=width,
-        balance_loss=fields.number('router_aux_loss_coef', 0.001),
+        router_aux_loss_coef=fields.number('router_aux_loss_coef', 0.001),
     )
     bias = fields.boolean('attention_bias', False)
     return llama_like(
@@ -111,7 +111,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         'intermediate_size': experts.width,
         'num_local_experts': experts.count,
         'num_experts_per_tok': experts.per_token,
-        'router_aux_loss_coef': experts.balance_loss,
+        'router_aux_loss_coef': experts.router_aux_loss_coef,
     }
 
 

@@ -29,7 +29,7 @@ def _read(fields: Fields) -> ModelConfig:
         count=fields.integer('num_local_experts', 8),
         per_token=fields.integer('num_experts_per_tok', 2),
         width=fields.integer('intermediate_size'),
-        balance_loss=fields.number('router_aux_loss_coef', 0.001),
+        router_aux_loss_coef=fields.number('router_aux_loss_coef', 0.001),
     )
     kinds = (kind,) * fields.integer('num_hidden_layers')
     return llama_like(
@@ -45,7 +45,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         'sliding_window': next(cfg.layer_kinds()).window,
         'num_local_experts': experts.count,
         'num_experts_per_tok': experts.per_token,
-        'router_aux_loss_coef': experts.balance_loss,
+        'router_aux_loss_coef': experts.router_aux_loss_coef,
     }
 
 

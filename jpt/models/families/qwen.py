@@ -55,7 +55,7 @@ def _read_qwen3_moe(fields: Fields) -> ModelConfig:
         per_token=fields.integer('num_experts_per_tok', 8),
         width=fields.integer('moe_intermediate_size', 768),
         normalized=fields.boolean('norm_topk_prob', False),
-        balance_loss=fields.number('router_aux_loss_coef', 0.001),
+        router_aux_loss_coef=fields.number('router_aux_loss_coef', 0.001),
     )
     if not any(kind.experts for kind in kinds):
         raise ValueError('config.json: mlp_only_layers names every layer: expected some with experts (qwen3_moe)')
@@ -85,7 +85,7 @@ def _write_qwen3_moe(cfg: ModelConfig) -> dict[str, Any]:
         'num_experts_per_tok': experts.per_token,
         'moe_intermediate_size': experts.width,
         'norm_topk_prob': experts.normalized,
-        'router_aux_loss_coef': experts.balance_loss,
+        'router_aux_loss_coef': experts.router_aux_loss_coef,
     }
 
 
