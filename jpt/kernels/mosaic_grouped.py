@@ -166,7 +166,6 @@ def _rows_body(tile: Tile, out_first: bool, total, group, run, start, size, x, k
 
             def multiply_and_store(multiply: Callable):
                 def scope(acc):
-            """The product over the rows of the group; what a block holds of other groups is made 0 first."""
                     multiply(acc)
                     result = acc[...].astype(dtype)
                     for at in range(0, tile.columns, part):
@@ -228,6 +227,8 @@ def _group_body(tile: Tile, starts, ends, left, right, out):
             )
 
         def scope(acc):
+            """The product over the rows of the group; what a block holds of other groups is made 0 first."""
+
             def step(at, left_tile, right_tile):
                 top = (first + at[0]) * tile.depth
 
