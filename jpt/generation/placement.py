@@ -1,7 +1,6 @@
-"""Where generation lies on a mesh: rows over the batch axes, kv heads over `tensor`, no pipeline."""
+"""Where generation lies on a mesh: rows over the batch axes, heads over `tensor`, no pipeline."""
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,11 +8,21 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.local import auto, auto_size
-from jpt.models.cache import Cache, KeysValues
+from jpt.models.cache import Cache, KeysValues, Latents, Recurrent
 from jpt.models.config import ModelConfig
 from jpt.models.transformer import Params
 from jpt.sharding.mesh import AXES, BATCH_AXES
-from jpt.sharding.rules import Rules, param_specs, shardings, units_of
+from jpt.sharding.rules import MESH_AXES, Rules, Units, param_specs, shardings, units_of
+
+# The logical axes that follow the rows [B] in each array of an entry, as the projections that write it are divided. All
+# heads read the same latents, so every device holds those of its rows whole. The tails of x, B and C are arrays of
+# their own; their channels lie head by head and group by group.
+CACHE_AXES: dict[type, tuple[tuple[str | None, ...], ...]] = {
+    KeysValues: (('kv_heads',), ('kv_heads',)),
+    Latents: ((),),
+    Recurrent: ((None, 'ssm_heads'), (None, 'ssm_groups'), (None, 'ssm_groups'), ('ssm_heads',), ()),
+    tuple: (),  # of a layer without a mixer
+}
 
 
 def without_pipeline(cfg: ModelConfig, params: Params, mesh: Mesh | None) -> tuple[Params, Mesh | None]:
@@ -46,31 +55,32 @@ def place_rows(tree: Any) -> Any:
 
 
 def place_cache(cfg: ModelConfig, cache: Cache) -> Cache:
-    """The cache with rows over the batch axes and, where `tensor` divides them, kv heads over `tensor`."""
-    rows, heads = auto(BATCH_AXES), auto(['tensor'])
-    if not rows and not heads:
+    """The cache with rows over the batch axes and heads, or groups of them, over `tensor` where it divides them."""
+    if not auto((*BATCH_AXES, 'tensor')):
         return cache
-    if cfg.num_kv_heads % auto_size(['tensor']):
-        heads = ()
-
-    def place(leaf: jax.Array, stacked: bool, over: tuple[str, ...]) -> jax.Array:
-        stack = (None,) if stacked else ()
-        return jax.lax.with_sharding_constraint(leaf, P(*stack, rows or None, over or None))
-
+    units = units_of(cfg)
     layers = [
-        [
-            jax.tree.map(partial(place, stacked=segment.repeats > 1, over=heads if _has_heads(entry) else ()), entry)
-            for entry in kinds
-        ]
+        [_place_entry(units, entry, stacked=segment.repeats > 1) for entry in kinds]
         for segment, kinds in zip(cfg.segments, cache.layers, strict=True)
     ]
     positions, segments = place_rows((cache.positions_BS, cache.segments_BS))
     return cache._replace(layers=layers, positions_BS=positions, segments_BS=segments)
 
 
-def _has_heads(entry: Any) -> bool:
-    """Whether the axis after the batch counts kv heads."""
-    return isinstance(entry, KeysValues)
+def _place_entry(units: Units, entry: Any, stacked: bool) -> Any:
+    before = (*(None,) * stacked, auto(BATCH_AXES) or None)
+
+    def place(leaf: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(leaf, P(*before, *(_over(units, axis) for axis in axes)))
+
+    return type(entry)(*(place(*pair) for pair in zip(entry, CACHE_AXES[type(entry)], strict=True)))
+
+
+def _over(units: Units, axis: str | None) -> tuple[str, ...] | None:
+    """The mesh axes that divide a logical axis into whole heads or groups."""
+    if axis is None or getattr(units, axis) % auto_size(MESH_AXES[axis]):
+        return None
+    return auto(MESH_AXES[axis]) or None
 
 
 def everywhere(tree: Any) -> Any:
