@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jpt.data.tokenizer import TOKENIZER_FILES
 from jpt.models.config import ModelConfig
 from jpt.models.families import config_from_hf, config_to_hf
 from jpt.models.families.fields import ACTIVATION_NAMES, HARMLESS
+from jpt.models.families.multimodal import text_part
 from jpt.models.names import Leaf, Source, leaves
 
 # Of the fields that leave the computation alone, these are about the weights or the file and are written anew.
@@ -185,7 +186,7 @@ def hf_config(cfg: ModelConfig, dtype: str, source_dir: Path | None = None) -> d
     """
     written = config_to_hf(cfg, dtype)
     if source_dir is not None and (source_dir / CONFIG_FILE).is_file():
-        content = read_config(source_dir)
+        content = text_part(read_config(source_dir)).config
         carried = {key: value for key, value in content.items() if key in (HARMLESS | _DROPOUT) - _WRITTEN_ANEW}
         written |= _spelled_alike(written, content)
     else:
@@ -198,7 +199,7 @@ def hf_config(cfg: ModelConfig, dtype: str, source_dir: Path | None = None) -> d
     return carried | written
 
 
-def _spelled_alike(written: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+def _spelled_alike(written: dict[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
     """The source's names of an activation that has several: transformers computes each in its own way."""
     found: dict[str, Any] = {}
     for name in ('hidden_act', 'hidden_activation', 'activation_function'):

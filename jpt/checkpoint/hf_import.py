@@ -2,28 +2,26 @@
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jax.typing import DTypeLike
 
 from jpt.checkpoint.assets import CONFIG_FILE
 from jpt.checkpoint.dtypes import cast_target, is_floating
+from jpt.checkpoint.hf_names import LeftOut, copies, current_names, resolve_names, without_parts
 from jpt.checkpoint.mxfp4 import PackedReader
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
 from jpt.checkpoint.source import Index, load_tree, whole
 from jpt.checkpoint.tree import listing
 from jpt.models.config import ModelConfig
-from jpt.models.families import config_from_hf
+from jpt.models.families import FAMILIES, config_from_hf
+from jpt.models.families.multimodal import OTHER_PARTS, TEXT_NAMES, text_part
 from jpt.models.names import Leaf, Source, TreePath, leaves
-
-# Buffers that older versions of transformers stored and recomputed: rotary frequencies, GPT-2's causal masks.
-RECOMPUTED = re.compile(r'(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)')
-HEAD = 'lm_head.weight'
 
 
 def is_hf_directory(path: str | os.PathLike[str]) -> bool:
@@ -54,6 +52,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 class HuggingFaceSource:
     """A Hugging Face directory as a source of leaves. Everything but the values is checked when it is opened.
 
+    Of a model of several parts the text model is read; `left_out` has the number and bytes of the other tensors by
+    their prefix, and a warning says so.
+
     Args:
         path: the directory.
         dtype: cast floating-point weights to this; None keeps what is stored, tensor by tensor. The layers of one leaf
@@ -70,18 +71,34 @@ class HuggingFaceSource:
         self.directory = Path(path)
         self._target = cast_target(dtype)
         try:
-            config = read_config(self.directory)
+            config, of_many = text_part(read_config(self.directory))
             self.cfg = config_from_hf(config)
         except ValueError as error:
             raise ValueError(f'{self.directory}: {error}') from error
         # Only MXFP4 has been let through, and only where a family has it.
         packed = config.get('quantization_config') is not None
         self.reader = (PackedReader if packed else ShardedReader)(self.directory)
-        self._names = resolve_names(self.cfg, self.reader.tensors, str(self.directory))
-        if self.cfg.tied and HEAD in self.reader.tensors:
-            self._check_tied()
+        self._resolve(of_many)
+        if self.cfg.tied:
+            self._check_copies()
         if self._target is None:
             self._check_uniform()
+
+    def _resolve(self, of_many: bool) -> None:
+        """Finds the tensors of the model, and completes the model by them."""
+        place, family = str(self.directory), FAMILIES[self.cfg.family]
+        specs = self.reader.tensors
+        self.left_out: dict[str, LeftOut] = {}
+        if of_many:
+            specs, self.left_out = without_parts(specs, OTHER_PARTS)
+            parts = [f'{prefix}* {each.tensors} tensors, {each.bytes} bytes' for prefix, each in self.left_out.items()]
+            logging.warning('%s: read as its text model; left out: %s', place, '; '.join(parts) or 'nothing')
+        stored = current_names(specs, (*(TEXT_NAMES if of_many else ()), *family.dialect.older), place)
+        self.cfg = family.completed(self.cfg, stored)
+        names = resolve_names(self.cfg, {name: specs[where] for name, where in stored.items()}, place)
+        self._names = {name: stored[found] for name, found in names.items()}
+        twice = {stored[copy]: self._names[name] for copy, name in copies(self.cfg).items() if copy in stored}
+        self._copies = {copy: name for copy, name in twice.items() if copy != name}
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype in which a leaf is given."""
@@ -109,21 +126,21 @@ class HuggingFaceSource:
     def _spec(self, source: Source) -> TensorSpec:
         return self.reader.tensors[self._names[source.name]]
 
-    def _check_tied(self) -> None:
-        """A stored head must be the embedding that the config says it is."""
-        embedding = self._names[leaves(self.cfg)[0].sources[0].name]
-        head, table = self.reader.view(HEAD), self.reader.view(embedding)
-        same = head.dtype == table.dtype and head.shape == table.shape
-        for first in range(0, len(head), 4096) if same else ():
-            rows = slice(first, first + 4096)
-            same = same and np.array_equal(head[rows].view(np.uint8), table[rows].view(np.uint8))
-        self.reader.release(HEAD)
-        self.reader.release(embedding)
-        if not same:
-            raise ValueError(
-                f'{self.directory}: config.json says tie_word_embeddings, but {HEAD} differs from {embedding}: '
-                'one of the two is wrong'
-            )
+    def _check_copies(self) -> None:
+        """What is stored twice, such as a head that the config says is the embedding, must be the same."""
+        for copy, name in self._copies.items():
+            one, other = self.reader.view(copy), self.reader.view(name)
+            same = one.dtype == other.dtype and one.shape == other.shape
+            for first in range(0, len(one), 4096) if same else ():
+                rows = slice(first, first + 4096)
+                same = same and np.array_equal(one[rows].view(np.uint8), other[rows].view(np.uint8))
+            self.reader.release(copy)
+            self.reader.release(name)
+            if not same:
+                raise ValueError(
+                    f'{self.directory}: config.json says tie_word_embeddings, but {copy} differs from {name}: '
+                    'one of the two is wrong'
+                )
 
     def _check_uniform(self) -> None:
         lines = []
@@ -136,36 +153,6 @@ class HuggingFaceSource:
                 f'{self.directory}: layers of one kind are stored in different dtypes and cannot be stacked as they '
                 f'are; ask for a dtype:\n  {listing(lines)}'
             )
-
-
-def resolve_names(cfg: ModelConfig, found: Mapping[str, TensorSpec], place: str) -> dict[str, str]:
-    """Maps the name of every tensor of the model to the name that the files use, which may lack the model's prefix.
-
-    Raises:
-        ValueError: names every missing, wrongly shaped and unexpected tensor.
-    """
-    wanted: dict[str, tuple[int, ...]] = {}
-    for leaf in leaves(cfg):
-        for source in leaf.sources:
-            wanted[source.name] = source.stored_shape(leaf.own_shape)
-    prefix = leaves(cfg)[0].sources[0].name.split('.')[0] + '.'
-    bare = not any(name.startswith(prefix) for name in found)  # saved from the model without its head, as GPT-2 was
-    names = {name: name.removeprefix(prefix) if bare else name for name in wanted}
-    lines = []
-    for name, shape in wanted.items():
-        if names[name] not in found:
-            lines.append(f'{name}: missing, expected {list(shape)}')
-        elif found[names[name]].shape != shape:
-            lines.append(f'{name}: has shape {list(found[names[name]].shape)}, expected {list(shape)}')
-    known = set(names.values()) | ({HEAD} if cfg.tied else set())
-    extra = [name for name in found if name not in known and not RECOMPUTED.fullmatch(name)]
-    lines += [f'{name}: unexpected, {found[name].dtype}{list(found[name].shape)}' for name in extra]
-    if lines:
-        hint = '; it looks quantized, which is not read' if any('scale' in name for name in extra) else ''
-        raise ValueError(
-            f'{place}: not the tensors of the {cfg.family} model in config.json{hint}:\n  {listing(lines)}'
-        )
-    return names
 
 
 def load_hf(

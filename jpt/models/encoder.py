@@ -77,7 +77,7 @@ def pooled(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array
         ValueError: the checkpoint has no pooler.
     """
     if cfg.encoder is None or not cfg.encoder.pooled:
-        raise ValueError('this model has no pooler: expected an encoder whose config.json names BertForPreTraining')
+        raise ValueError('this model has no pooler: expected an encoder whose checkpoint has a pooler')
     return jnp.tanh(_applied(_dense(cfg), params['pooler']['dense'], hidden_BTD[:, 0]))
 
 

@@ -103,14 +103,14 @@ def leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
     for segment, kinds in enumerate(shapes['layers']):
         for kind, tree in enumerate(kinds):
             found += _layer_leaves(cfg, dialect, segment, kind, tree)
-    ends = {'final_norm': dialect.final_norm, **dialect.ends}
+    ends = dialect.ends_of(cfg.tied)
     for keys, shape in jax.tree_util.tree_leaves_with_path({k: v for k, v in shapes.items() if k not in _PLACED}):
         module, name = _name_of(keys)
         source = Source(f'{ends[module]}.{"bias" if name == "bias" else "weight"}', shape.shape[0])
         role: Role = 'embedding' if name == 'embedding' else _role(module, name)
         found.append(Leaf((*module.split('.'), name), shape.shape, (source,), 0, role))
     if not cfg.tied:
-        head = Source('lm_head.weight', cfg.vocab_size)
+        head = Source(f'{dialect.head}.weight', cfg.vocab_size)
         found.append(Leaf(('lm_head', 'kernel'), (cfg.vocab_size, cfg.width), (head,), 0, 'kernel'))
     _check_apart(cfg, found)
     return tuple(found)

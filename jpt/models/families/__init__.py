@@ -19,6 +19,7 @@ from jpt.models.families.llama import LLAMA, MISTRAL
 from jpt.models.families.llama4 import LLAMA4
 from jpt.models.families.mamba2 import MAMBA2
 from jpt.models.families.mixtral import MIXTRAL
+from jpt.models.families.multimodal import MULTIMODAL, text_part
 from jpt.models.families.nemotron_h import NEMOTRON_H
 from jpt.models.families.olmo2 import OLMO2
 from jpt.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
@@ -36,6 +37,7 @@ FAMILIES: dict[str, Family] = {
     'qwen3_moe': QWEN3_MOE,
     'mixtral': MIXTRAL,
     'deepseek_v3': DEEPSEEK_V3,
+    'kimi_k2': DEEPSEEK_V3,
     'gpt_oss': GPT_OSS,
     'llama4_text': LLAMA4,
     'olmo2': OLMO2,
@@ -45,14 +47,16 @@ FAMILIES: dict[str, Family] = {
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of a Hugging Face config.json.
+    """The ModelConfig of a Hugging Face config.json; of a model of several parts, that of its text.
 
     Raises:
         ValueError: an unsupported model_type, a field that is not known, or a value that jpt does not compute.
     """
+    config, _ = text_part(config)
     family = config.get('model_type')
     if family not in FAMILIES:
-        raise ValueError(f'config.json: model_type={family!r}: expected one of {", ".join(sorted(FAMILIES))}')
+        known = ', '.join(sorted([*FAMILIES, *MULTIMODAL]))
+        raise ValueError(f'config.json: model_type={family!r}: expected one of {known}')
     fields = Fields(config, family)
     cfg = FAMILIES[family].read(fields)
     fields.check_all_read()

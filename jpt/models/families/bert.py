@@ -1,5 +1,7 @@
 """BERT: an encoder, with the heads it was pretrained with."""
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from jpt.models.config import Encoder, LayerKind, ModelConfig, runs_of
@@ -31,15 +33,24 @@ BERT_DIALECT = Dialect(
         'pooler.dense': 'bert.pooler.dense',
         'next_sentence.dense': 'cls.seq_relationship',
     },
+    head='cls.predictions.decoder',
+    untied={'mlm.output': 'cls.predictions.decoder'},
+    older=((r'LayerNorm\.gamma$', 'LayerNorm.weight'), (r'LayerNorm\.beta$', 'LayerNorm.bias')),
+    twins={'cls.predictions.bias': 'cls.predictions.decoder.bias'},
 )
 POOLED = 'BertForPreTraining'
+POOLED_NAMES = ('bert.pooler.', 'cls.seq_relationship.')
 
 
 def _read(fields: Fields) -> ModelConfig:
     fields.expect('position_embedding_type', ('absolute',))
     fields.expect('add_cross_attention', (False,))
     fields.expect('is_decoder', (False,))
+    fields.expect('directionality', ('bidi',))
     fields.ignore('attention_probs_dropout_prob', 'hidden_dropout_prob', 'classifier_dropout')
+    # The first releases say what their pooler is made of; there has been one kind of it.
+    fields.ignore('pooler_fc_size', 'pooler_num_attention_heads', 'pooler_num_fc_layers', 'pooler_size_per_head')
+    fields.ignore('pooler_type')
     width, heads = fields.integer('hidden_size', 768), fields.integer('num_attention_heads', 12)
     if width % heads:
         raise ValueError(f'config.json: hidden_size={width}: expected a multiple of num_attention_heads={heads} (bert)')
@@ -69,6 +80,13 @@ def _read(fields: Fields) -> ModelConfig:
     )
 
 
+def _completed(cfg: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """Published checkpoints hold the pooler and its head whatever architecture their configs name."""
+    if cfg.encoder is None or not any(name.startswith(POOLED_NAMES) for name in names):
+        return cfg
+    return dataclasses.replace(cfg, encoder=dataclasses.replace(cfg.encoder, pooled=True))
+
+
 def _write(cfg: ModelConfig) -> dict[str, Any]:
     encoder = cfg.encoder
     assert encoder is not None
@@ -87,4 +105,4 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-BERT = Family('BertForMaskedLM', _read, _write, BERT_DIALECT)
+BERT = Family('BertForMaskedLM', _read, _write, BERT_DIALECT, _completed)

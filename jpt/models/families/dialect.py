@@ -34,6 +34,15 @@ class Dialect:
     final_norm: str
     positions: str = ''
     ends: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further modules outside the layers
+    head: str = 'lm_head'  # where its table is not the embeddings
+    untied: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of `ends`, what lies elsewhere then
+    older: tuple[tuple[str, str], ...] = ()  # patterns of names in older files, and what is written in their place
+    # Names of one tensor where the head is tied to the embeddings, and of two, one of them unused, where it is not.
+    twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def ends_of(self, tied: bool) -> dict[str, str]:
+        """Every module outside the layers that has a name of its own."""
+        return {'final_norm': self.final_norm, **self.ends, **({} if tied else self.untied)}
 
     def place(self, module: str, leaf: str, family: str) -> Stored:
         """The full name within a layer, and the rest, of one parameter; `family` is for the error.

@@ -1,7 +1,7 @@
 """What jpt knows of a family of models: how its config.json is read and written, and how its tensors are named."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jpt.models.config import ModelConfig
@@ -11,9 +11,13 @@ from jpt.models.families.fields import Fields
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One model_type of Hugging Face."""
+    """One model_type of Hugging Face.
+
+    `completed` corrects a model by the names of the tensors that a checkpoint has, where configs leave a part unsaid.
+    """
 
     architecture: str
     read: Callable[[Fields], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     dialect: Dialect
+    completed: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda cfg, names: cfg

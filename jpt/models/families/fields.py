@@ -206,7 +206,13 @@ class Fields:
 
     def check_all_read(self) -> None:
         """Raises ValueError naming the fields that nobody read."""
-        unknown = sorted(set(self.config) - self._read)
+        absent = {'quantization_config'} if not self.has('quantization_config') else set()
+        unknown = sorted(set(self.config) - self._read - absent)
+        if 'quantization_config' in unknown:
+            raise ValueError(
+                f'config.json: quantization_config={self.config["quantization_config"]!r}: jpt reads the weights of '
+                f'{self.family} unquantized only: expected a checkpoint in bfloat16, float16 or float32'
+            )
         if unknown:
             listed = ', '.join(f'{name}={self.config[name]!r}' for name in unknown)
             raise ValueError(
