@@ -77,7 +77,8 @@ def _kinds(fields: Fields, layers: int) -> tuple[LayerKind, ...]:
     rope = dataclasses.replace(rope, interleaved=True)
     norm = fields.boolean('use_qk_norm', True)
     tuning = Temperature(fields.number('attn_scale', 0.1), fields.number('floor_scale', 8192))
-    tuned = fields.boolean('attn_temperature_tuning', True)
+    fields.expect('attn_temperature_tuning', (True, False, 4))  # published configs have 4, which acts as true
+    tuned = bool(fields.get('attn_temperature_tuning', True))
     return tuple(
         LayerKind(
             rope if rotary[layer] else None,
