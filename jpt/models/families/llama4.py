@@ -76,7 +76,7 @@ def _kinds(fields: Fields, layers: int) -> tuple[LayerKind, ...]:
     rope = read_rope(fields, fields.integer('max_position_embeddings', 131072), 500_000.0)
     rope = dataclasses.replace(rope, interleaved=True)
     norm = fields.boolean('use_qk_norm', True)
-    tuning = Temperature(fields.number('attn_scale', 0.1), fields.number('floor_scale', 8192))
+    tuning = Temperature(fields.number('attn_scale', 0.1), fields.integer('floor_scale', 8192))
     fields.expect('attn_temperature_tuning', (True, False, 4))  # published configs have 4, which acts as true
     tuned = bool(fields.get('attn_temperature_tuning', True))
     return tuple(
@@ -105,7 +105,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         'attn_temperature_tuning': temperature is not None,
     }
     if temperature is not None:
-        config |= {'attn_scale': temperature.scale, 'floor_scale': temperature.floor}
+        config |= {'attn_scale': temperature.scale, 'floor_scale': int(temperature.floor)}
     if experts is None:
         return config
     return config | {
