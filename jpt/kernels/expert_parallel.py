@@ -1,15 +1,14 @@
 """A mixture of experts on any mesh: tokens sorted by expert, and exchanged over `expert` where each shard holds some.
 
-Every shard sends the rows of other shards' experts in a padded all-to-all of FACTOR times its even share to each; rows
-that do not fit wait for a further round, so all are delivered. With an even router there is one round. What every
-expert computes is given by the caller. The experts' inner width may be divided over `tensor`: then what comes out are
-partial sums.
+Every shard sends the rows of other shards' experts to them with room for FACTOR times an even share
+(jpt/kernels/ragged_exchange.py); rows that do not fit wait for a further round, so all are delivered. With an even
+router there is one round. What every expert computes is given by the caller. The experts' inner width may be divided
+over `tensor`: then what comes out are partial sums.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jpt.kernels.local import auto, auto_size, axis_index, axis_size, local, manual, pmax
+from jpt.kernels.local import auto, auto_size, axis_index, axis_size, local
 from jpt.kernels.parallel_attention import ROWS, SEQUENCE
+from jpt.kernels.ragged_exchange import Exchange, choose_form, make_exchange, returned, round_of, sent
 
 EXPERT, TENSOR = 'expert', 'tensor'
 FACTOR = 1.5
@@ -61,6 +61,7 @@ def mixture(
     *,
     on_input: bool = False,
     factor: float = FACTOR,
+    exchange: str = 'auto',
 ):
     """sum_j weights[j] * expert ids[j] (x) for every token, [B, T, D], and how many rows needed a further round.
 
@@ -72,13 +73,17 @@ def mixture(
       weights_BTJ: in the dtype of x.
       kernels: by a name of SPECS, [E, out, in] or [E, out], a shard's own experts where `expert` is manual.
       on_input: the weights multiply what experts read, not what they return.
-      factor: room for rows in a round of exchange, as a multiple of an even share.
+      factor: room for rows in a round of exchange, as a multiple of an even share: of what a shard gets from all
+        ('ragged'), or of what it gets from each ('padded').
+      exchange: 'ragged', only what must travel; 'padded', blocks of one size; 'auto', the former on GPU.
 
     Raises:
-      ValueError: experts that do not divide over `expert`, or kernels of another number of experts.
+      ValueError: experts that do not divide over `expert`, kernels of another number of experts, or a form of exchange
+        that is not there.
     """
     shards = axis_size([EXPERT]) * auto_size([EXPERT])
     _check(kernels, count, shards)
+    form = choose_form(exchange)
     batch, length = x_BTD.shape[:2]
     rows = auto(ROWS) if batch % auto_size(ROWS) == 0 else ()
     sequence = auto([SEQUENCE]) if length % auto_size([SEQUENCE]) == 0 else ()
@@ -92,7 +97,8 @@ def mixture(
         if 'down_bias' in kernels:  # once, where sums over `tensor` are still to be made
             kernels = kernels | {'down_bias': jnp.where(axis_index([TENSOR]) == 0, kernels['down_bias'], 0)}
         if axis_size([EXPERT]) > 1 and not alike:
-            out, late = _exchanged(run, x_MD, ids_MJ, weights_MJ, kernels, count, on_input, factor)
+            rounds = make_exchange(form, EXPERT, shards, ids_MJ.size, factor)
+            out, late = _exchanged(run, x_MD, ids_MJ, weights_MJ, kernels, count, on_input, rounds)
         else:
             mine = ids_MJ - axis_index([EXPERT]) * own
             mine = jnp.where((mine >= 0) & (mine < own), mine, own)
@@ -175,75 +181,81 @@ _permuted.defvjp(
 )
 
 
-class _Round(NamedTuple):
-    """Which sorted row travels in which slot of one round of exchange, and back."""
+class _Counts(NamedTuple):
+    """All that shards must know of each other, a few integers."""
 
-    slots: jax.Array  # [shards, room] the sorted row in each slot
-    used: jax.Array  # bool [shards, room]
-    shard: jax.Array  # [rows] where each sorted row goes
-    place: jax.Array  # [rows] its slot there
-    now: jax.Array  # bool [rows] whether it travels in this round
+    load_SR: jax.Array  # rows that each shard has for each
+    ends_SX: jax.Array  # where the rows of each shard for every expert of this one end, among all that it has
 
 
-@jax.custom_vjp
-def _packed(rows_MD, plan: _Round):
-    """Rows [M, D] in the slots [shards, room, D] of a round; unused slots are 0."""
-    return jnp.where(plan.used[..., None], rows_MD[plan.slots], 0)
-
-
-@jax.custom_vjp
-def _unpacked(slots, plan: _Round):
-    """The inverse of `_packed`, and its transpose: rows of other rounds are 0."""
-    return jnp.where(plan.now[:, None], slots[plan.shard, plan.place], 0)
-
-
-_packed.defvjp(lambda rows, plan: (_packed(rows, plan), plan), lambda plan, d: (_unpacked(d, plan), None))
-_unpacked.defvjp(lambda slots, plan: (_unpacked(slots, plan), plan), lambda plan, d: (_packed(d, plan), None))
-
-
-def _exchanged(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, on_input: bool, factor: float):
+def _exchanged(run: Run, x_MD, ids_MJ, weights_MJ, kernels, count: int, on_input: bool, exchange: Exchange):
     """The mixture where every shard of `expert` has its own tokens and its own experts."""
-    shards = axis_size([EXPERT])
-    own = count // shards
-    flat = ids_MJ.reshape(-1)
-    order, inverse, sizes = _sorted(flat, count)
+    order, inverse, sizes = _sorted(ids_MJ.reshape(-1), count)
     rows, weights_MJ = _inputs(x_MD, order, inverse, weights_MJ, on_input)
-    ids = flat[order]
-    room = min(len(flat), 8 * math.ceil(factor * len(flat) / shards / 8))
-    load = sizes.reshape(shards, own).sum(axis=1)  # rows for each shard
-    start = jnp.cumsum(load) - load
-    target = jnp.minimum(ids // own, shards - 1)
-    behind = jnp.arange(len(flat), dtype=jnp.int32) - start[target]
-
-    def deliver(turn):
-        """One round: rows there, experts, results back."""
-        offset = turn * room + jnp.arange(room, dtype=jnp.int32)[None]
-        slots = jnp.minimum(start[:, None] + offset, len(flat) - 1)
-        used = offset < load[:, None]
-        now = (ids < count) & (behind // room == turn)
-        plan = _Round(slots, used, target, jnp.clip(behind - turn * room, 0, room - 1), now)
-        expert = jnp.where(used, ids[slots] - own * jnp.arange(shards, dtype=jnp.int32)[:, None], own)
-        x, expert = (_swapped(array) for array in (_packed(rows, plan), expert))
-        arrived, back, sizes = _sorted(expert.reshape(-1), own)
-        out = run(kernels, Rows(_permuted(x.reshape(-1, x.shape[-1]), arrived, back), sizes))
-        return _unpacked(_swapped(_permuted(out, back, arrived).reshape(x.shape)), plan)
-
-    needed = pmax(jnp.max(-(-load // room)), [EXPERT])
-
-    # Made again in the backward pass as a whole: a branch would hand out what it reads, and the scan stack it.
-    @jax.checkpoint
-    def late_round(turn):
-        with jax.named_scope(LATE):
-            return lax.cond(turn < needed, deliver, lambda _: jnp.zeros_like(rows), turn)
+    me, own, shards = axis_index([EXPERT]), count // exchange.shards, exchange.shards
+    counts_SE = lax.all_gather(sizes, EXPERT)
+    load_SR = jnp.sum(counts_SE.reshape(shards, shards, own), axis=2, dtype=jnp.int32)
+    ends_SE = jnp.cumsum(counts_SE, axis=1, dtype=jnp.int32)
+    counts = _Counts(load_SR, lax.dynamic_slice_in_dim(ends_SE, me * own, own, axis=1))
 
     def further(total, turn):
-        return total + late_round(turn), None
+        return _late_round(run, exchange, total, rows, kernels, counts, turn), None
 
-    out, _ = lax.scan(further, deliver(jnp.int32(0)), jnp.arange(1, -(-len(flat) // room), dtype=jnp.int32))
-    late = jnp.sum(jnp.maximum(load - room, 0)).astype(jnp.float32)
+    out = _round(run, exchange, rows, kernels, counts, jnp.int32(0))
+    out, _ = lax.scan(further, out, jnp.arange(1, exchange.rounds, dtype=jnp.int32))
+    late = jnp.sum((load_SR - round_of(exchange, load_SR, jnp.int32(0)).sizes_SR)[me]).astype(jnp.float32)
     return _weighed(out, order, inverse, weights_MJ), late
 
 
-def _swapped(array):
-    """[shards, room, ...]: what was meant for each shard, for what each shard meant for this one."""
-    return lax.all_to_all(array, manual([EXPERT])[0], split_axis=0, concat_axis=0)
+def _round(run: Run, exchange: Exchange, rows_MD, kernels, counts: _Counts, turn):
+    """One round: rows there, experts, results back; 0 for rows of other rounds."""
+    travel, me = round_of(exchange, counts.load_SR, turn), axis_index([EXPERT])
+    upto_SX = jnp.clip(counts.ends_SX - travel.begins_SR[:, me, None], 0, travel.sizes_SR[:, me, None])
+    arriving_SX = jnp.diff(upto_SX, axis=1, prepend=0)
+    arrived, back = (_regrouped(sizes, exchange.capacity) for sizes in (arriving_SX, arriving_SX.T))
+    x = _permuted(sent(rows_MD, travel, exchange), arrived, back)
+    out = run(kernels, Rows(x, jnp.sum(arriving_SX, axis=0, dtype=jnp.int32)))
+    return returned(_permuted(out, back, arrived), travel, exchange)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _late_round(run: Run, exchange: Exchange, total_MD, rows_MD, kernels, counts: _Counts, turn):
+    """The sum with that of one more round, if there are rows for it.
+
+    Made again in the backward pass, in one branch: autodiff would hand what the round reads out of a branch, copies of
+    kernels, and the scan would stack them.
+    """
+    with jax.named_scope(LATE):
+        more = turn < exchange.needed(counts.load_SR)
+        new = functools.partial(_round, run, exchange, rows_MD, kernels, counts, turn)
+        return lax.cond(more, lambda total: total + new(), lambda total: total, total_MD)
+
+
+def _late_round_forward(run: Run, exchange: Exchange, total_MD, *given):
+    return _late_round(run, exchange, total_MD, *given), given
+
+
+def _late_round_backward(run: Run, exchange: Exchange, given, d_MD):
+    rows_MD, kernels, counts, turn = given
+
+    def again(d_MD):
+        _, pull = jax.vjp(lambda rows, own: _round(run, exchange, rows, own, counts, turn), rows_MD, kernels)
+        return pull(d_MD)
+
+    with jax.named_scope(LATE):
+        more = turn < exchange.needed(counts.load_SR)
+        d_inputs = lax.cond(more, again, lambda _: jax.tree.map(jnp.zeros_like, (rows_MD, kernels)), d_MD)
+    return (d_MD, *d_inputs, None, None)
+
+
+_late_round.defvjp(_late_round_forward, _late_round_backward)
+
+
+def _regrouped(sizes_AB, count: int):
+    """Of `count` rows that lie by a and then by b, the order by b and then by a; rows beyond all keep their places."""
+    sizes = sizes_AB.T.reshape(-1)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    starts = jnp.cumsum(sizes_AB.reshape(-1), dtype=jnp.int32) - sizes_AB.reshape(-1)
+    shift = jnp.append(starts.reshape(sizes_AB.shape).T.reshape(-1) - (ends - sizes), 0)
+    row = jnp.arange(count, dtype=jnp.int32)
+    return row + shift[jnp.searchsorted(ends, row, side='right')]

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute', 'collective-broadcast')
+KINDS = (
+    'all-gather',
+    'all-reduce',
+    'reduce-scatter',
+    'all-to-all',
+    'ragged-all-to-all',
+    'collective-permute',
+    'collective-broadcast',
+)
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4}
 BYTES |= {'s64': 8, 'u64': 8, 'f64': 8, 'f8e4m3fn': 1, 'f8e5m2': 1, 'c64': 8}
 
@@ -94,6 +102,8 @@ def _collective(kind: str, result: str, started: bool, right: str) -> Collective
         parts = parts if kind == 'all-reduce' else parts[len(parts) // 2 :]
         if kind == 'collective-permute':
             parts = parts[:1]
+    elif started and kind == 'ragged-all-to-all':
+        parts = parts[-1:]  # after operand, output, offsets and sizes
     elif started and kind != 'all-reduce':
         parts = parts[len(parts) // 2 :]
     size = sum(BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in parts)

@@ -139,22 +139,29 @@ def test_a_pipeline_needs_no_more_memory_for_64_microbatches_than_for_4():
 
 @needs_plugin
 def test_experts_exchange_rows_and_nothing_is_gathered_over_their_axis():
-    """Four shards of experts, each with eight of 32: rows travel, in bfloat16 and in padded shares, and nothing else.
+    """Four shards of experts, each with eight of 32: rows travel, in bfloat16, only those that must, and nothing else.
 
-    Every gather is one of a weight over fsdp: neither the tokens of all shards [2048, 64] nor the experts of all.
+    Every gather is one of a weight over fsdp, or of the number of rows of each shard for each expert: neither the
+    tokens of all shards [2048, 64] nor the experts of all.
     """
     plan = plans.tiny({'expert': 4, 'fsdp': 2}, architecture=plans.MIXTURE)
     shards, layers, width = plan.job.mesh.shape['expert'], 4, 48
     tokens = 16 * plans.LENGTH // 8  # of a device
-    room = 4 * tokens * 3 // 2 // 4  # four experts per token, half as much again as the even share of a shard
-    moved = [item for item in plan.traffic if item.kind == 'all-to-all' and item.dtype == 'bf16']
-    assert {item.shapes for item in moved} == {((4, room, WIDTH),)}
-    assert all(item.group == shards for item in moved)
-    assert sum(item.times for item in moved) == 6 * layers  # there and back: forward, recomputed, backward
+    rows = 4 * tokens  # four experts per token
+    room = rows * 3 // 2  # half as much again as the even share of a shard
+    moved = [item for item in plan.traffic if item.kind == 'ragged-all-to-all']
+    assert {(item.dtype, item.group) for item in moved} == {('bf16', shards)}
+    # There and back: forward, recomputed, backward.
+    for count in (room, rows):
+        assert sum(item.times for item in moved if item.shapes == ((count, WIDTH),)) == 3 * layers
+    assert sum(item.times for item in moved) == 6 * layers
+    assert not [item for item in plan.traffic if item.kind == 'all-to-all']
     heads = 8 * 16
     weights = {(VOCAB, WIDTH), (heads, WIDTH), (WIDTH, heads), (8, width, WIDTH), (8, WIDTH, width)}
     for item in plan.traffic:
-        if item.kind == GATHER:
+        if item.kind == GATHER and item.group == shards:
+            assert (item.dtype, item.shapes) == ('s32', ((shards, 32),)), 'counts'
+        elif item.kind == GATHER:
             assert set(item.shapes) <= weights
             assert item.members == (0, 4), 'a weight is gathered over fsdp alone'
     # Gradients of experts' kernels are summed over fsdp, and not over the axis that divides the experts.
@@ -172,7 +179,7 @@ def test_published_models_fit_as_the_table_says(name):
     assert fits(plan, H100)
     assert plan.total < FRACTION * H100.memory
     over_experts = {row.kind for row in summed(plan.traffic, dict(plan.job.mesh.shape)) if row.axes == 'expert'}
-    assert over_experts == ({'all-to-all', REDUCE} if 'expert' in sizes.BY_NAME[name].mesh else set())
+    assert over_experts == ({'ragged-all-to-all', GATHER, REDUCE} if 'expert' in sizes.BY_NAME[name].mesh else set())
 
 
 # GiB per H100 of a step of Qwen3-8B on 8 x 4,096 tokens; float32 parameters, bfloat16 moments and products, full remat.

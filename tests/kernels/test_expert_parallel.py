@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jpt.kernels import ragged_exchange
 from jpt.kernels.expert_parallel import SPECS, Rows, mixture
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.sharding.mesh import AXES, MeshConfig, make_mesh
@@ -36,6 +37,29 @@ def run(kernels, rows):
         return y + rows.of_expert(kernels[f'{name}_bias']) if f'{name}_bias' in kernels else y
 
     return linear('down', jnp.tanh(linear('gate', rows.x_MD)) * linear('up', rows.x_MD))
+
+
+def emulated(x, output, begins, sizes, places, arriving, axis):
+    """`lax.ragged_all_to_all` as documented, from what all shards have: places are offsets in the receivers' outputs.
+
+    Sizes that do not agree give no numbers.
+    """
+    me = jax.lax.axis_index(axis)
+    operands, begins, sizes, places = jax.lax.all_gather((x, begins, sizes, places), axis)
+    row = jnp.arange(len(output))
+    for sender, operand in enumerate(operands):
+        size, place = sizes[sender, me], places[sender, me]
+        rows = operand[jnp.clip(begins[sender, me] + row - place, 0, len(operand) - 1)]
+        rows = jnp.where(size == arriving[sender], rows, jnp.nan)
+        output = jnp.where(((row >= place) & (row < place + size))[:, None], rows, output)
+    return output
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """The exchange that a GPU gets, with its collective replaced."""
+    monkeypatch.setattr(ragged_exchange, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(ragged_exchange, 'ragged_all_to_all', emulated)
 
 
 def weights_of(count, biases=True):
@@ -85,15 +109,21 @@ def routers(count, batch=B):
     return {name: ids.astype(np.int32) for name, ids in found.items()}
 
 
-def late_by_hand(ids, rows, context, shards, count, factor):
-    """Rows beyond the room of the first round: of every device, for every shard of experts."""
+def late_by_hand(ids, rows, context, shards, count, factor, ragged=False):
+    """Rows beyond the room of the first round: of every device for every shard of experts, or of each group of them."""
     late = 0
-    for part in [part for row in np.split(ids, rows) for part in np.split(row, context, axis=1)]:
-        experts = part.reshape(-1).tolist()
-        room = min(len(experts), 8 * math.ceil(factor * len(experts) / shards / 8))
-        for shard in range(shards):
-            own = range(shard * count // shards, (shard + 1) * count // shards)
-            late += max(sum(expert in own for expert in experts) - room, 0)
+    parts = [[part.reshape(-1) for part in np.split(row, context, axis=1)] for row in np.split(ids, rows)]
+    for column in zip(*parts, strict=True):
+        for group in [column[at : at + shards] for at in range(0, rows, shards)]:
+            for shard in range(shards):
+                own = range(shard * count // shards, (shard + 1) * count // shards)
+                loads = [sum(expert in own for expert in experts.tolist()) for experts in group]
+                total = len(group[0])
+                if ragged:
+                    late += max(sum(loads) - min(total * shards, 8 * math.ceil(factor * total / 8)), 0)
+                else:
+                    room = min(total, 8 * math.ceil(factor * total / shards / 8))
+                    late += sum(max(load - room, 0) for load in loads)
     return late
 
 
@@ -109,8 +139,8 @@ def check(step, case):
         assert structure == jax.tree.structure(wanted)
         for one, other in zip(found, jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * max(1, np.abs(other).max()), err_msg=name)
-        late_rows = late_by_hand(ids, rows, context, shards, case.count, case.factor) if case.divides else 0
-        assert float(late) == late_rows, name
+        by_hand = (ids, rows, context, shards, case.count, case.factor, case.ragged)
+        assert float(late) == (late_by_hand(*by_hand) if case.divides else 0), name
 
 
 class Case(NamedTuple):
@@ -119,6 +149,7 @@ class Case(NamedTuple):
     factor: float = 1.5
     batch: int = B
     on_input: bool = False
+    ragged: bool = False
 
     @property
     def divides(self):
@@ -147,15 +178,24 @@ AUTOMATIC = {
 }
 
 
-@pytest.mark.parametrize('name', AUTOMATIC)
-def test_automatic_axes(name):
-    """Under `jax.jit`: tokens and experts lie divided, and nothing of a mesh is said."""
-    case = AUTOMATIC[name]
+def automatic(case):
     token = NamedSharding(case.mesh, TOKENS if case.divides else P())
     experts = {kernel: NamedSharding(case.mesh, SPECS[kernel]) for kernel in weights_of(case.count)}
     with jax.set_mesh(case.mesh):
         step = jax.jit(case.mixture, in_shardings=(token, token, token, experts, token))
         check(step, case)
+
+
+@pytest.mark.parametrize('name', AUTOMATIC)
+def test_automatic_axes(name):
+    """Under `jax.jit`: tokens and experts lie divided, and nothing of a mesh is said."""
+    automatic(AUTOMATIC[name])
+
+
+@pytest.mark.parametrize('factor', [1.0, 8.0])
+def test_automatic_axes_as_on_a_gpu(factor, as_on_gpu):
+    """Room for an even share, so that crowds wait for further rounds, and room for all of them."""
+    automatic(Case({'expert': 4, 'context': 2}, 8, factor, ragged=True))
 
 
 MANUAL = {
@@ -164,10 +204,7 @@ MANUAL = {
 }
 
 
-@pytest.mark.parametrize('name', MANUAL)
-def test_inside_a_shard_map(name):
-    """All axes manual but `tensor`, as in a training step: kernels are a shard's own, their gradients summed here."""
-    case = MANUAL[name]
+def inside_a_shard_map(case):
 
     def body(*given):
         value, late, (x, weights, kernels) = case.mixture(*given)
@@ -185,12 +222,23 @@ def test_inside_a_shard_map(name):
     check(jax.jit(mapped), case)
 
 
+@pytest.mark.parametrize('name', MANUAL)
+def test_inside_a_shard_map(name):
+    """All axes manual but `tensor`, as in a training step: kernels are a shard's own, their gradients summed here."""
+    inside_a_shard_map(MANUAL[name])
+
+
+def test_inside_a_shard_map_as_on_a_gpu(as_on_gpu):
+    inside_a_shard_map(MANUAL['expert-tensor']._replace(ragged=True))
+
+
 def test_a_crowd_is_late_by_all_that_the_first_round_has_no_room_for():
     """Checks the count by hand: 8 devices with 32 rows, all to one shard of 4, with room for 8; three more rounds."""
     ids = routers(8)['first']
     assert late_by_hand(ids, 4, 2, 4, 8, 1.0) == 8 * (32 - 8)
     assert late_by_hand(ids, 4, 2, 4, 8, 1.1) == 8 * (32 - 16)
     assert late_by_hand(ids, 4, 2, 4, 8, 8.0) == 0
+    assert late_by_hand(ids, 4, 2, 4, 8, 1.1, ragged=True) == 2 * (4 * 32 - 40)
 
 
 def test_rows_of_nobody_have_no_values():
@@ -212,8 +260,10 @@ def test_experts_that_do_not_fit_are_refused(count, held, message):
         case.mixture(x, routers(count)['even'], weights, weights_of(held), cotangent)
 
 
-def test_late_rounds_keep_no_copies_of_the_kernels_for_the_backward_pass():
+@pytest.mark.parametrize('form', ragged_exchange.FORMS)
+def test_late_rounds_keep_no_copies_of_the_kernels_for_the_backward_pass(form, monkeypatch):
     """A round that an even router does not need must not make the scan stack what it would read."""
+    monkeypatch.setattr(ragged_exchange, 'platform', lambda: 'gpu' if form == 'ragged' else 'cpu')
     mesh = make_mesh(MeshConfig(data=1, expert=4, tensor=2))
     kernels = {'up': jnp.ones((8, 10, 6)), 'down': jnp.ones((8, 6, 10))}
     x, ids, weights = jnp.ones((4, 32, 6)), jnp.zeros((4, 32, 2), jnp.int32), jnp.ones((4, 32, 2))
@@ -227,6 +277,7 @@ def test_late_rounds_keep_no_copies_of_the_kernels_for_the_backward_pass():
     with jax.set_mesh(mesh):
         text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernels))
     assert '[2,5,6]' in text, 'the kernels of a shard'
-    rounds = 3  # 64 rows of a shard, 24 to a shard in a round
-    for stacked in (f'[{rounds - 1},2,5,6]', f'[{rounds - 1},2,6,5]', f'[{rounds - 1},64,6]'):
+    assert ('ragged_all_to_all' in text) == (form == 'ragged')
+    rounds = 3  # 64 rows of a shard, 24 to a shard in a round, or 96 from all
+    for stacked in (f'[{rounds - 1},2,5,6]', f'[{rounds - 1},2,6,5]', f'[{rounds - 1},64,6]', f'[{rounds - 1},96,6]'):
         assert stacked not in text
