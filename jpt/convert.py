@@ -24,7 +24,7 @@ from jpt.checkpoint.opening import open_model
 from jpt.checkpoint.resize import ResizedSource
 from jpt.checkpoint.shards import parse_size
 from jpt.checkpoint.source import LeafSource
-from jpt.models.names import leaves
+from jpt.models.names import Leaf, leaves
 
 FORMATS = ('hf', 'jpt')
 
@@ -51,6 +51,7 @@ def convert(
     max_shard_size: str | int = '5GB',
     resize_vocab: int | None = None,
     allow_cut: bool = False,
+    mtp: bool = True,
     report: Callable[[str, int, int], Any] = lambda name, done, total: None,
 ) -> Conversion:
     """Converts a model directory; the output appears when it is complete.
@@ -63,6 +64,7 @@ def convert(
         max_shard_size: of the safetensors files, such as '5GB'.
         resize_vocab: rows of the embedding and unembedding wanted.
         allow_cut: with resize_vocab, let rows go that the tokenizer uses.
+        mtp: keep modules that predict further tokens.
         report: called with a tensor's name, bytes written so far, and bytes in all.
 
     Raises:
@@ -73,14 +75,13 @@ def convert(
     parse_size(max_shard_size)
     check_absent(output_dir)
     start = time.perf_counter()
-    opened = open_model(input_dir, dtype)
+    opened = open_model(input_dir, dtype, mtp=mtp)
     source: LeafSource = opened.source
     if resize_vocab is not None:
         tokenizer = open_tokenizer(opened.assets)
         used = None if tokenizer is None else tokenizer.vocab_size
         source = ResizedSource(source, resize_vocab, used=used, allow_cut=allow_cut)
-    sizes = {leaf.path: math.prod(leaf.shape) * source.dtype(leaf).itemsize for leaf in leaves(source.cfg)}
-    total, done = sum(sizes.values()), 0
+    total, done = _bytes_written(source, to), 0
 
     def count(name: str, size: int) -> None:
         nonlocal done
@@ -94,6 +95,15 @@ def convert(
         write_model(source, output_dir, assets=opened.assets, origin=opened.origin, report=count)
     files = Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*')
     return _made(source, total, [path.stat().st_size for path in files], time.perf_counter() - start)
+
+
+def _bytes_written(source: LeafSource, to: str) -> int:
+    """Bytes of all weights; files of Hugging Face hold some of them more than once."""
+
+    def times(leaf: Leaf) -> int:
+        return 1 + len(leaf.sources[0].copies) if to == 'hf' else 1
+
+    return sum(times(leaf) * math.prod(leaf.shape) * source.dtype(leaf).itemsize for leaf in leaves(source.cfg))
 
 
 def _made(source: LeafSource, total: int, files: list[int], seconds: float) -> Conversion:
@@ -170,6 +180,7 @@ def _define_flags() -> None:
     flags.DEFINE_string('max_shard_size', '5GB', 'Largest safetensors file, such as 5GB or 512MiB.')
     flags.DEFINE_integer('resize_vocab', None, 'Rows of embedding and unembedding; new ones are the mean of the old.')
     flags.DEFINE_boolean('allow_cut', False, 'With --resize_vocab: let rows go that the tokenizer uses.')
+    flags.DEFINE_boolean('mtp', True, 'Keep modules that predict further tokens, where there are any.')
     flags.mark_flags_as_required(['input', 'output', 'to'])
 
 
@@ -189,6 +200,7 @@ def main(argv: list[str]) -> None:
             max_shard_size=args.max_shard_size,
             resize_vocab=args.resize_vocab,
             allow_cut=args.allow_cut,
+            mtp=args.mtp,
             report=_progress(),
         )
     except (OSError, ValueError) as error:

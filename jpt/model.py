@@ -103,19 +103,22 @@ def _logits(
     return unembed(cfg, params, forward(cfg, params, tokens, positions, segments, compute=compute).hidden_BTD)
 
 
-def load(path: str | os.PathLike[str], mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Model:
+def load(
+    path: str | os.PathLike[str], mesh: Mesh | None = None, dtype: DTypeLike | None = None, *, mtp: bool = True
+) -> Model:
     """Opens a Hugging Face directory or a jpt checkpoint; 'quickstart' is the small teacher that jpt ships.
 
     Args:
         path: the directory.
         mesh: where the weights go; None: the default device.
         dtype: cast the weights; None keeps what is stored.
+        mtp: keep modules that predict further tokens, where there are any; generation takes no notice of them.
 
     Raises:
         FileNotFoundError: no model there.
         ValueError: a model that jpt does not compute, or weights that are not the config's.
     """
-    opened = open_model(path, dtype)
+    opened = open_model(path, dtype, mtp=mtp)
     cfg = opened.source.cfg
     placed = None
     if mesh is not None:

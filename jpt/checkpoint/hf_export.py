@@ -56,7 +56,8 @@ def tensors_of(cfg: ModelConfig) -> dict[str, list[_Part]]:
     tensors: dict[str, list[_Part]] = {}
     for leaf in leaves(cfg):
         for place, source in leaf.places():
-            tensors.setdefault(source.name, []).append(_Part(leaf, place, source))
+            for name in (source.name, *source.copies):
+                tensors.setdefault(name, []).append(_Part(leaf, place, source))
     return {name: sorted(parts, key=lambda part: part.source.first) for name, parts in tensors.items()}
 
 
@@ -65,9 +66,9 @@ def _layer_order(cfg: ModelConfig, tensors: dict[str, list[_Part]]) -> list[str]
 
     def layer(name: str) -> int:
         part = tensors[name][0]
-        if not part.place:
-            return -1 if part.leaf.path[0] in ('embed', 'positions') else cfg.num_layers
-        return cfg.layer_index(int(part.leaf.path[1]), int(part.leaf.path[2]), part.place[0])
+        if part.leaf.path[0] == 'layers':
+            return cfg.layer_index(int(part.leaf.path[1]), int(part.leaf.path[2]), part.place[0])
+        return -1 if part.leaf.path[0] in ('embed', 'positions') else cfg.num_layers
 
     return sorted(tensors, key=layer)
 

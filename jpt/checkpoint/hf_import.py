@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jpt.checkpoint.assets import CONFIG_FILE
 from jpt.checkpoint.dtypes import cast_target, is_floating
-from jpt.checkpoint.hf_names import LeftOut, copies, current_names, resolve_names, without_parts
+from jpt.checkpoint.hf_names import LeftOut, copies, current_names, may_differ, resolve_names, without_parts
 from jpt.checkpoint.mxfp4 import PackedReader
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
@@ -79,8 +79,7 @@ class HuggingFaceSource:
         packed = config.get('quantization_config') is not None
         self.reader = (PackedReader if packed else ShardedReader)(self.directory)
         self._resolve(of_many)
-        if self.cfg.tied:
-            self._check_copies()
+        self._check_copies()
         if self._target is None:
             self._check_uniform()
 
@@ -97,7 +96,8 @@ class HuggingFaceSource:
         self.cfg = family.completed(self.cfg, stored)
         names = resolve_names(self.cfg, {name: specs[where] for name, where in stored.items()}, place)
         self._names = {name: stored[found] for name, found in names.items()}
-        twice = {stored[copy]: self._names[name] for copy, name in copies(self.cfg).items() if copy in stored}
+        read = {copy: name for copy, name in copies(self.cfg).items() if copy not in may_differ(self.cfg)}
+        twice = {stored[copy]: self._names[name] for copy, name in read.items() if copy in stored}
         self._copies = {copy: name for copy, name in twice.items() if copy != name}
 
     def dtype(self, leaf: Leaf) -> np.dtype:
@@ -138,8 +138,8 @@ class HuggingFaceSource:
             self.reader.release(name)
             if not same:
                 raise ValueError(
-                    f'{self.directory}: config.json says tie_word_embeddings, but {copy} differs from {name}: '
-                    'one of the two is wrong'
+                    f'{self.directory}: {copy} differs from {name}, of which it should be a copy '
+                    f'(tie_word_embeddings={self.cfg.tied}): one of the two is wrong'
                 )
 
     def _check_uniform(self) -> None:

@@ -57,12 +57,18 @@ def without_parts(
 def copies(cfg: ModelConfig) -> dict[str, str]:
     """Names under which a checkpoint may hold a tensor of the model once more or instead: of the copy -> of the tensor.
 
-    A tied head is a copy of the embeddings. Where the head is not tied, a twin is not read beside the tensor itself.
+    A tied head is a copy of the embeddings; an MTP module may hold both once more.
     """
     dialect = FAMILIES[cfg.family].dialect
+    names = {copy: source.name for leaf in leaves(cfg) for source in leaf.sources for copy in source.copies}
     if cfg.tied:
-        return {f'{dialect.head}.weight': f'{dialect.embed}.weight'} | {b: a for a, b in dialect.twins.items()}
-    return dict(dialect.twins)
+        return names | {f'{dialect.head}.weight': f'{dialect.embed}.weight'} | {b: a for a, b in dialect.twins.items()}
+    return names | dict(dialect.twins)
+
+
+def may_differ(cfg: ModelConfig) -> frozenset[str]:
+    """Those of `copies` that nothing reads: twins where the head is not tied."""
+    return frozenset(() if cfg.tied else FAMILIES[cfg.family].dialect.twins)
 
 
 def resolve_names(cfg: ModelConfig, found: Mapping[str, TensorSpec], place: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from jpt.checkpoint.adapted import AdaptedSource, is_adapter, named_base
 from jpt.checkpoint.assets import CONFIG_FILE, open_tokenizer
 from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
 from jpt.checkpoint.model_dir import StoredSource, find_checkpoint
-from jpt.checkpoint.source import LeafSource
+from jpt.checkpoint.source import LeafSource, WithoutMTP
 
 SHIPPED = {'quickstart': Path(__file__).resolve().parents[1] / 'assets' / 'quickstart_teacher'}
 
@@ -50,17 +50,22 @@ def base_model(adapter: Path) -> Path:
     )
 
 
-def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Opened:
+def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, mtp: bool = True) -> Opened:
     """Opens a Hugging Face directory or a jpt checkpoint (a model, a step of a run, or a run's workdir).
 
     A PEFT adapter is merged into the model that it names as its base, which must be a directory too. Where a tokenizer
-    lies beside the adapter it is taken in place of the base's, since the adapter was trained with it.
+    lies beside the adapter it is taken in place of the base's, since the adapter was trained with it. `mtp=False`
+    leaves out the modules that predict further tokens.
 
     Raises:
         FileNotFoundError: none of these.
         ValueError: what is there is not a model that jpt computes; see the sources.
     """
-    directory = model_directory(path)
+    opened = _open(model_directory(path), dtype)
+    return opened if mtp else opened._replace(source=WithoutMTP(opened.source))
+
+
+def _open(directory: Path, dtype: DTypeLike | None) -> Opened:
     if not directory.is_dir():
         raise FileNotFoundError(f'{directory}: no such directory')
     if is_adapter(directory):

@@ -4,6 +4,7 @@ Hugging Face directories, jpt checkpoints and trees in memory are all read throu
 converting, exporting and resizing are written once and never need more memory than the part that they ask for.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -32,6 +33,22 @@ class LeafSource(Protocol):
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         """A part of a leaf; `index` has a slice per axis of leaf.shape."""
+
+
+class WithoutMTP:
+    """A source without the modules that predict further tokens, where it has any."""
+
+    def __init__(self, source: LeafSource) -> None:
+        self.cfg = dataclasses.replace(source.cfg, mtp=())
+        self._source = source
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        """That of the whole model's leaf."""
+        return self._source.dtype(leaf)
+
+    def read(self, leaf: Leaf, index: Index) -> np.ndarray:
+        """A part of a leaf of the whole model."""
+        return self._source.read(leaf, index)
 
 
 class TreeSource:

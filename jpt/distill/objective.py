@@ -10,21 +10,17 @@ from jpt.kernels.token_losses import distillation
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.transformer import final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
+from jpt.training.auxiliary import After, Auxiliary, Counts, Sums
 from jpt.training.freeze import merge
 from jpt.training.objective import (
     Carry,
-    Counts,
     Objective,
-    Sums,
     Tree,
     first_carry,
     in_tokens,
-    reads_load,
     token_counts,
     token_weights,
-    with_router,
 )
-from jpt.training.settings import RouterConfig
 
 
 def logit_distillation(
@@ -34,7 +30,7 @@ def logit_distillation(
     *,
     temperature: float = 1.0,
     alpha: float = 1.0,
-    router: RouterConfig = RouterConfig(),  # noqa: B008 (frozen)
+    auxiliary: Auxiliary = Auxiliary(),  # noqa: B008 (frozen)
 ) -> Objective:
     """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy (Hinton et al. 2015).
 
@@ -53,6 +49,9 @@ def logit_distillation(
 
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
         return {'student': merge(params, frozen['model']), 'teacher': frozen['teacher']}
+
+    def counts(batch: Batch) -> Counts:
+        return token_counts(batch) | auxiliary.counts(student, batch)
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
@@ -84,6 +83,7 @@ def logit_distillation(
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,
         )
-        return with_router(in_tokens(result, counts), router, student, carry['student'].router, micro, counts)
+        after = After(both['student'], hidden['student'], carry['student'].router)
+        return auxiliary.added(in_tokens(result, counts), student, after, micro, counts, compute)
 
-    return Objective(token_counts, first, stage, last, reads_load(router, student))
+    return Objective(counts, first, stage, last, auxiliary.reads_load(student))

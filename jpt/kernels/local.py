@@ -102,6 +102,21 @@ def axis_index(axes: Sequence[str]) -> jax.Array:
     return jax.lax.axis_index(names) if names else jnp.int32(0)
 
 
+def next_column(x, axes: Sequence[str]):
+    """x [B, T, ...] with every column in the place of the one before it; the last is 0.
+
+    T is divided over the manual ones of `axes`: a shard's last column is the first one of the next shard.
+    """
+    names = manual(axes)
+    following = jnp.zeros_like(x[:, :1])
+    if names:
+        # Not a permutation, which in a pipeline would wait for devices that run another stage.
+        firsts = jax.lax.all_gather(x[:, :1], names, axis=1, tiled=True)
+        columns = jnp.concatenate([firsts, following], axis=1)
+        following = jax.lax.dynamic_slice_in_dim(columns, axis_index(names) + 1, 1, axis=1)
+    return jnp.concatenate([x[:, 1:], following], axis=1)
+
+
 def psum(tree, axes: Sequence[str]):
     """Sum of every leaf over the manual ones of `axes`; the identity where there are none."""
     names = manual(axes)

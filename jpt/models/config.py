@@ -224,6 +224,7 @@ class ModelConfig:
     learned_positions: bool = False
     causal: bool = True  # a token sees no later ones
     encoder: Encoder | None = None
+    mtp: tuple[LayerKind, ...] = ()  # the layers of modules that predict further tokens, see models/mtp.py
     tied: bool = False
 
     def __post_init__(self) -> None:
@@ -268,7 +269,8 @@ class ModelConfig:
 
     def ropes(self) -> tuple[Rope, ...]:
         """The distinct rotary embeddings, in order of first use."""
-        return tuple(dict.fromkeys(kind.rope for kind in self.layer_kinds() if kind.rope is not None))
+        kinds = (*self.layer_kinds(), *self.mtp)
+        return tuple(dict.fromkeys(kind.rope for kind in kinds if kind.rope is not None))
 
 
 def runs_of(kinds: tuple[LayerKind, ...]) -> tuple[Segment, ...]:

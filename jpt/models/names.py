@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,7 +23,8 @@ class Source:
     """Where one matrix (or vector, or stack of matrices) of a leaf lies in a checkpoint, and how to get from it there.
 
     `transposed`: stored (..., in, out), as GPT-2's Conv1D does. The rows on the output dimension `axis` are `first` and
-    every `step`-th behind it, out of `total`: queries, keys and values in one tensor, gate and up in turns.
+    every `step`-th behind it, out of `total`: queries, keys and values in one tensor, gate and up in turns. `copies`:
+    names under which the file holds the tensor once more.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Source:
     step: int = 1
     transposed: bool = False
     axis: int = 0
+    copies: tuple[str, ...] = ()
 
     def read(self, tensor: np.ndarray, size: int) -> np.ndarray:
         """The leaf's values, which have `size` rows, from the tensor in the file."""
@@ -85,7 +87,7 @@ class Leaf:
 
 
 # The parts of a tree whose leaves are named one by one; all others stand in `Dialect.ends`.
-_PLACED = ('embed', 'positions', 'layers', 'lm_head')
+_PLACED = ('embed', 'positions', 'layers', 'mtp', 'lm_head')
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,12 +99,17 @@ def leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
     """
     dialect = FAMILIES[cfg.family].dialect
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
-    found = [_table(shapes, ('embed', 'embedding'), dialect.embed)]
+    copies = [[_numbered(cfg, dialect, k, name) for k in range(len(cfg.mtp))] for name in dialect.mtp_copies]
+    of_embed, of_head = copies or ([], [])
+    if cfg.tied:
+        of_embed = of_embed + of_head
+    found = [_table(shapes, ('embed', 'embedding'), dialect.embed, of_embed)]
     if cfg.learned_positions:
         found.append(_table(shapes, ('positions', 'embedding'), dialect.positions))
     for segment, kinds in enumerate(shapes['layers']):
         for kind, tree in enumerate(kinds):
-            found += _layer_leaves(cfg, dialect, segment, kind, tree)
+            numbers = [cfg.layer_index(segment, kind, repeat) for repeat in range(cfg.segments[segment].repeats)]
+            found += _layer_leaves(cfg, dialect, ('layers', segment, kind), numbers, tree)
     ends = dialect.ends_of(cfg.tied)
     for keys, shape in jax.tree_util.tree_leaves_with_path({k: v for k, v in shapes.items() if k not in _PLACED}):
         module, name = _name_of(keys)
@@ -110,8 +117,13 @@ def leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
         role: Role = 'embedding' if name == 'embedding' else _role(module, name)
         found.append(Leaf((*module.split('.'), name), shape.shape, (source,), 0, role))
     if not cfg.tied:
-        head = Source(f'{dialect.head}.weight', cfg.vocab_size)
+        head = Source(f'{dialect.head}.weight', cfg.vocab_size, copies=tuple(of_head))
         found.append(Leaf(('lm_head', 'kernel'), (cfg.vocab_size, cfg.width), (head,), 0, 'kernel'))
+    for depth, module in enumerate(shapes.get('mtp', ())):
+        path, numbers = ('mtp', depth), [cfg.num_layers + depth]
+        own = {name: part for name, part in module.items() if name != 'layer'}
+        found += _layer_leaves(cfg, dataclasses.replace(dialect, layer=dialect.mtp), path, numbers, own, stacked=False)
+        found += _layer_leaves(cfg, dialect, (*path, 'layer'), numbers, module['layer'], stacked=False)
     _check_apart(cfg, found)
     return tuple(found)
 
@@ -131,51 +143,60 @@ def _check_apart(cfg: ModelConfig, found: list[Leaf]) -> None:
                 raise ValueError(f'{cfg.family} gives {paths} the same rows of the tensor {name}')
 
 
-def _table(shapes: Any, path: TreePath, name: str) -> Leaf:
+def _numbered(cfg: ModelConfig, dialect: Dialect, depth: int, name: str) -> str:
+    """The name of a kernel of an MTP module, which stands behind the layers."""
+    return f'{dialect.layer_prefix}.{cfg.num_layers + depth}.{name}.weight'
+
+
+def _table(shapes: Any, path: TreePath, name: str, copies: Sequence[str] = ()) -> Leaf:
     shape = get(shapes, path).shape
-    return Leaf(path, shape, (Source(f'{name}.weight', shape[0]),), 0, 'embedding')
+    return Leaf(path, shape, (Source(f'{name}.weight', shape[0], copies=tuple(copies)),), 0, 'embedding')
 
 
-def _layer_leaves(cfg: ModelConfig, dialect: Dialect, segment: int, kind: int, tree: Any) -> list[Leaf]:
-    """The leaves of all layers of one kind, in the order in which the dialect lists their modules."""
+def _layer_leaves(
+    cfg: ModelConfig, dialect: Dialect, path: TreePath, numbers: Sequence[int], tree: Any, *, stacked: bool = True
+) -> list[Leaf]:
+    """The leaves of layers of one kind, by their numbers, in the order in which the dialect lists their modules.
+
+    `path` is where the tree stands among the parameters. Leaves are stacked on the layers, or those of a single one.
+    """
     found = []
+    first = int(stacked)  # axis of a leaf behind the stack
     shapes = {_name_of(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for (module, name), shape in shapes.items():
         stored = dialect.place(module, name, cfg.family)
         apart = '{e}' in stored.name
         fused = 'experts' in module and not apart
-        axis = 2 if fused or apart else 1  # of the outputs, in the leaf
+        axis = first + (fused or apart)  # of the outputs, in the leaf
         beside = [shapes[other, name][axis] for other in stored.beside if (other, name) in shapes] or [shape[axis]]
         before = stored.beside.index(module) if stored.beside else 0
         sources = tuple(
             Source(
-                f'{dialect.layer_prefix}.{cfg.layer_index(segment, kind, repeat)}.{stored.name.format(e=expert)}',
+                f'{dialect.layer_prefix}.{number}.{stored.name.format(e=expert)}',
                 total=sum(beside),
                 first=before if stored.interleaved else sum(beside[:before]),
                 step=len(beside) if stored.interleaved else 1,
                 transposed=stored.transposed,
                 axis=int(fused),
             )
-            for repeat in range(shape[0])
-            for expert in (range(shape[1]) if apart else (0,))
+            for number in numbers
+            for expert in (range(shape[first]) if apart else (0,))
         )
-        path: TreePath = ('layers', segment, kind, *module.split('.'), name)
-        found.append(Leaf(path, shape, sources, 2 if apart else 1, _role(module, name)))
+        found.append(Leaf((*path, *module.split('.'), name), shape, sources, first + apart, _role(module, name)))
     order = list(dialect.layer)
-    return sorted(found, key=lambda leaf: (order.index(_entry(dialect, leaf)), leaf.path[-1] != 'kernel'))
+
+    def place(leaf: Leaf) -> tuple[int, bool]:
+        *module, name = map(str, leaf.path[len(path) :])
+        exact = '.'.join((*module, name))
+        return order.index(exact if exact in dialect.layer else '.'.join(module)), name != 'kernel'
+
+    return sorted(found, key=place)
 
 
 def _name_of(keys: tuple[Any, ...]) -> tuple[str, str]:
     """Module and leaf of a path within a layer."""
     *modules, name = (str(key.key) for key in keys)
     return '.'.join(modules), name
-
-
-def _entry(dialect: Dialect, leaf: Leaf) -> str:
-    """The key of the dialect's table under which a leaf of a layer stands."""
-    module = '.'.join(map(str, leaf.path[3:-1]))
-    exact = f'{module}.{leaf.path[-1]}'
-    return exact if exact in dialect.layer else module
 
 
 def _role(module: str, leaf: str) -> Role:
@@ -215,12 +236,15 @@ def to_hf(cfg: ModelConfig, params: Any) -> dict[str, np.ndarray]:
         for place, source in leaf.places():
             if source.transposed:
                 transposed.add(source.name)
-            whole = dataclasses.replace(source, transposed=False).stored_shape(leaf.own_shape)
-            tensor = tensors.setdefault(source.name, np.empty(whole, values.dtype))
+            shape = dataclasses.replace(source, transposed=False).stored_shape(leaf.own_shape)
+            tensor = tensors.setdefault(source.name, np.empty(shape, values.dtype))
             tensor[source.within(slice(0, leaf.own_shape[source.axis]))] = values[place]
-    return {
+    whole = {
         name: np.ascontiguousarray(tensor.swapaxes(-1, -2) if name in transposed else tensor)
         for name, tensor in tensors.items()
+    }
+    return whole | {
+        copy: whole[source.name] for leaf in leaves(cfg) for source in leaf.sources for copy in source.copies
     }
 
 

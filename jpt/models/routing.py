@@ -22,10 +22,12 @@ class Choice(NamedTuple):
 class RouterSums(NamedTuple):
     """What the routers of a model add to the auxiliary losses and to the metrics, as sums over real tokens.
 
-    balance: see kernels/expert_balance.py, within each text. z: logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE, equation
-    5). load: how many tokens went to each expert, [L, E] of a whole model and [E] of one layer. share: scores that sum
-    to 1 over the experts, likewise. late: rows that needed a further round of exchange, see
-    kernels/expert_parallel.py. dropped: rows beyond an expert's capacity.
+    balance: see kernels/expert_balance.py, within each text.
+    z: logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE, equation 5).
+    load: how many tokens went to each expert, [L, E] of a model, MTP modules behind the layers, and [E] of one layer.
+    share: scores that sum to 1 over the experts of a token, likewise.
+    late: rows that needed a further round of exchange, see kernels/expert_parallel.py.
+    dropped: rows beyond an expert's capacity.
     """
 
     balance: jax.Array
@@ -42,7 +44,7 @@ def no_sums(cfg: ModelConfig, dtype: DTypeLike = 'float32') -> RouterSums | None
         return None
     wide = jnp.promote_types(dtype, jnp.float32)
     scalar = jnp.zeros((), wide)
-    by_expert = jnp.zeros((cfg.num_layers, cfg.experts.count), wide)
+    by_expert = jnp.zeros((cfg.num_layers + len(cfg.mtp), cfg.experts.count), wide)
     return RouterSums(scalar, scalar, by_expert, by_expert, scalar, scalar)
 
 

@@ -14,6 +14,7 @@ from jpt.models.cache import Cache, LayerCache, admit
 from jpt.models.config import Compute, ModelConfig, Segment
 from jpt.models.encoder import init_encoder, masked_words, normed_embeddings
 from jpt.models.layers import along_last, norm
+from jpt.models.mtp import init_mtp
 from jpt.models.rope import rope_table
 from jpt.models.routing import RouterSums, add_layer, no_sums
 from jpt.quant.dot import dot
@@ -48,6 +49,8 @@ def init(cfg: ModelConfig, key: jax.Array, dtype: DTypeLike = 'float32') -> Para
         params['final_norm'] = norm_params(cfg)
     if cfg.encoder is not None:
         params |= init_encoder(cfg, jax.random.fold_in(key, 1))
+    if cfg.mtp:
+        params['mtp'] = init_mtp(cfg, jax.random.fold_in(key, 2), _one_token(cfg))
     if not cfg.tied:
         params['lm_head'] = {'kernel': table(cfg.vocab_size, std)}
     return jax.tree_util.tree_map_with_path(
@@ -68,7 +71,7 @@ def norm_params(cfg: ModelConfig) -> Params:
 
 def _init_segment(cfg: ModelConfig, segment: Segment, key: jax.Array) -> list[Params]:
     hidden = jnp.zeros((1, 1, cfg.width))
-    where = locate(cfg, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), 'float32')
+    where = _one_token(cfg)
 
     def stack(index: int) -> Params:
         block = Block(cfg, segment.kinds[index], Compute(attention='dense'), parent=None)
@@ -76,6 +79,10 @@ def _init_segment(cfg: ModelConfig, segment: Segment, key: jax.Array) -> list[Pa
         return jax.vmap(lambda k: block.init(k, hidden, where)['params'])(keys)
 
     return [stack(index) for index in range(len(segment.kinds))]
+
+
+def _one_token(cfg: ModelConfig) -> Where:
+    return locate(cfg, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32), 'float32')
 
 
 def locate(cfg: ModelConfig, positions_BT: jax.Array, segments_BT: jax.Array, dtype: DTypeLike) -> Where:

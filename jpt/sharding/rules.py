@@ -17,6 +17,9 @@ Keys = tuple[str, ...]
 LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     'embed/embedding': ('vocab', 'embed'),
     'lm_head/kernel': ('vocab', 'embed'),
+    'join/kernel': (None, 'embed'),
+    'hidden_norm/scale': (None,),
+    'norm/scale': (None,),
     'positions/embedding': (None, 'embed'),
     'final_norm/scale': (None,),
     'final_norm/bias': (None,),

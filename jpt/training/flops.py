@@ -11,6 +11,7 @@ for that of the kernel. What has no kernel is done twice as often backward as fo
   every one of i inner channels enters and reads z numbers of state. Its decay is elementwise and counts nothing, as
   softmax does; Megatron-LM takes 7 i z for the scan and nothing for the convolution. What a scan in chunks multiplies
   on top counts nothing, like recomputation;
+- modules that predict further tokens: a layer, the map that joins what it reads, and the head once more;
 - experts: the router, the kernels of the `per_token` experts that a token goes to, the maps around them, and the MLP
   that all tokens share. Of a kernel [experts, out, in] a token so meets per_token / experts of the elements.
 
@@ -54,16 +55,18 @@ def flops_per_token(cfg: ModelConfig, lengths: int | Sequence[int], trained: Any
     no gradient; nothing flows back below the lowest layer that is trained. LoRA factors are found in `trained`.
     """
     lengths = [lengths] if isinstance(lengths, int) else lengths
-    kinds = list(cfg.layer_kinds())
-    head = cfg.vocab_size * cfg.width
+    kinds = [*cfg.layer_kinds(), *cfg.mtp]
+    heads = cfg.vocab_size * cfg.width * (1 + len(cfg.mtp))
     kernels = [_kernel_elements(cfg, kind) for kind in kinds]
+    for module in range(cfg.num_layers, len(kinds)):
+        kernels[module] += 2 * cfg.width * cfg.width  # what joins hidden state and embedding
     scores = [_mixing(cfg, kind, lengths) for kind in kinds]
-    forward = 2 * (sum(kernels) + head) + sum(scores)
+    forward = 2 * (sum(kernels) + heads) + sum(scores)
     if trained is None:
         return Flops(forward, 3 * forward)
     found = _trained(cfg, trained)
     above = range(found.lowest_layer, len(kinds))
-    inputs = sum(2 * kernels[layer] + 2 * scores[layer] for layer in above) + 2 * head * found.below_head
+    inputs = sum(2 * kernels[layer] + 2 * scores[layer] for layer in above) + 2 * heads * found.below_head
     forward += 2 * found.lora
     return Flops(forward, forward + inputs + 2 * found.kernels + 4 * found.lora)
 
@@ -94,7 +97,9 @@ def _trained(cfg: ModelConfig, tree: Any) -> _Trained:
     lowest, below_head = cfg.num_layers, False
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = path_of(keys)
-        met = leaf.size * (share if matches('layers/**/experts', path) else 1)
+        met = leaf.size * (share if matches('**/experts', path) else 1)
+        if path == 'lm_head/kernel' or path == 'embed/embedding':
+            met *= 1 + len(cfg.mtp)
         if matches('**/kernel/{a,b}', path):
             lora += met
         elif matches('**/{kernel,filter}', path) or (cfg.tied and path == 'embed/embedding'):

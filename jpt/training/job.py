@@ -23,6 +23,7 @@ from jpt.sharding.layout import Layout, to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 from jpt.sharding.plan import Plan, make_plan
 from jpt.sharding.rules import Rules, param_specs, shardings, state_specs, storage_specs, units_of
+from jpt.training.auxiliary import Auxiliary
 from jpt.training.ema import averaged as averaged_parameters
 from jpt.training.ema import init_ema
 from jpt.training.freeze import merge, partition
@@ -62,9 +63,10 @@ class Job(NamedTuple):
 def open_weights(given: ModelSource, dtype: str | None) -> Weights:
     """The model that a source names."""
     if given.path is not None:
-        opened = open_model(given.path, dtype)
+        opened = open_model(given.path, dtype, mtp=given.mtp)
         return Weights(opened.source.cfg, opened.source, opened.origin)
-    return Weights(config_from_hf(given.architecture or {}), None)
+    cfg = config_from_hf(given.architecture or {})
+    return Weights(cfg if given.mtp else dataclasses.replace(cfg, mtp=()), None)
 
 
 def make_job(config: TrainConfig, devices: Any = None) -> Job:
@@ -97,6 +99,11 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     for name, weights in models.items():
         if not weights.cfg.causal:
             raise ValueError(f'config.{name}: {weights.cfg.family} is an encoder: expected a model that predicts text')
+    if config.mtp_loss and not models['model'].cfg.mtp:
+        raise ValueError(
+            f'config.mtp_loss={config.mtp_loss}: config.model has no modules that predict further tokens '
+            '(num_nextn_predict_layers): expected 0'
+        )
     objective = _objective(config, models, compute)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
@@ -118,6 +125,7 @@ def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute
     cfg = models['model'].cfg
     if cfg.experts is not None:
         cfg = dataclasses.replace(cfg, experts=dataclasses.replace(cfg.experts, capacity=config.router.capacity))
+    auxiliary = Auxiliary(config.router, config.mtp_loss)
     if config.task == 'distill':
         return logit_distillation(
             cfg,
@@ -125,9 +133,9 @@ def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute
             compute,
             temperature=config.distill.temperature,
             alpha=config.distill.alpha,
-            router=config.router,
+            auxiliary=auxiliary,
         )
-    return language_modeling(cfg, compute, config.router)
+    return language_modeling(cfg, compute, auxiliary)
 
 
 def _drawn(config: TrainConfig, name: str, weights: Weights, key: jax.Array) -> Any:
@@ -155,6 +163,8 @@ def _adapted(config: TrainConfig, models: dict[str, Any], key: jax.Array) -> dic
 def _trees(config: TrainConfig, models: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The trainable tree and the frozen ones, from whole models."""
     freeze = config.freeze if config.lora is None else FREEZE_ALL_BUT_LORA
+    if models['model'].get('mtp') and not config.mtp_loss:
+        freeze = (*freeze, 'mtp')  # nothing runs them
     params, frozen = partition(models['model'], freeze, 'config.freeze')
     return params, {'model': frozen} | {name: tree for name, tree in models.items() if name != 'model'}
 

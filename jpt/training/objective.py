@@ -11,19 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from jpt.data.batch import Batch
-from jpt.kernels.expert_balance import batch_balance, load_everywhere
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import cross_entropy
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.routing import RouterSums, no_sums
 from jpt.models.transformer import embed, final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
+from jpt.training.auxiliary import After, Auxiliary, Counts, Sums
 from jpt.training.freeze import merge
-from jpt.training.settings import RouterConfig
 
 Tree = Any
-Sums = dict[str, tuple[jax.Array, jax.Array]]
-Counts = dict[str, jax.Array]
 
 
 class Objective(NamedTuple):
@@ -75,49 +72,11 @@ def in_tokens(result: tuple[jax.Array, Sums], counts: Counts) -> tuple[jax.Array
     return total, {name: (part * counts['tokens'], weight * counts['tokens']) for name, (part, weight) in sums.items()}
 
 
-def with_router(
-    result: tuple[jax.Array, Sums],
-    settings: RouterConfig,
-    cfg: ModelConfig,
-    router: RouterSums | None,
-    micro: Batch,
-    counts: Counts,
-) -> tuple[jax.Array, Sums]:
-    """A loss with the auxiliary losses of the model's routers on top; itself for a model without experts.
-
-    total + balance_loss * (mean of the balance over tokens, summed over layers) + z_loss * (likewise). Metrics:
-    'balance' and 'router_z' are means over tokens and layers, 'late' is the share of rows that needed a further round
-    of exchange, 'dropped' that beyond the capacity of an expert, 'load' [L, E] says how many tokens went to each expert
-    (the step makes a number of it).
-    """
-    if router is None or cfg.experts is None:
-        return result
-    total, sums = result
-    balance = router.balance
-    if settings.balance_over == 'batch':
-        load = counts['load'] if 'load' in counts else load_everywhere(router.load)
-        balance = batch_balance(load, router.share)
-    for weight, value in ((settings.balance_loss, balance), (settings.z_loss, router.z)):
-        if weight:
-            total = total + weight * value / jnp.maximum(counts['real_tokens'], 1)
-    places = jnp.sum(micro.segment_ids > 0) * jnp.asarray(sum(kind.experts for kind in cfg.layer_kinds()), total.dtype)
-    more = {
-        'balance': (balance, places),
-        'router_z': (router.z, places),
-        'late': (router.late, places * cfg.experts.per_token),
-        'dropped': (router.dropped, places * cfg.experts.per_token),
-        'load': (router.load, jnp.ones((), total.dtype)),
-    }
-    return total, sums | jax.lax.stop_gradient(more)
-
-
-def reads_load(settings: RouterConfig, cfg: ModelConfig) -> bool:
-    """Whether these losses need to know how a whole batch goes to experts, see Objective."""
-    return cfg.experts is not None and settings.balance_over == 'batch'
-
-
-def language_modeling(cfg: ModelConfig, compute: Compute, router: RouterConfig = RouterConfig()) -> Objective:  # noqa: B008 (frozen)
+def language_modeling(cfg: ModelConfig, compute: Compute, auxiliary: Auxiliary = Auxiliary()) -> Objective:  # noqa: B008 (frozen)
     """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
+
+    def counts(batch: Batch) -> Counts:
+        return token_counts(batch) | auxiliary.counts(cfg, batch)
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> Carry:
         return first_carry(cfg, merge(params, frozen['model']), micro, compute)
@@ -129,8 +88,9 @@ def language_modeling(cfg: ModelConfig, compute: Compute, router: RouterConfig =
     def last(params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
         """Cross-entropy from the hidden states after the last layer."""
         model = merge(params, frozen['model'])
+        hidden_BTD = final_norm(cfg, model, carry.hidden_BTD)
         result = linear_loss(
-            final_norm(cfg, model, carry.hidden_BTD),
+            hidden_BTD,
             head_kernel(cfg, model),
             token_weights(micro, counts),
             {'targets': micro.targets},
@@ -138,6 +98,7 @@ def language_modeling(cfg: ModelConfig, compute: Compute, router: RouterConfig =
             vocab_size=cfg.vocab_size,
             soft_cap=cfg.logit_soft_cap,
         )
-        return with_router(in_tokens(result, counts), router, cfg, carry.router, micro, counts)
+        after = After(model, hidden_BTD, carry.router)
+        return auxiliary.added(in_tokens(result, counts), cfg, after, micro, counts, compute)
 
-    return Objective(token_counts, first, stage, last, reads_load(router, cfg))
+    return Objective(counts, first, stage, last, auxiliary.reads_load(cfg))

@@ -1,5 +1,6 @@
 """What a run is about to do, in a few lines: models, data, mesh, bytes."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -28,8 +29,11 @@ def flops_of(job: Job) -> float:
     """Operations per token of a training step: the model's, and a forward pass of its teacher."""
     config = job.config
     trained = None if not jax.tree.leaves(job.state.frozen['model']) else canonical_shapes(job).params
-    model = flops_per_token(job.models['model'].cfg, config.batch.length, trained).training
-    teachers = [w.cfg for name, w in job.models.items() if name != 'model']
+    cfg = job.models['model'].cfg
+    if not config.mtp_loss:
+        cfg = dataclasses.replace(cfg, mtp=())
+    model = flops_per_token(cfg, config.batch.length, trained).training
+    teachers = [dataclasses.replace(w.cfg, mtp=()) for name, w in job.models.items() if name != 'model']
     return model + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
 
 

@@ -38,17 +38,22 @@ def make_correction(cfg: ModelConfig, layout: Layout, rate: float) -> Callable[[
         """The parameters with the corrections of all layers moved by the load of their experts."""
         mean = jnp.mean(load_LE, axis=-1, keepdims=True)
         moves_LE = rate * jnp.sign(mean - load_LE)
+        path = ('mlp', 'router', 'correction')
         layers = [list(kinds) for kinds in params['layers']]
         for segment, part in enumerate(cfg.segments):
             for kind, layer in enumerate(part.kinds):
-                path = ('mlp', 'router', 'correction')
                 if not layer.experts or _find(layers[segment][kind], path) is None:
                     continue
                 rows = jnp.asarray([cfg.layer_index(segment, kind, repeat) for repeat in range(part.repeats)])
                 where = ('layers', segment, kind, *path)
                 moves = get(to_device_layout(layout, _nested(where, moves_LE[rows])), where)
                 layers[segment][kind] = _moved(layers[segment][kind], path, moves)
-        return params | {'layers': layers}
+        moved = {'layers': layers}
+        if cfg.mtp:
+            own = zip(params['mtp'], moves_LE[cfg.num_layers :], strict=True)
+            inner = ('layer', *path)
+            moved['mtp'] = [part if _find(part, inner) is None else _moved(part, inner, moves) for part, moves in own]
+        return params | moved
 
     return corrected
 

@@ -18,6 +18,7 @@ class ModelSource:
 
     path: str | None = None  # a Hugging Face directory or a jpt checkpoint; 'quickstart' is the teacher that jpt ships
     architecture: dict[str, object] | None = None  # the fields of a Hugging Face config.json
+    mtp: bool = True  # keep modules that predict further tokens, where there are any
 
     def __post_init__(self) -> None:
         one = (self.path is None) != (self.architecture is None)
@@ -162,6 +163,9 @@ class TrainConfig:
     tokenizer: str | None = None  # a directory; None: the model's own, or else the teacher's
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    mtp_loss: float = (
+        0.0  # weight of the losses of modules that predict further tokens; 0 keeps such modules as they are
+    )
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     steps: int = 1000
     seed: int = 0
@@ -180,6 +184,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self, 'steps', self.steps > 0, 'a positive integer')
+        require(self, 'mtp_loss', self.mtp_loss >= 0, 'a number of 0 or more')
         require(self, 'ema', self.ema is None or 0 < self.ema < 1, 'a number between 0 and 1, or None')
         has_teacher = self.teacher is not None
         require(self, 'teacher', has_teacher == (self.task == 'distill'), 'a model where task is distill, else None')

@@ -16,6 +16,7 @@ from jpt.sharding.layout import to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
 from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
+from jpt.training.auxiliary import Auxiliary
 from jpt.training.freeze import partition
 from jpt.training.objective import language_modeling
 from jpt.training.settings import RouterConfig
@@ -168,7 +169,7 @@ def step_on(
 ) -> Step:
     """One training step on eight devices."""
     cfg, devices = MODELS[model], make_mesh(mesh)
-    objective = language_modeling(cfg, Compute(dtype, remat), ROUTERS.get(model, RouterConfig()))
+    objective = language_modeling(cfg, Compute(dtype, remat), Auxiliary(ROUTERS.get(model, RouterConfig())))
     whole = jax.tree.map(lambda leaf: leaf.astype(dtype), canonical_params(model))
     params, rest = partition(whole, frozen)
     plan = make_plan(

@@ -165,6 +165,17 @@ def test_what_is_frozen_needs_no_gradient():
     assert lora.training == 2 * everything.forward + scores + 6 * factors
 
 
+def test_modules_for_further_tokens_are_layers_with_a_map_and_a_head():
+    """Two modules of the model's own kind of layer: a map [D, 2 D] and the head each, all of it done three times."""
+    plain = _config()
+    both = dataclasses.replace(plain, mtp=tuple(plain.layer_kinds())[:2])
+    own = (_forward(plain) - 2 * 128 * 64) / 3 + 2 * 2 * 64 * 64 + 2 * 128 * 64
+    assert _forward(both) == _forward(plain) + 2 * own
+    everything = flops_per_token(both, 32)
+    assert everything.training == 3 * everything.forward
+    assert flops_per_token(both, 32, _trained(both, [])) == everything
+
+
 def test_of_experts_a_token_meets_those_that_it_goes_to():
     """Three of eight, whether their kernels are trained or not; router and shared MLP are met by every token."""
     kind = LayerKind(rope=Rope(), experts=True)

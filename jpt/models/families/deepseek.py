@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
+
+from absl import logging
 
 from jpt.models.config import Experts, Latent, LayerKind, ModelConfig, Rope
 from jpt.models.families.dialect import Dialect
@@ -38,6 +41,8 @@ DEEPSEEK_V3_DIALECT = Dialect(
         'mlp.shared.down': 'mlp.shared_experts.down_proj',
     },
     final_norm=LLAMA_DIALECT.final_norm,
+    mtp={'embed_norm': 'enorm', 'hidden_norm': 'hnorm', 'join': 'eh_proj', 'norm': 'shared_head.norm'},
+    mtp_copies=('embed_tokens', 'shared_head.head'),
 )
 
 
@@ -49,7 +54,6 @@ def _read(fields: Fields) -> ModelConfig:
     fields.expect('scoring_func', ('sigmoid',))
     fields.expect('topk_method', ('noaux_tc',))
     fields.expect('moe_layer_freq', (1,))
-    fields.expect('num_nextn_predict_layers', (0, None))
     fields.ignore('ep_size', 'seq_aux', 'pretraining_tp', 'output_router_logits', 'head_dim', 'qk_head_dim', 'auto_map')
     fields.ignore('aux_loss_alpha')
     latent = Latent(
@@ -72,6 +76,12 @@ def _read(fields: Fields) -> ModelConfig:
         top_groups=fields.optional_integer('topk_group', 4) or 1,
         shared_width=width * (fields.optional_integer('n_shared_experts', 1) or 0),
     )
+    modules = fields.optional_integer('num_nextn_predict_layers', 0) or 0
+    if modules and dense >= layers:
+        raise ValueError(
+            f'config.json: num_nextn_predict_layers={modules}: such a module has experts, of which the model has none '
+            '(first_k_dense_replace)'
+        )
     bias = fields.boolean('attention_bias', False)
     head_dim = latent.nope_dim + latent.rope_dim
     return llama_like(
@@ -84,6 +94,7 @@ def _read(fields: Fields) -> ModelConfig:
         attention_out_bias=bias,
         latent=latent,
         experts=experts if dense < layers else None,
+        mtp=(LayerKind(rope, experts=True),) * modules,
     )
 
 
@@ -107,7 +118,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         'v_head_dim': latent.value_dim,
         'rope_interleave': kinds[0].rope is not None and kinds[0].rope.interleaved,
         'first_k_dense_replace': sum(not kind.experts for kind in kinds),
-        'num_nextn_predict_layers': 0,
+        'num_nextn_predict_layers': len(cfg.mtp),
     }
     if experts is None:
         return config
@@ -125,4 +136,13 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-DEEPSEEK_V3 = Family('DeepseekV3ForCausalLM', _read, _write, DEEPSEEK_V3_DIALECT)
+def _completed(cfg: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """Checkpoints that other programs have saved say that there are MTP modules and have none of their tensors."""
+    prefix = f'{DEEPSEEK_V3_DIALECT.layer_prefix}.{cfg.num_layers}.'
+    if not cfg.mtp or any(name.startswith(prefix) for name in names):
+        return cfg
+    logging.warning('num_nextn_predict_layers=%d, but there are no tensors of such layers', len(cfg.mtp))
+    return dataclasses.replace(cfg, mtp=())
+
+
+DEEPSEEK_V3 = Family('DeepseekV3ForCausalLM', _read, _write, DEEPSEEK_V3_DIALECT, _completed)
