@@ -16,14 +16,15 @@ from jpt.checkpoint.assets import open_tokenizer
 from jpt.checkpoint.hf_export import export_hf
 from jpt.checkpoint.model_dir import save_model
 from jpt.checkpoint.opening import open_model
-from jpt.checkpoint.source import load_tree
+from jpt.checkpoint.source import LeafSource, load_tree
 from jpt.data.tokenizer import Tokenizer
 from jpt.generation.engine import GenerationResult, generate
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.names import leaves, put
 from jpt.models.transformer import KEPT, forward, last_name, unembed
 from jpt.quant.lora import is_weight
-from jpt.sharding.rules import Rules, param_specs, shardings, units_of
+from jpt.sharding.layout import laid_out, make_layout, to_device_layout
+from jpt.sharding.rules import Rules, param_specs, shardings, storage_specs, units_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,8 @@ def _logits(
     positions: jax.Array | None,
     segments: jax.Array | None,
 ) -> jax.Array:
-    return unembed(cfg, params, forward(cfg, params, tokens, positions, segments, compute=compute).hidden_BTD)
+    logits = unembed(cfg, params, forward(cfg, params, tokens, positions, segments, compute=compute).hidden_BTD)
+    return logits[..., : cfg.vocab_size]
 
 
 def load(
@@ -119,12 +121,22 @@ def load(
         ValueError: a model that jpt does not compute, or weights that are not the config's.
     """
     opened = open_model(path, dtype, mtp=mtp)
-    cfg = opened.source.cfg
-    placed = None
-    if mesh is not None:
-        shapes: dict[str, Any] = {}
-        for leaf in leaves(cfg):
-            put(shapes, leaf.path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
-        placed = shardings(mesh, param_specs(shapes, Rules(mesh.shape, units_of(cfg), False)))
-    params = load_tree(opened.source, placed)
-    return Model(cfg, params, open_tokenizer(opened.assets), opened.assets, mesh, opened.origin)
+    params = load_tree(opened.source) if mesh is None else _load_on(mesh, opened.source)
+    return Model(opened.source.cfg, params, open_tokenizer(opened.assets), opened.assets, mesh, opened.origin)
+
+
+def _load_on(mesh: Mesh, source: LeafSource) -> Any:
+    """The weights on a mesh, with rows added to the vocabulary where the mesh does not divide it."""
+    shapes: dict[str, Any] = {}
+    for leaf in leaves(source.cfg):
+        put(shapes, leaf.path, jax.ShapeDtypeStruct(leaf.shape, source.dtype(leaf)))
+    # The layers lie as in a checkpoint: no pipeline generates, but its axis divides the vocabulary.
+    layout = make_layout(shapes, {'pipe': 1, 'tensor': mesh.shape['pipe'] * mesh.shape['tensor']})
+    padded = jax.eval_shape(functools.partial(to_device_layout, layout), shapes)
+    specs = param_specs(padded, Rules(mesh.shape, units_of(source.cfg)))
+    params = load_tree(source, shardings(mesh, storage_specs(specs, shapes, mesh.shape)))
+
+    def placed(leaf: Any, place: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return laid_out(to_device_layout, layout, params, jax.tree.map(placed, padded, shardings(mesh, specs)))

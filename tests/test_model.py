@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import jpt
 from jpt.models.names import to_hf
 from jpt.quant.dot import LoraKernel
+from jpt.sharding.mesh import MeshConfig, make_mesh
 
 MODELS = pathlib.Path(__file__).parent / 'golden' / 'models'
 
@@ -81,3 +82,21 @@ def test_weights_of_any_stored_dtype_are_computed_with_and_cast_on_request(store
         assert kept[1].dtype == stored
         np.testing.assert_array_equal(kept[1], tensors[kept[0]])
         np.testing.assert_array_equal(cast[1], tensors[cast[0]].astype(np.float32))
+
+
+def test_a_vocabulary_that_a_mesh_does_not_divide_is_padded_and_no_one_sees_it(tmp_path):
+    """101 rows over four shards of the vocabulary: logits, greedy text, files are those of one device."""
+    path = MODELS / 'olmo2'
+    plain, golden = jpt.load(path), np.load(path / 'golden.npz')
+    model = jpt.load(path, mesh=make_mesh(MeshConfig(data=2, pipe=2, tensor=2)))
+    vocab = plain.config.vocab_size
+    assert model.params['embed']['embedding'].shape[0] > vocab == plain.params['embed']['embedding'].shape[0]
+    logits = model.logits(golden['tokens'])
+    assert logits.shape[-1] == vocab
+    np.testing.assert_allclose(logits, golden['logits'], atol=1e-4)
+    results = model.generate([golden['prompt_0'].tolist()] * 4, max_new_tokens=6, temperature=0.0)
+    assert {tuple(result.token_ids) for result in results} == {tuple(golden['greedy_0'][:6].tolist())}
+    model.export(tmp_path / 'hf')
+    model.save(tmp_path / 'jpt')
+    for directory in ('hf', 'jpt'):
+        jax.tree.map(np.testing.assert_array_equal, jpt.load(tmp_path / directory).params, plain.params)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.local import auto, auto_size, axis_index, axis_size, local
 from jpt.kernels.parallel_attention import ROWS, SEQUENCE
-from jpt.kernels.ragged_exchange import Exchange, choose_form, make_exchange, returned, round_of, sent
+from jpt.kernels.ragged_exchange import Exchange, check_form, make_exchange, returned, round_of, sent
 
 EXPERT, TENSOR = 'expert', 'tensor'
 FACTOR = 1.5
@@ -61,7 +61,7 @@ def mixture(
     *,
     on_input: bool = False,
     factor: float = FACTOR,
-    exchange: str = 'auto',
+    exchange: str = 'padded',
 ):
     """sum_j weights[j] * expert ids[j] (x) for every token, [B, T, D], and how many rows needed a further round.
 
@@ -75,7 +75,7 @@ def mixture(
       on_input: the weights multiply what experts read, not what they return.
       factor: room for rows in a round of exchange, as a multiple of an even share: of what a shard gets from all
         ('ragged'), or of what it gets from each ('padded').
-      exchange: 'ragged', only what must travel; 'padded', blocks of one size; 'auto', the former on GPU.
+      exchange: 'padded', blocks of one size, or 'ragged', only what must travel, for which XLA needs a GPU.
 
     Raises:
       ValueError: experts that do not divide over `expert`, kernels of another number of experts, or a form of exchange
@@ -83,7 +83,7 @@ def mixture(
     """
     shards = axis_size([EXPERT]) * auto_size([EXPERT])
     _check(kernels, count, shards)
-    form = choose_form(exchange)
+    check_form(exchange)
     batch, length = x_BTD.shape[:2]
     rows = auto(ROWS) if batch % auto_size(ROWS) == 0 else ()
     sequence = auto([SEQUENCE]) if length % auto_size([SEQUENCE]) == 0 else ()
@@ -97,7 +97,7 @@ def mixture(
         if 'down_bias' in kernels:  # once, where sums over `tensor` are still to be made
             kernels = kernels | {'down_bias': jnp.where(axis_index([TENSOR]) == 0, kernels['down_bias'], 0)}
         if axis_size([EXPERT]) > 1 and not alike:
-            rounds = make_exchange(form, EXPERT, shards, ids_MJ.size, factor)
+            rounds = make_exchange(exchange, EXPERT, shards, ids_MJ.size, factor)
             out, late = _exchanged(run, x_MD, ids_MJ, weights_MJ, kernels, count, on_input, rounds)
         else:
             mine = ids_MJ - axis_index([EXPERT]) * own

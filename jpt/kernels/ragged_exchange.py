@@ -22,18 +22,12 @@ from jpt.kernels.local import axis_index, platform
 FORMS = ('padded', 'ragged')
 
 
-def choose_form(exchange: str) -> str:
-    """The form that 'auto' stands for, 'ragged' where the traced program is for a GPU, or the one that is named.
-
-    Raises:
-      ValueError: another name, or 'ragged' where XLA does not have it.
-    """
-    if exchange not in ('auto', *FORMS):
-        raise ValueError(f'exchange={exchange!r}: expected one of auto, {", ".join(FORMS)}')
-    ragged = platform() == 'gpu'
-    if exchange == 'ragged' and not ragged:
+def check_form(form: str) -> None:
+    """Raises ValueError for another form than these, and for 'ragged' where XLA does not have it."""
+    if form not in FORMS:
+        raise ValueError(f'exchange={form!r}: expected one of {", ".join(FORMS)}')
+    if form == 'ragged' and platform() != 'gpu':
         raise ValueError(f"exchange='ragged' cannot be used: the platform is {platform()}, not gpu")
-    return exchange if exchange != 'auto' else FORMS[ragged]
 
 
 class Exchange(NamedTuple):

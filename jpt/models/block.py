@@ -41,7 +41,9 @@ class Block(nn.Module):
             mixed_BTD, cache = mixer(self._normed(name, hidden_BTD), where, cache)
             hidden_BTD = self._added(name, hidden_BTD, mixed_BTD)
         if kind.experts:
-            inner_BTD, sums = MoE(cfg, name='mlp')(self._normed('mlp', hidden_BTD), where.segments_BT)
+            inner_BTD, sums = MoE(cfg, self.compute.exchange, name='mlp')(
+                self._normed('mlp', hidden_BTD), where.segments_BT
+            )
             hidden_BTD = self._added('mlp', hidden_BTD, inner_BTD)
         elif kind.mlp_width:
             inner_BTD = MLP(cfg, kind.mlp_width, name='mlp')(self._normed('mlp', hidden_BTD))

@@ -315,4 +315,5 @@ class Compute:
     remat: str = 'none'
     attention: Literal['auto', 'blockwise', 'dense', 'cudnn'] = 'auto'
     unroll: int = 1  # layers per iteration of the scan
+    exchange: Literal['padded', 'ragged'] = 'padded'  # how tokens travel to experts on other devices
     place: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unplaced

@@ -101,6 +101,7 @@ class MoE(nn.Module):
     """The mixture in place of an MLP: [B, T, D] -> [B, T, D], and the router's sums over real tokens (segment > 0)."""
 
     cfg: ModelConfig
+    exchange: str = 'padded'  # how tokens travel, see kernels/ragged_exchange.py
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
@@ -126,6 +127,7 @@ class MoE(nn.Module):
             ExpertMLPs(cfg, experts, name='experts')(),
             experts.count,
             on_input=experts.on_input,
+            exchange=self.exchange,
         )
         if experts.latent_width is not None:
             mixed_BTD = Linear(cfg.width, cfg.mlp_bias, name='latent_out')(mixed_BTD)

@@ -67,8 +67,9 @@ def _llama3_frequencies(rope: Rope, base: np.ndarray) -> np.ndarray:
     """Keep short waves, divide long ones by the factor, blend between."""
     wavelength = 2 * math.pi / base
     ratio = rope.original_length / wavelength
-    blend = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
+    width = rope.high_freq_factor - rope.low_freq_factor
+    # Llama 4 Scout has no width to blend over.
+    blend = np.clip((ratio - rope.low_freq_factor) / width, 0.0, 1.0) if width else ratio > rope.high_freq_factor
     return ((1 - blend) * base / rope.factor + blend * base).astype(np.float32)
 
 

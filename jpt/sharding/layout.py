@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -208,6 +208,20 @@ def to_device_layout(layout: Layout, tree: Any) -> Any:
 def to_canonical_layout(layout: Layout, tree: Any) -> Any:
     """The exact inverse of `to_device_layout`; what padding held is dropped."""
     return jax.tree_util.tree_map_with_path(functools.partial(_to_canonical, layout), tree)
+
+
+def laid_out(change: Callable[[Layout, Any], Any], layout: Layout, tree: Any, wanted: Any) -> Any:
+    """A tree in the layout and on the devices of the abstract tree `wanted`; leaves that change make one program.
+
+    change: `to_device_layout` or `to_canonical_layout`. All other leaves are the tree's own.
+    """
+    same = jax.tree.map(lambda leaf, to: leaf if leaf.shape == to.shape else None, tree, wanted)
+    others = jax.tree.map(lambda leaf, to: None if leaf.shape == to.shape else leaf, tree, wanted)
+    if not jax.tree.leaves(others):
+        return tree
+    places = jax.tree.map(lambda leaf, to: None if leaf.shape == to.shape else to.sharding, tree, wanted)
+    changed = jax.jit(change, static_argnums=0, out_shardings=places)(layout, others)
+    return jax.tree.map(lambda own, new: new if own is None else own, same, changed, is_leaf=lambda leaf: leaf is None)
 
 
 def _to_device(layout: Layout, path: tuple[Any, ...], leaf: Any) -> Any:

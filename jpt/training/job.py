@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
-from jpt.sharding.layout import Layout, to_canonical_layout, to_device_layout
+from jpt.sharding.layout import laid_out, to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 from jpt.sharding.plan import Plan, make_plan
 from jpt.sharding.rules import Rules, param_specs, shardings, state_specs, storage_specs, units_of
@@ -95,6 +94,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
         remat=config.compute.remat,
         attention=config.compute.attention,
         unroll=config.compute.unroll,
+        exchange=config.compute.exchange,
     )
     for name, weights in models.items():
         if not weights.cfg.causal:
@@ -271,28 +271,18 @@ def canonical(job: Job, state: TrainState) -> TrainState:
     Where the layouts differ (pipelines, a padded vocabulary) the leaves that change are new arrays, divided over the
     devices like those of the state; all others are the state's own.
     """
-    return _laid_out(to_canonical_layout, job.plan.layouts['model'], _kept(state), canonical_shapes(job))
+    return laid_out(to_canonical_layout, job.plan.layouts['model'], _kept(state), canonical_shapes(job))
 
 
 def from_canonical(job: Job, kept: TrainState) -> TrainState:
     """The state on its devices, from what a checkpoint held; a teacher is read from its own source."""
-    state = _laid_out(to_device_layout, job.plan.layouts['model'], kept, _kept(job.state))
+    state = laid_out(to_device_layout, job.plan.layouts['model'], kept, _kept(job.state))
     teachers = {
-        name: _laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), job.state.frozen[name])
+        name: laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), job.state.frozen[name])
         for name in job.models
         if name != 'model'
     }
     return state._replace(frozen=state.frozen | teachers)
-
-
-def _laid_out(change: Callable[[Layout, Any], Any], layout: Layout, tree: Any, wanted: Any) -> Any:
-    """A tree in the layout and on the devices of the abstract tree `wanted`; leaves that change make one program."""
-    same = jax.tree.map(lambda leaf, to: leaf if leaf.shape == to.shape else None, tree, wanted)
-    others = jax.tree.map(lambda leaf, to: None if leaf.shape == to.shape else leaf, tree, wanted)
-    if not jax.tree.leaves(others):
-        return tree
-    places = jax.tree.map(lambda leaf, to: None if leaf.shape == to.shape else to.sharding, tree, wanted)
-    return merge(jax.jit(change, static_argnums=0, out_shardings=places)(layout, others), same)
 
 
 def trained_parameters(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
@@ -301,11 +291,11 @@ def trained_parameters(job: Job, state: TrainState, *, averaged: bool = False) -
     The average has the dtypes of the parameters, as evaluation scores it.
     """
     params = averaged_parameters(state.ema, state.params) if averaged else state.params
-    return _laid_out(to_canonical_layout, job.plan.layouts['model'], params, canonical_shapes(job).params)
+    return laid_out(to_canonical_layout, job.plan.layouts['model'], params, canonical_shapes(job).params)
 
 
 def whole_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
     """The model's parameters in the canonical layout, trained and frozen, adapters merged into their kernels."""
     layout, shapes = job.plan.layouts['model'], canonical_shapes(job).frozen['model']
-    frozen = _laid_out(to_canonical_layout, layout, state.frozen['model'], shapes)
+    frozen = laid_out(to_canonical_layout, layout, state.frozen['model'], shapes)
     return merge_lora(merge(trained_parameters(job, state, averaged=averaged), frozen))

@@ -76,6 +76,7 @@ class ComputeConfig:
     remat: str = 'none'  # 'none', 'full', 'dots', 'save:names', 'offload:names'
     attention: Literal['auto', 'blockwise', 'dense', 'cudnn'] = 'auto'
     unroll: int = 1  # layers per iteration of the scan
+    exchange: Literal['padded', 'ragged'] = 'padded'  # how tokens travel over mesh.expert; 'ragged' needs GPUs
     pipeline: Literal['1f1b', 'gpipe'] = '1f1b'
     chunks: int = 1  # virtual pipeline stages per device
     xla_flags: str | None = None  # a preset of GPU flags, see jpt.training.xla_flags

@@ -60,8 +60,8 @@ def first_round(text):
     return [item for item in collectives('\n'.join(line for line in lines if LATE not in line)) if item.kind in MOVED]
 
 
-def test_a_gpu_sends_the_rows_that_must_travel_and_gathers_a_few_counts():
-    text = compiled('auto')
+def test_ragged_sends_the_rows_that_must_travel_and_gathers_a_few_counts():
+    text = compiled('ragged')
     found = first_round(text)
     gathered = [item for item in found if item.kind == 'all-gather']
     assert {(item.dtype, math.prod(item.shapes[0])) for item in gathered} == {('s32', SHARDS * E)}
@@ -76,12 +76,12 @@ def test_a_gpu_sends_the_rows_that_must_travel_and_gathers_a_few_counts():
 
 def test_further_rounds_are_in_two_branches_that_an_even_router_does_not_take():
     """There and back; in the backward pass there, and both ways for gradients (what comes back is not asked for)."""
-    text = compiled('auto')
+    text = compiled('ragged')
     assert text.count(f' {RAGGED}-start(') == 4 + 2 + 3
     assert sum(' conditional(' in line and LATE in line for line in text.splitlines()) == 2
 
 
-def test_blocks_of_one_size_are_still_there():
+def test_padded_sends_blocks_of_one_size():
     moved = [item for item in first_round(compiled('padded')) if item.kind != 'all-gather']
     assert {(item.kind, item.shapes) for item in moved} == {(PADDED, ((SHARDS, ROOM // SHARDS, D),))}
     assert len(moved) == 4

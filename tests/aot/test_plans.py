@@ -142,9 +142,9 @@ def test_experts_exchange_rows_and_nothing_is_gathered_over_their_axis():
     """Four shards of experts, each with eight of 32: rows travel, in bfloat16, only those that must, and nothing else.
 
     Every gather is one of a weight over fsdp, or of the number of rows of each shard for each expert: neither the
-    tokens of all shards [2048, 64] nor the experts of all.
+    tokens of all shards [2048, 64] nor the experts of all. (tests/aot/test_exchange_ahead.py has blocks of one size.)
     """
-    plan = plans.tiny({'expert': 4, 'fsdp': 2}, architecture=plans.MIXTURE)
+    plan = plans.tiny({'expert': 4, 'fsdp': 2}, architecture=plans.MIXTURE, exchange='ragged')
     shards, layers, width = plan.job.mesh.shape['expert'], 4, 48
     tokens = 16 * plans.LENGTH // 8  # of a device
     rows = 4 * tokens  # four experts per token
@@ -179,7 +179,7 @@ def test_published_models_fit_as_the_table_says(name):
     assert fits(plan, H100)
     assert plan.total < FRACTION * H100.memory
     over_experts = {row.kind for row in summed(plan.traffic, dict(plan.job.mesh.shape)) if row.axes == 'expert'}
-    assert over_experts == ({'ragged-all-to-all', GATHER, REDUCE} if 'expert' in sizes.BY_NAME[name].mesh else set())
+    assert over_experts == ({'all-to-all', GATHER, REDUCE} if 'expert' in sizes.BY_NAME[name].mesh else set())
 
 
 # GiB per H100 of a step of Qwen3-8B on 8 x 4,096 tokens; float32 parameters, bfloat16 moments and products, full remat.

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jpt.kernels import ragged_exchange
 from jpt.kernels.expert_parallel import SPECS, Rows, mixture
 from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.kernels.ragged_exchange import FORMS
 from jpt.sharding.mesh import AXES, MeshConfig, make_mesh
 
 B, T, J, D, F = 8, 16, 2, 6, 8
@@ -163,7 +164,8 @@ class Case(NamedTuple):
         """Value, late rows, and gradients in x, weights and kernels."""
 
         def function(x, weights, kernels):
-            return mixture(run, x, ids, weights, kernels, self.count, on_input=self.on_input, factor=self.factor)
+            options = {'on_input': self.on_input, 'factor': self.factor, 'exchange': FORMS[self.ragged]}
+            return mixture(run, x, ids, weights, kernels, self.count, **options)
 
         value, pull, late = jax.vjp(function, x, weights, kernels, has_aux=True)
         return value, late, pull(cotangent)
@@ -260,7 +262,7 @@ def test_experts_that_do_not_fit_are_refused(count, held, message):
         case.mixture(x, routers(count)['even'], weights, weights_of(held), cotangent)
 
 
-@pytest.mark.parametrize('form', ragged_exchange.FORMS)
+@pytest.mark.parametrize('form', FORMS)
 def test_late_rounds_keep_no_copies_of_the_kernels_for_the_backward_pass(form, monkeypatch):
     """A round that an even router does not need must not make the scan stack what it would read."""
     monkeypatch.setattr(ragged_exchange, 'platform', lambda: 'gpu' if form == 'ragged' else 'cpu')
@@ -272,7 +274,7 @@ def test_late_rounds_keep_no_copies_of_the_kernels_for_the_backward_pass(form, m
         return grouped_matmul(grouped_matmul(rows.x_MD, kernels['up'], rows.sizes_E), kernels['down'], rows.sizes_E)
 
     def loss(x, kernels):
-        return jnp.sum(mixture(run, x, ids, weights, kernels, 8)[0] ** 2)
+        return jnp.sum(mixture(run, x, ids, weights, kernels, 8, exchange=form)[0] ** 2)
 
     with jax.set_mesh(mesh):
         text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernels))

@@ -57,6 +57,15 @@ def test_llama3_keeps_short_waves_and_divides_long_ones():
     np.testing.assert_allclose(found[middle], (1 - smooth) * plain[middle] / 8 + smooth * plain[middle], rtol=1e-4)
 
 
+def test_llama3_without_a_width_to_blend_over_keeps_or_divides():
+    """As Llama 4 Scout has it: both factors 1."""
+    rope = Rope(5e5, 'llama3', 16.0, original_length=8192, low_freq_factor=1.0, high_freq_factor=1.0)
+    plain = base(5e5, 128)
+    wanted = np.where(2 * math.pi / plain < 8192, plain, plain / 16)
+    assert 0 < np.sum(wanted == plain) < len(plain)
+    np.testing.assert_allclose(first_frequencies(rope, 128), wanted, rtol=1e-4)
+
+
 def test_yarn_ramps_between_the_two_rotations_and_stretches_the_vectors():
     rope = Rope(1e4, 'yarn', 4.0, original_length=2048)
     plain, found = base(1e4, 128), first_frequencies(rope, 128)
