@@ -180,23 +180,50 @@ def _cut(sizes_E, M: int, tile: int) -> _Tiles:
     return _Tiles(until[-1], group, row, ends[group])
 
 
+def _as_bits(dtype) -> bool:
+    """Whether a loop holds arrays of this dtype as their bits: bfloat16 on CPU.
+
+    XLA there has no bfloat16 slices before jax 0.12: all of an array is made float32 before the loop, and the array
+    that the loop writes to in every turn anew.
+    """
+    return dtype == jnp.bfloat16 and platform() == 'cpu'
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.uint16) if _as_bits(x.dtype) else x
+
+
+def _values(bits, dtype):
+    """A piece of `_bits(x)` as x's values; `dtype` is that of x."""
+    return lax.bitcast_convert_type(bits, dtype) if _as_bits(dtype) else bits
+
+
+def _kernel(kernels, groups, index):
+    """kernels[groups[index]] inside a loop over `index`."""
+    if _as_bits(kernels.dtype):
+        # Else XLA takes the bits before the loop, a copy of all kernels.
+        kernels, index = lax.optimization_barrier((kernels, index))
+    return _values(lax.dynamic_index_in_dim(_bits(kernels), groups[index], keepdims=False), kernels.dtype)
+
+
 def _tiles_rows(x_MK, kernels, sizes_E, out_first: bool):
     """One tile after the other, in order: what a tile writes past the end of its group the next one overwrites."""
     M = x_MK.shape[0]
     tile = choose_tile(M, kernels.shape[0])
     cut = _cut(sizes_E, M, tile)
     wide = jnp.promote_types(x_MK.dtype, jnp.float32)
-    padded = jnp.pad(x_MK, ((0, tile), (0, 0)))
+    padded = jnp.pad(_bits(x_MK), ((0, tile), (0, 0)))
     contract = ((1,), (1 if out_first else 0,)), ((), ())
 
     def one_tile(index, y):
-        rows = lax.dynamic_slice_in_dim(padded, cut.row[index], tile)
-        kernel = lax.dynamic_index_in_dim(kernels, cut.group[index], keepdims=False).astype(x_MK.dtype)
+        rows = _values(lax.dynamic_slice_in_dim(padded, cut.row[index], tile), x_MK.dtype)
+        kernel = _kernel(kernels, cut.group, index).astype(x_MK.dtype)
         product = lax.dot_general(rows, kernel, contract, preferred_element_type=wide)
-        return lax.dynamic_update_slice_in_dim(y, product.astype(y.dtype), cut.row[index], 0)
+        return lax.dynamic_update_slice_in_dim(y, _bits(product.astype(x_MK.dtype)), cut.row[index], 0)
 
-    nothing = jnp.zeros((M + tile, kernels.shape[1 if out_first else 2]), x_MK.dtype)
-    return _only_owned(lax.fori_loop(0, cut.total, one_tile, nothing)[:M], sizes_E)
+    nothing = jnp.zeros((M + tile, kernels.shape[1 if out_first else 2]), padded.dtype)
+    y_MO = _only_owned(lax.fori_loop(0, cut.total, one_tile, nothing)[:M], sizes_E)
+    return _values(y_MO, x_MK.dtype)
 
 
 def _tiles_per_group(dy_MO, x_MK, sizes_E):
@@ -205,12 +232,13 @@ def _tiles_per_group(dy_MO, x_MK, sizes_E):
     tile = choose_tile(M, E)
     cut = _cut(sizes_E, M, tile)
     wide = jnp.promote_types(x_MK.dtype, jnp.float32)
-    operands = [jnp.pad(operand, ((0, tile), (0, 0))) for operand in (dy_MO, x_MK)]
+    operands = [jnp.pad(_bits(operand), ((0, tile), (0, 0))) for operand in (dy_MO, x_MK)]
 
     def one_tile(index, sums):
         row = cut.row[index]
         own = (row + jnp.arange(tile) < cut.end[index])[:, None]
-        dy, x = (jnp.where(own, lax.dynamic_slice_in_dim(operand, row, tile), 0) for operand in operands)
+        pieces = [jnp.where(own, lax.dynamic_slice_in_dim(operand, row, tile), 0) for operand in operands]
+        dy, x = (_values(piece, x_MK.dtype) for piece in pieces)
         product = lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=wide)
         # Not sums.at[group].add: a scatter, which takes a tenth longer on CPU.
         sum_before = lax.dynamic_index_in_dim(sums, cut.group[index], keepdims=False)

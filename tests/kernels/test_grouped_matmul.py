@@ -104,6 +104,18 @@ def test_bfloat16_rounds_the_result_once():
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=2**-8, atol=1e-4)
 
 
+def test_bfloat16_stays_bfloat16_in_the_loop():
+    """Neither all rows nor all kernels are made wide or copied: on CPU XLA does so with what a loop cuts."""
+    sizes, rows = jnp.array([3, 0, 20, 5] * 4, jnp.int32), 112
+    x, kernels = jnp.ones((rows, 32), jnp.bfloat16), jnp.ones((16, 96, 32), jnp.bfloat16)
+    compiled = jax.jit(grouped_matmul).lower(x, kernels, sizes).compile()
+    padded = rows + choose_tile(rows, 16)
+    for shape in (f'[{padded},32]', f'[{padded},96]', '[16,96,32]'):
+        assert f'f32{shape}' not in compiled.as_text(), shape
+    both = padded * (32 + 96) * 2
+    assert both <= compiled.memory_analysis().temp_size_in_bytes < both + kernels.nbytes // 2
+
+
 def test_under_scan_and_checkpoint():
     """Three layers, each of them remade in the backward pass, against three products by hand."""
     sizes = np.array([4, 0, 9, 2], np.int32)
