@@ -115,14 +115,14 @@ def report_progress(unit: str) -> Callable[[int], None]:
 
 def evaluate(given: Any) -> dict[str, Any]:
     """The results of one command line (`given` has its flags as attributes)."""
-    model = load(given.model, dtype=given.dtype)
+    model = load(given.model, dtype=given.dtype, mtp=False)
     if not model.config.causal:
         raise ValueError(f'--model={given.model}: {model.config.family} is an encoder: expected one that predicts text')
     length = given.length or min(model.config.max_length, 4096)
     if model.config.learned_positions and length > model.config.max_length:
         raise ValueError(f"--length={length}: expected at most the model's {model.config.max_length} positions")
     if given.task == 'perplexity':
-        teacher = load(given.teacher, dtype=given.dtype) if given.teacher else None
+        teacher = load(given.teacher, dtype=given.dtype, mtp=False) if given.teacher else None
         texts = read_texts(given.data, given.limit)
         found = text_perplexity(
             model,

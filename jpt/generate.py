@@ -151,7 +151,7 @@ def record(prompt: Prompt, result: GenerationResult) -> dict[str, Any]:
 
 def run(given: Any) -> None:
     """Everything a command line asks for (`given` has its flags as attributes)."""
-    model = load(given.model, dtype=given.dtype)
+    model = load(given.model, dtype=given.dtype, mtp=False)
     prompts, eos_ids = prepare(model, given)
     start = time.perf_counter()
     rows = [record(prompt, result) for prompt, result in answers(model, prompts, given, eos_ids)]

@@ -1,5 +1,6 @@
 """Reading Hugging Face directories: config.json, *.safetensors in one or many files, tied weights, any stored dtype."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jpt.checkpoint.assets import CONFIG_FILE
 from jpt.checkpoint.dtypes import cast_target, is_floating
-from jpt.checkpoint.hf_names import LeftOut, copies, current_names, may_differ, resolve_names, without_parts
+from jpt.checkpoint.hf_names import LeftOut, copies, current_names, is_beyond, may_differ, resolve_names, without_parts
 from jpt.checkpoint.mxfp4 import PackedReader
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
@@ -60,6 +61,7 @@ class HuggingFaceSource:
         dtype: cast floating-point weights to this; None keeps what is stored, tensor by tensor. The layers of one leaf
             must then agree, since they are stacked. Matrices in MXFP4 (see mxfp4.py) count as bfloat16, which holds
             them exactly.
+        mtp: read modules that predict further tokens; else their tensors are set aside, whatever they hold.
 
     Raises:
         FileNotFoundError: no config or no safetensors (pickled weights are refused by name).
@@ -67,7 +69,7 @@ class HuggingFaceSource:
             of one leaf in different dtypes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, mtp: bool = True) -> None:
         self.directory = Path(path)
         self._target = cast_target(dtype)
         try:
@@ -78,12 +80,12 @@ class HuggingFaceSource:
         # Only MXFP4 has been let through, and only where a family has it.
         packed = config.get('quantization_config') is not None
         self.reader = (PackedReader if packed else ShardedReader)(self.directory)
-        self._resolve(of_many)
+        self._resolve(of_many, mtp)
         self._check_copies()
         if self._target is None:
             self._check_uniform()
 
-    def _resolve(self, of_many: bool) -> None:
+    def _resolve(self, of_many: bool, mtp: bool) -> None:
         """Finds the tensors of the model, and completes the model by them."""
         place, family = str(self.directory), FAMILIES[self.cfg.family]
         specs = self.reader.tensors
@@ -93,7 +95,17 @@ class HuggingFaceSource:
             parts = [f'{prefix}* {each.tensors} tensors, {each.bytes} bytes' for prefix, each in self.left_out.items()]
             logging.warning('%s: read as its text model; left out: %s', place, '; '.join(parts) or 'nothing')
         stored = current_names(specs, (*(TEXT_NAMES if of_many else ()), *family.dialect.older), place)
-        self.cfg = family.completed(self.cfg, stored)
+        if not mtp:
+            self.cfg = dataclasses.replace(self.cfg, mtp=())
+            stored = {name: where for name, where in stored.items() if not is_beyond(self.cfg, name)}
+        promised, self.cfg = len(self.cfg.mtp), family.completed(self.cfg, stored)
+        if len(self.cfg.mtp) < promised:
+            logging.warning(
+                '%s: config.json names %d modules that predict further tokens, of which there is no tensor: read '
+                'without them',
+                place,
+                promised,
+            )
         names = resolve_names(self.cfg, {name: specs[where] for name, where in stored.items()}, place)
         self._names = {name: stored[found] for name, found in names.items()}
         read = {copy: name for copy, name in copies(self.cfg).items() if copy not in may_differ(self.cfg)}

@@ -54,6 +54,12 @@ def without_parts(
     return kept, left_out
 
 
+def is_beyond(cfg: ModelConfig, name: str) -> bool:
+    """Whether a tensor belongs to a layer behind the model's last one: of a module that predicts further tokens."""
+    number = re.search(r'(?:^|\.)layers\.(\d+)\.', name)
+    return number is not None and int(number[1]) >= cfg.num_layers
+
+
 def copies(cfg: ModelConfig) -> dict[str, str]:
     """Names under which a checkpoint may hold a tensor of the model once more or instead: of the copy -> of the tensor.
 
@@ -84,7 +90,8 @@ def resolve_names(cfg: ModelConfig, found: Mapping[str, TensorSpec], place: str)
     prefix = leaves(cfg)[0].sources[0].name.split('.')[0] + '.'
     bare = not any(name.startswith(prefix) for name in found)  # saved from the model without its head, as GPT-2 was
     names = {name: name.removeprefix(prefix) if bare else name for name in wanted}
-    for copy, name in copies(cfg).items():
+    twice = {copy.removeprefix(prefix) if bare else copy: name for copy, name in copies(cfg).items()}
+    for copy, name in twice.items():
         if names[name] not in found and copy in found:
             names[name] = copy
     lines = []
@@ -93,7 +100,7 @@ def resolve_names(cfg: ModelConfig, found: Mapping[str, TensorSpec], place: str)
             lines.append(f'{name}: missing, expected {list(shape)}')
         elif found[names[name]].shape != shape:
             lines.append(f'{name}: has shape {list(found[names[name]].shape)}, expected {list(shape)}')
-    known = {*names.values(), *copies(cfg)}
+    known = {*names.values(), *twice}
     extra = [name for name in found if name not in known and not RECOMPUTED.fullmatch(name)]
     lines += [f'{name}: unexpected, {found[name].dtype}{list(found[name].shape)}' for name in extra]
     if lines:

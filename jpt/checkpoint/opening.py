@@ -61,22 +61,18 @@ def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, 
         FileNotFoundError: none of these.
         ValueError: what is there is not a model that jpt computes; see the sources.
     """
-    opened = _open(model_directory(path), dtype)
-    return opened if mtp else opened._replace(source=WithoutMTP(opened.source))
-
-
-def _open(directory: Path, dtype: DTypeLike | None) -> Opened:
+    directory = model_directory(path)
     if not directory.is_dir():
         raise FileNotFoundError(f'{directory}: no such directory')
     if is_adapter(directory):
-        base = open_model(base_model(directory), dtype)
+        base = open_model(base_model(directory), dtype, mtp=mtp)
         assets = base.assets if open_tokenizer(directory) is None else directory
         return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        return Opened(HuggingFaceSource(directory, dtype), directory, directory)
+        return Opened(HuggingFaceSource(directory, dtype, mtp=mtp), directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no {CONFIG_FILE}') from error
     stored = StoredSource(directory, dtype)
-    return Opened(stored, stored.assets, stored.assets)
+    return Opened(stored if mtp else WithoutMTP(stored), stored.assets, stored.assets)

@@ -99,8 +99,7 @@ def leaves(cfg: ModelConfig) -> tuple[Leaf, ...]:
     """
     dialect = FAMILIES[cfg.family].dialect
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
-    copies = [[_numbered(cfg, dialect, k, name) for k in range(len(cfg.mtp))] for name in dialect.mtp_copies]
-    of_embed, of_head = copies or ([], [])
+    of_embed, of_head = (_in_modules(cfg, dialect, name) for name in (dialect.mtp_embed, dialect.mtp_head))
     if cfg.tied:
         of_embed = of_embed + of_head
     found = [_table(shapes, ('embed', 'embedding'), dialect.embed, of_embed)]
@@ -143,9 +142,9 @@ def _check_apart(cfg: ModelConfig, found: list[Leaf]) -> None:
                 raise ValueError(f'{cfg.family} gives {paths} the same rows of the tensor {name}')
 
 
-def _numbered(cfg: ModelConfig, dialect: Dialect, depth: int, name: str) -> str:
-    """The name of a kernel of an MTP module, which stands behind the layers."""
-    return f'{dialect.layer_prefix}.{cfg.num_layers + depth}.{name}.weight'
+def _in_modules(cfg: ModelConfig, dialect: Dialect, name: str) -> list[str]:
+    """The names of a kernel in the MTP modules, which stand behind the layers."""
+    return [f'{dialect.layer_prefix}.{cfg.num_layers + depth}.{name}.weight' for depth in range(len(cfg.mtp))]
 
 
 def _table(shapes: Any, path: TreePath, name: str, copies: Sequence[str] = ()) -> Leaf:

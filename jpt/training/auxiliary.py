@@ -38,7 +38,7 @@ class Auxiliary:
 
     def reads_load(self, cfg: ModelConfig) -> bool:
         """Whether these losses need to know how the whole batch goes to experts, see Objective."""
-        return cfg.experts is not None and self.router.balance_over == 'batch'
+        return cfg.experts is not None and _over_batch(self.router)
 
     def added(
         self,
@@ -58,6 +58,10 @@ class Auxiliary:
         return _with_router((total, sums), self.router, cfg, router, counts)
 
 
+def _over_batch(settings: RouterConfig) -> bool:
+    return settings.balance_over == 'batch' and settings.balance_loss > 0
+
+
 def _with_router(
     result: tuple[jax.Array, Sums], settings: RouterConfig, cfg: ModelConfig, router: RouterSums | None, counts: Counts
 ) -> tuple[jax.Array, Sums]:
@@ -72,7 +76,7 @@ def _with_router(
         return result
     total, sums = result
     balance = router.balance
-    if settings.balance_over == 'batch':
+    if _over_batch(settings):
         load = counts['load'] if 'load' in counts else load_everywhere(router.load)
         balance = batch_balance(load, router.share)
     for weight, value in ((settings.balance_loss, balance), (settings.z_loss, router.z)):

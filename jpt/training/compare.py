@@ -29,7 +29,7 @@ def compare(config: TrainConfig, distilled: Model, scratch: Model, workdir: Path
     """
     if config.compare is None or config.teacher is None or config.teacher.path is None or config.eval.data is None:
         raise ValueError('config.compare needs config.teacher and config.eval.data')
-    teacher = load(config.teacher.path, dtype=config.compute.dtype)
+    teacher = load(config.teacher.path, dtype=config.compute.dtype, mtp=False)
     if jax.process_count() > 1:  # each process compares for itself, on a device of its own
         distilled, scratch = (
             dataclasses.replace(m, params=jax.tree.map(to_host, m.params)) for m in (distilled, scratch)

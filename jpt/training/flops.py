@@ -101,7 +101,7 @@ def _trained(cfg: ModelConfig, tree: Any) -> _Trained:
         if path == 'lm_head/kernel' or path == 'embed/embedding':
             met *= 1 + len(cfg.mtp)
         if matches('**/kernel/{a,b}', path):
-            lora += met
+            lora += met * (1 + len(cfg.mtp) if path.startswith('lm_head') else 1)
         elif matches('**/{kernel,filter}', path) or (cfg.tied and path == 'embed/embedding'):
             kernels += met
         below_head |= not path.startswith('lm_head')

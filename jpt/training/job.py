@@ -84,7 +84,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
         )
     models = {'model': open_weights(config.model, config.compute.param_dtype)}
     if config.teacher is not None:
-        models['teacher'] = open_weights(config.teacher, config.compute.dtype)
+        models['teacher'] = open_weights(dataclasses.replace(config.teacher, mtp=False), config.compute.dtype)
         if models['teacher'].source is None:
             raise ValueError(
                 'config.teacher.architecture: a teacher needs trained weights: expected config.teacher.path'
@@ -162,10 +162,10 @@ def _adapted(config: TrainConfig, models: dict[str, Any], key: jax.Array) -> dic
 
 def _trees(config: TrainConfig, models: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The trainable tree and the frozen ones, from whole models."""
-    freeze = config.freeze if config.lora is None else FREEZE_ALL_BUT_LORA
+    freeze, place = config.freeze if config.lora is None else FREEZE_ALL_BUT_LORA, 'config.freeze'
     if models['model'].get('mtp') and not config.mtp_loss:
-        freeze = (*freeze, 'mtp')  # nothing runs them
-    params, frozen = partition(models['model'], freeze, 'config.freeze')
+        freeze, place = (*freeze, 'mtp'), 'config.freeze (with mtp, since config.mtp_loss=0)'
+    params, frozen = partition(models['model'], freeze, place)
     return params, {'model': frozen} | {name: tree for name, tree in models.items() if name != 'model'}
 
 

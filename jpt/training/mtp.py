@@ -23,13 +23,11 @@ def ahead(batch: Batch, depth: int) -> Iterator[Batch]:
     """
     later = batch
     for _ in range(depth):
-        tokens = later.targets
-        targets, mask, segments = (
-            next_column(x, [SEQUENCE]) for x in (later.targets, later.loss_mask, later.segment_ids)
-        )
-        inside = segments == batch.segment_ids
-        segments, mask = jnp.where(inside, batch.segment_ids, 0), jnp.where(inside, mask, 0)
-        later = Batch(tokens, targets, mask, batch.positions, segments)
+        # Targets may be anything where they weigh nothing: the tokens themselves move up.
+        later = Batch(*(next_column(x, [SEQUENCE]) for x in later))
+        inside = later.segment_ids == batch.segment_ids
+        segments, mask = jnp.where(inside, batch.segment_ids, 0), jnp.where(inside, later.loss_mask, 0)
+        later = later._replace(loss_mask=mask, positions=batch.positions, segment_ids=segments)
         yield later
 
 

@@ -186,6 +186,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self, 'steps', self.steps > 0, 'a positive integer')
         require(self, 'mtp_loss', self.mtp_loss >= 0, 'a number of 0 or more')
+        trains_mtp = self.lora is None or not self.mtp_loss
+        require(self, 'mtp_loss', trains_mtp, '0 where lora is given: no adapter reaches modules for further tokens')
         require(self, 'ema', self.ema is None or 0 < self.ema < 1, 'a number between 0 and 1, or None')
         has_teacher = self.teacher is not None
         require(self, 'teacher', has_teacher == (self.task == 'distill'), 'a model where task is distill, else None')

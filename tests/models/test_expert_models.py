@@ -96,6 +96,8 @@ def test_a_sequence_over_devices_is_refused_for_layers_with_a_state():
         ('qwen3_moe', {'mlp_only_layers': [0, 1, 2, 3, 4, 5, 6, 7]}, 'mlp_only_layers names every layer'),
         ('llama4_text', {'no_rope_layer_interval': 0}, 'no_rope_layer_interval=0: expected a positive'),
         ('deepseek_v3', {'num_nextn_predict_layers': 1, 'first_k_dense_replace': 9}, 'num_nextn_predict_layers=1'),
+        ('deepseek_v3', {'num_nextn_predict_layers': -1}, 'num_nextn_predict_layers=-1: expected 0 or more'),
+        ('deepseek_v3', {'first_k_dense_replace': -2}, 'first_k_dense_replace=-2: expected 0 or more'),
         ('deepseek_v3', {'topk_group': 9}, 'top_groups=9'),
         ('mixtral', {'num_experts_per_tok': 99}, 'per_token=99'),
         ('nemotron_h', {'layers_block_type': ['mlp', 'rnn']}, r"layers_block_type\[1\]='rnn'"),

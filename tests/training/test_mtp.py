@@ -108,6 +108,8 @@ def test_texts_are_seen_from_ahead_each_by_itself():
         positions=np.array([[0, 1, 2, 3, 0, 1, 0]]),
         segment_ids=np.array([[1, 1, 1, 1, 2, 2, 0]]),
     )
+    # A target that weighs nothing may be anything; the token that follows is read off the tokens.
+    batch = batch._replace(targets=np.where(batch.loss_mask > 0, batch.targets, 77))
     first, second = ahead(jax.tree.map(jnp.asarray, batch), 2)
     np.testing.assert_array_equal(first.segment_ids, [[1, 1, 1, 0, 2, 0, 0]])
     np.testing.assert_array_equal(np.where(first.segment_ids, first.tokens, -1), [[11, 12, 13, -1, 21, -1, -1]])
@@ -144,6 +146,7 @@ def test_a_copy_that_is_none_is_refused(tmp_path):
     write(tmp_path, tensors)
     with pytest.raises(ValueError, match=r'layers\.3\.shared_head\.head\.weight differs from lm_head\.weight'):
         jpt.load(tmp_path)
+    assert jpt.load(tmp_path, mtp=False).config.mtp == ()  # where it does not matter
     # Without any copies, as transformers has them in memory, there is nothing to compare.
     own = {key: value for key, value in tensors.items() if 'shared_head.head' not in key and '.embed_tokens' not in key}
     write(tmp_path, own | {'model.embed_tokens.weight': tensors['model.embed_tokens.weight']})
@@ -193,3 +196,5 @@ def test_a_job_without_their_loss_leaves_modules_as_they_are(tmp_path):
 def test_a_loss_of_modules_that_are_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'config\.mtp_loss=0\.3: config\.model has no modules'):
         jobs.make_job(settings(tmp_path, eval={}, mtp_loss=0.3, model={'path': str(MODEL), 'mtp': False}))
+    with pytest.raises(ValueError, match=r'mtp_loss=0\.3: expected 0 where lora is given'):
+        settings(tmp_path, eval={}, mtp_loss=0.3, model={'path': str(MODEL)}, lora={'rank': 2})

@@ -37,13 +37,16 @@ FAMILIES: dict[str, Family] = {
     'qwen3_moe': QWEN3_MOE,
     'mixtral': MIXTRAL,
     'deepseek_v3': DEEPSEEK_V3,
-    'kimi_k2': DEEPSEEK_V3,
     'gpt_oss': GPT_OSS,
     'llama4_text': LLAMA4,
     'olmo2': OLMO2,
     'mamba2': MAMBA2,
     'nemotron_h': NEMOTRON_H,
 }
+
+
+# What computes the same under another name; it is written under the first one, which every reader knows.
+ALIASES = {'kimi_k2': 'deepseek_v3'}
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -53,10 +56,11 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         ValueError: an unsupported model_type, a field that is not known, or a value that jpt does not compute.
     """
     config, _ = text_part(config)
-    family = config.get('model_type')
+    name = config.get('model_type')
+    family = ALIASES.get(str(name), name)
     if family not in FAMILIES:
-        known = ', '.join(sorted([*FAMILIES, *MULTIMODAL]))
-        raise ValueError(f'config.json: model_type={family!r}: expected one of {known}')
+        known = ', '.join(sorted([*FAMILIES, *ALIASES, *MULTIMODAL]))
+        raise ValueError(f'config.json: model_type={name!r}: expected one of {known}')
     fields = Fields(config, family)
     cfg = FAMILIES[family].read(fields)
     fields.check_all_read()

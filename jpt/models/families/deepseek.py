@@ -5,8 +5,6 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from absl import logging
-
 from jpt.models.config import Experts, Latent, LayerKind, ModelConfig, Rope
 from jpt.models.families.dialect import Dialect
 from jpt.models.families.family import Family
@@ -42,7 +40,8 @@ DEEPSEEK_V3_DIALECT = Dialect(
     },
     final_norm=LLAMA_DIALECT.final_norm,
     mtp={'embed_norm': 'enorm', 'hidden_norm': 'hnorm', 'join': 'eh_proj', 'norm': 'shared_head.norm'},
-    mtp_copies=('embed_tokens', 'shared_head.head'),
+    mtp_embed='embed_tokens',
+    mtp_head='shared_head.head',
 )
 
 
@@ -77,6 +76,14 @@ def _read(fields: Fields) -> ModelConfig:
         shared_width=width * (fields.optional_integer('n_shared_experts', 1) or 0),
     )
     modules = fields.optional_integer('num_nextn_predict_layers', 0) or 0
+    for name, value in (('num_nextn_predict_layers', modules), ('first_k_dense_replace', dense)):
+        if value < 0:
+            raise ValueError(f'config.json: {name}={value}: expected 0 or more')
+    if modules and rope.kind == 'dynamic':
+        raise ValueError(
+            f'config.json: num_nextn_predict_layers={modules}: such modules see texts that are shorter, for which a '
+            "rope_type 'dynamic' is another one: expected 0"
+        )
     if modules and dense >= layers:
         raise ValueError(
             f'config.json: num_nextn_predict_layers={modules}: such a module has experts, of which the model has none '
@@ -138,11 +145,9 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
 
 def _completed(cfg: ModelConfig, names: Collection[str]) -> ModelConfig:
     """Checkpoints that other programs have saved say that there are MTP modules and have none of their tensors."""
-    prefix = f'{DEEPSEEK_V3_DIALECT.layer_prefix}.{cfg.num_layers}.'
-    if not cfg.mtp or any(name.startswith(prefix) for name in names):
-        return cfg
-    logging.warning('num_nextn_predict_layers=%d, but there are no tensors of such layers', len(cfg.mtp))
-    return dataclasses.replace(cfg, mtp=())
+    promised = [f'layers.{cfg.num_layers + depth}.' for depth in range(len(cfg.mtp))]
+    there = any(layer in name for layer in promised for name in names)
+    return cfg if there else dataclasses.replace(cfg, mtp=())
 
 
 DEEPSEEK_V3 = Family('DeepseekV3ForCausalLM', _read, _write, DEEPSEEK_V3_DIALECT, _completed)

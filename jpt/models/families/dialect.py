@@ -35,7 +35,8 @@ class Dialect:
     positions: str = ''
     ends: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further modules outside the layers
     mtp: Mapping[str, str | Stored] = dataclasses.field(default_factory=dict)  # as `layer`, of an MTP module around its
-    mtp_copies: tuple[str, ...] = ()  # names in such a module of the embeddings and of the head, once more
+    mtp_embed: str = ''  # the embeddings once more, in such a module
+    mtp_head: str = ''  # and the head
     head: str = 'lm_head'  # where its table is not the embeddings
     untied: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of `ends`, what lies elsewhere then
     older: tuple[tuple[str, str], ...] = ()  # patterns of names in older files, and what is written in their place
