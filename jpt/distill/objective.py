@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from jpt.data.batch import Batch
+from jpt.kernels.distillation_loss import distillation
 from jpt.kernels.head_loss import linear_loss
-from jpt.kernels.token_losses import distillation
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.transformer import final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
