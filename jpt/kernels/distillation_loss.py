@@ -56,27 +56,25 @@ class Distillation:
         teacher_peak = vocab.max(teacher_CV)
         cooled = teacher_CV / self.temperature
         logp_CV = cooled - vocab.log_normalizer(cooled, teacher_peak / self.temperature)[:, None]
-        values, sums, slopes = [], 0, 0
-        for weight, divergence in self.terms:
-            terms, slope = divergence(logp_CV, logq_CV)
-            value, total = vocab.sum((jnp.sum(terms, axis=-1), jnp.sum(slope, axis=-1)))
-            values.append(value)
-            sums, slopes = sums + weight * total, slopes + weight * slope
+        found = [divergence(logp_CV, logq_CV) for _, divergence in self.terms]
+        values = [vocab.sum(jnp.sum(terms, axis=-1)) for terms, _ in found]
+        slopes = sum(weight * slope for (weight, _), (_, slope) in zip(self.terms, found, strict=True))
+        total = vocab.sum(jnp.sum(slopes, axis=-1))
         both = jnp.any((logits_CV == peak[:, None]) & (teacher_CV == teacher_peak[:, None]), axis=-1)
         agreement = jnp.minimum(vocab.sum(both.astype(logits_CV.dtype)), 1)
-        return values, slopes - jnp.exp(logq_CV) * sums[:, None], {'agreement': agreement}
+        return values, slopes - jnp.exp(logq_CV) * total[:, None], {'agreement': agreement}
 
     def _sparse(self, logq_CV, logits_CV, peak, args, shared, vocab: VocabShard):
         """The same against the likeliest words of the teacher."""
         del shared
-        target, values, gradient, tails = args['sparse_target'], [], 0, None
-        for weight, divergence in self.terms:
-            value, own, tails = sparse_divergence(divergence, self.form, target, logq_CV, vocab)
-            values.append(value)
-            gradient = gradient + weight * own
+        assert self.form is not None
+        target = args['sparse_target']
+        found = [sparse_divergence(divergence, self.form, target, logq_CV, vocab) for _, divergence in self.terms]
+        values = [value for value, _, _ in found]
+        gradient = sum(weight * own for (weight, _), (_, own, _) in zip(self.terms, found, strict=True))
         best = jnp.take_along_axis(target.ids, jnp.argmax(target.logp, axis=-1)[:, None], axis=-1)[:, 0]
         agreement = (vocab.sum(vocab.pick(logits_CV, best)) >= peak).astype(logits_CV.dtype)
-        tail, student_tail = (jnp.exp(log_mass) for log_mass in tails)
+        tail, student_tail = (jnp.exp(log_mass) for log_mass in found[0][2])
         return values, gradient, {'agreement': agreement, 'tail': tail, 'student_tail': student_tail}
 
     def _teacher(self, args, shared, dtype, vocab: VocabShard):
