@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import optax
 from timing import in_turn, machine
 
+from jpt.kernels.distillation_loss import distillation
 from jpt.kernels.head_loss import linear_loss
-from jpt.kernels.token_losses import cross_entropy, distillation
+from jpt.kernels.token_losses import cross_entropy
 
 
 def operands(args: argparse.Namespace) -> dict[str, jax.Array]:

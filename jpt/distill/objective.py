@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from jpt.data.batch import Batch
+from jpt.kernels.distillation_loss import distillation
 from jpt.kernels.head_loss import linear_loss
-from jpt.kernels.token_losses import distillation
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.transformer import final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
@@ -21,30 +21,32 @@ from jpt.training.objective import (
     token_counts,
     token_weights,
 )
+from jpt.training.settings import DistillConfig
 
 
 def logit_distillation(
     student: ModelConfig,
     teacher: ModelConfig,
     compute: Compute,
-    *,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
+    distill: DistillConfig = DistillConfig(),  # noqa: B008 (frozen)
     auxiliary: Auxiliary = Auxiliary(),  # noqa: B008 (frozen)
 ) -> Objective:
-    """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy (Hinton et al. 2015).
+    """Divergences from the teacher at temperature T, and cross-entropy: see kernels/distillation_loss.py.
 
     Raises:
-        ValueError: the vocabularies differ, or alpha or temperature is out of range.
+        ValueError: the vocabularies differ.
     """
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f'teacher vocab_size={teacher.vocab_size}: expected the vocabulary of the student, {student.vocab_size}'
         )
-    if not 0 <= alpha <= 1:
-        raise ValueError(f'distill.alpha={alpha}: expected a number from 0 to 1')
-    if not temperature > 0:
-        raise ValueError(f'distill.temperature={temperature}: expected a positive number')
+    token_loss = distillation(
+        *distill.terms(),
+        alpha=distill.alpha,
+        temperature=distill.temperature,
+        squared=distill.temperature_squared,
+        soft_cap=teacher.logit_soft_cap,
+    )
     configs = {'student': student, 'teacher': teacher}
 
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def logit_distillation(
             head_kernel(student, both['student']),
             token_weights(micro, counts),
             {'targets': micro.targets, 'teacher_hidden': hidden['teacher']},
-            distillation(alpha=alpha, temperature=temperature, soft_cap=teacher.logit_soft_cap),
+            token_loss,
             shared={'teacher_kernel': head_kernel(teacher, both['teacher'])},
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,

@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.local import auto, auto_size, axis_size, local, platform, psum
 from jpt.kernels.parallel_attention import ROWS, SEQUENCE
-from jpt.kernels.token_losses import TokenLoss, VocabShard
+from jpt.kernels.token_losses import TokenLoss
 from jpt.kernels.vocab import VOCAB
+from jpt.kernels.vocab_shard import VocabShard
 
 
 class _Rule(NamedTuple):

@@ -131,9 +131,8 @@ def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute
             cfg,
             models['teacher'].cfg,
             compute,
-            temperature=config.distill.temperature,
-            alpha=config.distill.alpha,
-            auxiliary=auxiliary,
+            config.distill,
+            auxiliary,
         )
     return language_modeling(cfg, compute, auxiliary)
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from jpt.config import require
 from jpt.data.config import DataConfig
+from jpt.kernels.divergences import NAMES, Divergence
 from jpt.models.block import remat_policy
 from jpt.sharding.mesh import MeshConfig
 from jpt.sharding.multihost import MultihostConfig
@@ -27,14 +28,40 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """How a student learns from its teacher's logits."""
+    """How a student learns from its teacher's logits: weights of divergences by name, see jpt.kernels.divergences."""
 
-    temperature: float = 1.0
-    alpha: float = 1.0  # weight of KL(teacher || student) * temperature^2; the rest is cross-entropy
+    forward_kl: float = 1.0
+    reverse_kl: float = 0.0
+    jsd: float = 0.0
+    skew_kl: float = 0.0
+    skew_reverse_kl: float = 0.0
+    total_variation: float = 0.0
+    beta: float = 0.5  # jsd: weight of the teacher, in the mixture and outside
+    jsd_normalized: bool = False  # jsd is divided by beta (1 - beta): at its ends it is the KL one way and the other
+    skew: float = 0.1  # the skewed ones: weight of the first argument of the KL in the mixture
+    temperature: float = 1.0  # of both sides
+    temperature_squared: bool = True  # divergences times temperature^2, so that their gradients keep their size
+    alpha: float = 1.0  # weight of all divergences together; the rest is cross-entropy
 
     def __post_init__(self) -> None:
         require(self, 'temperature', self.temperature > 0, 'a positive number')
         require(self, 'alpha', 0 <= self.alpha <= 1, 'a number from 0 to 1')
+        for name in NAMES:
+            require(self, name, getattr(self, name) >= 0, 'a number of 0 or more')
+        some = any(getattr(self, name) for name in NAMES)
+        require(self, 'forward_kl', some or self.alpha == 0, f'a positive weight of one of {", ".join(NAMES)}')
+        inside = 0 < self.beta < 1 or (self.jsd_normalized and self.beta in (0, 1))
+        require(self, 'beta', inside, 'a number between 0 and 1, or with jsd_normalized from 0 to 1')
+        require(self, 'skew', 0 <= self.skew < 1, 'a number from 0 to below 1')
+
+    def terms(self) -> tuple[tuple[float, Divergence], ...]:
+        """The divergences with a weight, as `jpt.kernels.distillation_loss.distillation` takes them."""
+        weights = {name: getattr(self, name) for name in NAMES}
+        return tuple(
+            (weight, Divergence(name, self.beta, self.skew, self.jsd_normalized))
+            for name, weight in weights.items()
+            if weight
+        )
 
 
 @dataclasses.dataclass(frozen=True)

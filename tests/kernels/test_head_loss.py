@@ -10,8 +10,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jpt.kernels.distillation_loss import distillation
+from jpt.kernels.divergences import Divergence
 from jpt.kernels.head_loss import linear_loss
-from jpt.kernels.token_losses import cross_entropy, distillation
+from jpt.kernels.sparse_target import FORMS, SparseTarget
+from jpt.kernels.token_losses import cross_entropy
 
 V = 31
 TOLERANCE = {'float64': 1e-12, 'float32': 1e-5, 'bfloat16': 2e-2}
@@ -276,7 +279,97 @@ def test_a_vocabulary_that_does_not_fit_is_refused():
         jax.eval_shape(lambda: call(V))
     with pytest.raises(ValueError, match='vocab_size=32: the kernel has 31 rows in all'):
         jax.eval_shape(lambda: call(32))
-    with pytest.raises(ValueError, match="divergence='reverse': expected one of forward_kl"):
-        distillation(divergence='reverse')
-    with pytest.raises(ValueError, match=r'temperature=0.0: expected a positive number'):
-        distillation(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'temperature': 0.0}, r'temperature=0\.0: expected a positive number'),
+        ({'form': 'ghost'}, "form='ghost': expected one of tail, truncated, renormalized, or None"),
+    ],
+)
+def test_losses_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        distillation(**options)
+
+
+def test_losses_that_a_student_escapes_are_refused():
+    """Renormalized on the teacher's words, its own mass elsewhere costs a student nothing."""
+    reverse = Divergence('reverse_kl')
+    with pytest.raises(ValueError, match='reverse_kl on renormalized words: the student may leave them at no cost'):
+        distillation((0.5, Divergence()), (0.5, reverse), form='renormalized')
+    with pytest.raises(ValueError, match='kl is given twice'):
+        distillation((0.5, Divergence()), (0.5, Divergence()))
+    assert distillation((1.0, reverse), form='tail')
+
+
+MIXTURE = ((0.7, Divergence('jsd', beta=0.3)), (0.2, Divergence('reverse_kl')), (0.4, Divergence('total_variation')))
+
+
+def test_a_mixture_of_divergences_is_the_sum_of_its_parts_at_any_temperature():
+    """Dense and sparse, over tensor and padded; rows without weight hold NaN and ids that are none: nothing changes."""
+    case, temperature = reference.draw(4), 1.7
+    teacher = reference.log_softmax(case.teacher_hidden @ case.teacher_kernel.T / temperature)
+    ids = np.argsort(-teacher, axis=-1)[:, :5].astype(np.int32)
+    logp = np.take_along_axis(teacher, ids, axis=-1)
+    nothing = np.flatnonzero(case.weights == 0)
+    assert len(nothing) > 2
+    ids[nothing[0]], logp[nothing[0]] = 10**6, np.nan
+    hidden, kernel, weights, args, shared = operands(case, pad=1)
+    args['teacher_hidden'][nothing[1]] = np.nan
+    args['targets'] = np.where(case.weights == 0, -5, args['targets']).astype(np.int32)
+    args |= {'sparse_target': SparseTarget(ids, logp)}
+    options = {'alpha': 0.6, 'temperature': temperature}
+
+    @jax.jit
+    def run(hidden, kernel, weights, args, shared):
+        found = {}
+        for form in (None, *FORMS[:2]):
+            for name, terms in {'all': MIXTURE, **{term[1].name: (term,) for term in MIXTURE}}.items():
+                loss = distillation(*terms, **options, form=form)
+                found[f'{form} {name}'] = differentiated(loss, vocab_size=V, chunk=6)(
+                    hidden, kernel, weights, args, shared
+                )
+            found[f'{form} ce'] = differentiated(distillation(alpha=0.0, form=form), vocab_size=V, chunk=9)(
+                hidden, kernel, weights, args, shared
+            )
+        return found
+
+    with jax.enable_x64(True), jax.set_mesh(mesh_of({'data': 2, 'tensor': 4})):
+        found = jax.tree.map(np.asarray, run(hidden, kernel, weights, args, shared))
+    for form in (None, *FORMS[:2]):
+        (total, sums), gradients = found[f'{form} all']
+        parts = [found[f'{form} {divergence.name}'] for _, divergence in MIXTURE]
+        (ce, _), ce_gradients = found[f'{form} ce']
+        # Each part has 0.4 of the cross-entropy; the mixture has it once.
+        assert total == pytest.approx(sum(part[0][0] for part in parts) - 2 * 0.4 * ce, rel=1e-11)
+        for which in range(2):
+            wanted = sum(part[1][which] for part in parts) - 2 * 0.4 * ce_gradients[which]
+            np.testing.assert_allclose(gradients[which], wanted, atol=1e-13)
+            assert np.isfinite(gradients[which]).all()
+        weighted = sum(weight * sums[divergence.name][0] for weight, divergence in MIXTURE)
+        assert total == pytest.approx(0.6 * temperature**2 * weighted + 0.4 * sums['ce'][0], rel=1e-11)
+        assert ('tail' in sums) == (form is not None)
+    p = np.exp(logp)
+    tail = np.sum((case.weights * (1 - p.sum(axis=-1)))[case.weights > 0])
+    assert found['tail all'][0][1]['tail'][0] == pytest.approx(tail, rel=1e-9)
+    agreement = np.argmax(case.hidden @ case.kernel.T, axis=-1) == np.argmax(teacher, axis=-1)
+    for form in (None, *FORMS[:2]):
+        wanted = np.sum((case.weights * agreement)[case.weights > 0])
+        assert found[f'{form} all'][0][1]['agreement'][0] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_without_the_square_a_temperature_shrinks_the_loss():
+    case = reference.draw(5)
+    arrays = operands(case)
+    losses = [distillation(temperature=2.0, squared=squared) for squared in (True, False)]
+
+    @jax.jit
+    def run(*arrays):
+        return [differentiated(loss, vocab_size=V)(*arrays) for loss in losses]
+
+    with jax.enable_x64(True):
+        (with_square, without) = run(*arrays)
+    assert float(with_square[0][0]) == pytest.approx(4 * float(without[0][0]), rel=1e-13)
+    np.testing.assert_allclose(with_square[1][0], 4 * np.asarray(without[1][0]), rtol=1e-12)
+    assert_close(with_square, reference.distillation(case, 1.0, 2.0), 1e-12)

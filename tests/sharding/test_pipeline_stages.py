@@ -23,6 +23,7 @@ from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
 from jpt.sharding.timetable import waste
 from jpt.training.objective import token_counts, token_weights
+from jpt.training.settings import DistillConfig
 
 WIDTH, VOCAB, LAYERS, LENGTH = 16, 24, 8, 8
 SHAPES = ModelConfig('llama', VOCAB, WIDTH, 1, 1, 4, (Segment((LayerKind(mlp_width=32),), LAYERS),), 8)
@@ -111,7 +112,7 @@ TEACHER = ModelConfig('llama', 53, 8, 2, 1, 4, (Segment((LayerKind(Rope(), None,
 
 
 def test_a_teacher_of_another_depth_rides_along():
-    """KL and cross-entropy from whole logits on one device, against a student and a teacher on two stages."""
+    """A mixture from whole logits on one device, against a student and a teacher on two stages."""
     with jax.enable_x64(True):
         student, batch = MODELS['mixed'], make_batch(53)
         compute = Compute('float64')
@@ -126,7 +127,10 @@ def test_a_teacher_of_another_depth_rides_along():
 
         def loss(params):
             ours, theirs = logp(student, params, 2.0), logp(TEACHER, teacher, 2.0)
-            kl = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+            p, q = jnp.exp(theirs), jnp.exp(ours)
+            middle = jnp.log(0.3 * p + 0.7 * q)
+            kl = jnp.sum(0.6 * p * (theirs - ours) + 0.2 * q * (ours - theirs), axis=-1)
+            kl += 0.5 * jnp.sum(0.3 * p * (theirs - middle) + 0.7 * q * (ours - middle), axis=-1)
             targets = jnp.asarray(batch.targets)[..., None]
             ce = -jnp.take_along_axis(logp(student, params, 1.0), targets, -1)[..., 0]
             return jnp.sum((0.7 * 4 * kl + 0.3 * ce) * batch.loss_mask) / jnp.sum(batch.loss_mask)
@@ -137,8 +141,9 @@ def test_a_teacher_of_another_depth_rides_along():
         params = canonical_params('mixed')
         frozen = {'model': jax.tree.map(lambda _: None, params), 'teacher': teacher}
         configs = {'model': student, 'teacher': TEACHER}
+        distill = DistillConfig(forward_kl=0.6, reverse_kl=0.2, jsd=0.5, beta=0.3, temperature=2.0, alpha=0.7)
         plan = make_plan(mesh, configs, params, frozen, num_microbatches=4, dtype='float64')
-        objective = logit_distillation(student, TEACHER, compute, temperature=2.0, alpha=0.7)
+        objective = logit_distillation(student, TEACHER, compute, distill)
         places = shardings(mesh, (plan.specs, plan.frozen_specs))
         params = jax.device_put(to_device_layout(plan.layouts['model'], params), places[0])
         teacher_placed = to_device_layout(plan.layouts['teacher'], teacher)

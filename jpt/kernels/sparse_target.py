@@ -1,0 +1,76 @@
+"""A teacher's distribution by its most likely words: divergences between it and a student's whole vocabulary.
+
+What is not among these words is one more bucket by default, so that both sides are distributions on J + 1 buckets and
+the gradient is that of the coarse-grained divergence. 'truncated' leaves the bucket out, and 'renormalized' divides
+both sides by their sums over the words: what other systems compute, and biased. The first pulls all of the student's
+mass onto the words, the second leaves the mass outside of them free.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jpt.kernels.divergences import Divergence
+from jpt.kernels.local import axis_index
+from jpt.kernels.vocab_shard import VocabShard
+
+FORMS = ('tail', 'truncated', 'renormalized')
+# The least mass that the words left out are taken to have: a probability in float32 is not exact to more.
+LEAST_TAIL = 1e-7
+
+
+class SparseTarget(NamedTuple):
+    """Of N tokens the J words that a teacher finds likeliest; a pytree of arrays [N, J] and [N].
+
+    ids: int32, -1 where there are fewer than J words (top-p). logp: log-probabilities in the whole vocabulary, at the
+    temperature of the loss. log_tail: log of the mass of all other words; None takes what the words leave.
+    """
+
+    ids: jax.Array
+    logp: jax.Array
+    log_tail: jax.Array | None = None
+
+    def tail(self) -> jax.Array:
+        """Log of the mass of all other words [N], at least LEAST_TAIL."""
+        if self.log_tail is not None:
+            return jnp.maximum(self.log_tail, jnp.log(LEAST_TAIL))
+        mass = jnp.sum(jnp.where(self.ids >= 0, jnp.exp(self.logp), 0), axis=-1)
+        return jnp.log1p(-jnp.minimum(mass, 1 - LEAST_TAIL))
+
+
+def sparse_divergence(divergence: Divergence, form: str, target: SparseTarget, q_CV, vocab: VocabShard):
+    """(value_C, dlogits_CV, tails): the divergence of C tokens from student log-probabilities of the local columns.
+
+    tails: log-mass outside of the words, of teacher and student, [C] each. Ids outside the vocabulary count as unused.
+    """
+    used = (target.ids >= 0) & (target.ids < vocab.vocab_size)
+    p = jnp.where(used, target.logp.astype(q_CV.dtype), -jnp.inf)
+    column = jnp.where(used, target.ids - axis_index(vocab.axes) * vocab.size, -1)
+    here = (column >= 0) & (column < vocab.size)
+    q = vocab.sum(jnp.where(here, jnp.take_along_axis(q_CV, jnp.clip(column, 0, vocab.size - 1), axis=-1), 0))
+    q = jnp.where(used, q, -jnp.inf)
+
+    def spread(values_CJ):
+        """Values of words at their local columns, added; those of words elsewhere go nowhere."""
+        rows = jnp.arange(q_CV.shape[0])[:, None]
+        at = jnp.where(here, column, vocab.size)  # a negative index would count from the end
+        return jnp.zeros_like(q_CV).at[rows, at].add(jnp.where(used, values_CJ, 0), mode='drop')
+
+    outside = spread(jnp.ones_like(p)) == 0
+    rest = vocab.sum(jnp.sum(jnp.where(outside, jnp.exp(q_CV), 0), axis=-1))
+    tails = target.tail().astype(q_CV.dtype), jnp.log(jnp.maximum(rest, jnp.finfo(q_CV.dtype).tiny))
+    if form == 'renormalized':
+        p, q = (x - jax.nn.logsumexp(x, axis=-1, keepdims=True) for x in (p, q))
+    terms, slopes = (jnp.where(used, x, 0) for x in divergence(jnp.where(used, p, 0), jnp.where(used, q, 0)))
+    value, slope = jnp.sum(terms, axis=-1), jnp.sum(slopes, axis=-1)
+    if form == 'renormalized':
+        return value, spread(slopes - jnp.exp(q) * slope[:, None]), tails
+    if form == 'truncated':
+        return value, spread(slopes) - jnp.exp(q_CV) * slope[:, None], tails
+    tail_term, tail_slope = divergence(*tails)
+    share = jnp.where(outside, jnp.exp(q_CV - tails[1][:, None]), 0)
+    dlogits = spread(slopes) + tail_slope[:, None] * share - jnp.exp(q_CV) * (slope + tail_slope)[:, None]
+    return value + tail_term, dlogits, tails
