@@ -34,6 +34,7 @@ class Functions(NamedTuple):
     first: object
     stage: object
     last: object
+    reads_load: bool = False
 
 
 def toy(on_stage=lambda: None):
