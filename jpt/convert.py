@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jpt.checkpoint.hf_export import write_hf
 from jpt.checkpoint.model_dir import write_model
 from jpt.checkpoint.opening import open_model
 from jpt.checkpoint.resize import ResizedSource
+from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.shards import parse_size
 from jpt.checkpoint.source import LeafSource
 from jpt.models.names import Leaf, leaves
@@ -52,6 +53,7 @@ def convert(
     resize_vocab: int | None = None,
     allow_cut: bool = False,
     mtp: bool = True,
+    layers: Sequence[int] | None = None,
     report: Callable[[str, int, int], Any] = lambda name, done, total: None,
 ) -> Conversion:
     """Converts a model directory; the output appears when it is complete.
@@ -65,6 +67,7 @@ def convert(
         resize_vocab: rows of the embedding and unembedding wanted.
         allow_cut: with resize_vocab, let rows go that the tokenizer uses.
         mtp: keep modules that predict further tokens.
+        layers: numbers of the layers that stay, ascending; None keeps all.
         report: called with a tensor's name, bytes written so far, and bytes in all.
 
     Raises:
@@ -77,6 +80,8 @@ def convert(
     start = time.perf_counter()
     opened = open_model(input_dir, dtype, mtp=mtp)
     source: LeafSource = opened.source
+    if layers is not None:
+        source = SelectedLayers(source, layers)
     if resize_vocab is not None:
         tokenizer = open_tokenizer(opened.assets)
         used = None if tokenizer is None else tokenizer.vocab_size
@@ -95,6 +100,21 @@ def convert(
         write_model(source, output_dir, assets=opened.assets, origin=opened.origin, report=count)
     files = Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*')
     return _made(source, total, [path.stat().st_size for path in files], time.perf_counter() - start)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers from '0-3,6'.
+
+    Raises:
+        ValueError: something else.
+    """
+    found: list[int] = []
+    for part in text.split(','):
+        ends = part.strip().split('-')
+        if not 1 <= len(ends) <= 2 or not all(end.isdigit() for end in ends):
+            raise ValueError(f"--layers={text}: {part!r}: expected numbers and ranges, such as '0-3,6'")
+        found += range(int(ends[0]), int(ends[-1]) + 1)
+    return tuple(found)
 
 
 def _bytes_written(source: LeafSource, to: str) -> int:
@@ -180,6 +200,7 @@ def _define_flags() -> None:
     flags.DEFINE_string('max_shard_size', '5GB', 'Largest safetensors file, such as 5GB or 512MiB.')
     flags.DEFINE_integer('resize_vocab', None, 'Rows of embedding and unembedding; new ones are the mean of the old.')
     flags.DEFINE_boolean('allow_cut', False, 'With --resize_vocab: let rows go that the tokenizer uses.')
+    flags.DEFINE_string('layers', None, 'Keep these layers only, such as 0-3,6: where a smaller student begins.')
     flags.DEFINE_boolean('mtp', True, 'Keep modules that predict further tokens, where there are any.')
     flags.mark_flags_as_required(['input', 'output', 'to'])
 
@@ -201,6 +222,7 @@ def main(argv: list[str]) -> None:
             resize_vocab=args.resize_vocab,
             allow_cut=args.allow_cut,
             mtp=args.mtp,
+            layers=None if args.layers is None else parse_layers(args.layers),
             report=_progress(),
         )
     except (OSError, ValueError) as error:

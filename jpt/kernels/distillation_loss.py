@@ -78,7 +78,9 @@ class Distillation:
         return values, gradient, {'agreement': agreement, 'tail': tail, 'student_tail': student_tail}
 
     def _teacher(self, args, shared, dtype, vocab: VocabShard):
-        """The teacher's logits [C, V] of the local columns, from its hidden states and its head."""
+        """The teacher's logits [C, V] of the local columns: as they are given, or from hidden states and head."""
+        if 'teacher_logits' in args:
+            return vocab.mask(args['teacher_logits'].astype(dtype))
         hidden, kernel = args['teacher_hidden'], shared['teacher_kernel']
         logits = jax.lax.dot_general(
             hidden, kernel.astype(hidden.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype
@@ -103,9 +105,10 @@ def distillation(
 ) -> TokenLoss:
     """alpha * T^2 * sum of weight * divergence (both sides at temperature T) + (1 - alpha) * cross-entropy.
 
-    With one forward KL that is Hinton et al. 2015. Reads args['targets'] (int32 [N]), and of the teacher either
+    With one forward KL that is Hinton et al. 2015. Reads args['targets'] (int32 [N]), and of the teacher
     args['teacher_hidden'] ([N, E]) and shared['teacher_kernel'] ([V, E], padded as the student's), whose logits are
-    made chunk by chunk, or args['sparse_target'], a SparseTarget at this temperature. Reports 'loss', 'ce' (at 1),
+    made chunk by chunk, or args['teacher_logits'] of the columns that are here (after any soft cap), or
+    args['sparse_target'], a SparseTarget at this temperature. Reports 'loss', 'ce' (at 1),
     every divergence (at T, unweighted; 'kl' is the forward one), 'agreement' (teacher and student share a largest
     logit), 'accuracy', and of a sparse target 'tail' and 'student_tail', the mass outside of its words.
 

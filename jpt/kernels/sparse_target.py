@@ -53,13 +53,14 @@ def sparse_divergence(divergence: Divergence, form: str, target: SparseTarget, q
     q = vocab.sum(jnp.where(here, jnp.take_along_axis(q_CV, jnp.clip(column, 0, vocab.size - 1), axis=-1), 0))
     q = jnp.where(used, q, -jnp.inf)
 
-    def spread(values_CJ):
-        """Values of words at their local columns, added; those of words elsewhere go nowhere."""
-        rows = jnp.arange(q_CV.shape[0])[:, None]
-        at = jnp.where(here, column, vocab.size)  # a negative index would count from the end
-        return jnp.zeros_like(q_CV).at[rows, at].add(jnp.where(used, values_CJ, 0), mode='drop')
+    rows = jnp.arange(q_CV.shape[0])[:, None]
+    at = jnp.where(here, column, vocab.size)  # of words elsewhere: dropped, where a negative index would count back
 
-    outside = spread(jnp.ones_like(p)) == 0
+    def added(values_CV, values_CJ):
+        """The values of the local columns with those of the words on top."""
+        return values_CV.at[rows, at].add(jnp.where(used, values_CJ, 0), mode='drop')
+
+    outside = jnp.ones(q_CV.shape, bool).at[rows, at].set(False, mode='drop')
     rest = vocab.sum(jnp.sum(jnp.where(outside, jnp.exp(q_CV), 0), axis=-1))
     tails = target.tail().astype(q_CV.dtype), jnp.log(jnp.maximum(rest, jnp.finfo(q_CV.dtype).tiny))
     if form == 'renormalized':
@@ -67,10 +68,10 @@ def sparse_divergence(divergence: Divergence, form: str, target: SparseTarget, q
     terms, slopes = (jnp.where(used, x, 0) for x in divergence(jnp.where(used, p, 0), jnp.where(used, q, 0)))
     value, slope = jnp.sum(terms, axis=-1), jnp.sum(slopes, axis=-1)
     if form == 'renormalized':
-        return value, spread(slopes - jnp.exp(q) * slope[:, None]), tails
+        return value, added(jnp.zeros_like(q_CV), slopes - jnp.exp(q) * slope[:, None]), tails
     if form == 'truncated':
-        return value, spread(slopes) - jnp.exp(q_CV) * slope[:, None], tails
+        return value, added(-jnp.exp(q_CV) * slope[:, None], slopes), tails
     tail_term, tail_slope = divergence(*tails)
     share = jnp.where(outside, jnp.exp(q_CV - tails[1][:, None]), 0)
-    dlogits = spread(slopes) + tail_slope[:, None] * share - jnp.exp(q_CV) * (slope + tail_slope)[:, None]
-    return value + tail_term, dlogits, tails
+    others = tail_slope[:, None] * share - jnp.exp(q_CV) * (slope + tail_slope)[:, None]
+    return value + tail_term, added(others, slopes), tails

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jpt.checkpoint.adapted import is_adapter
 from jpt.checkpoint.opening import model_directory, open_model
+from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
 from jpt.data.batch import Batch, empty_batch
 from jpt.distill.objective import logit_distillation
@@ -63,7 +64,8 @@ def open_weights(given: ModelSource, dtype: str | None) -> Weights:
     """The model that a source names."""
     if given.path is not None:
         opened = open_model(given.path, dtype, mtp=given.mtp)
-        return Weights(opened.source.cfg, opened.source, opened.origin)
+        source = SelectedLayers(opened.source, given.layers) if given.layers else opened.source
+        return Weights(source.cfg, source, opened.origin)
     cfg = config_from_hf(given.architecture or {})
     return Weights(cfg if given.mtp else dataclasses.replace(cfg, mtp=()), None)
 

@@ -19,11 +19,15 @@ class ModelSource:
 
     path: str | None = None  # a Hugging Face directory or a jpt checkpoint; 'quickstart' is the teacher that jpt ships
     architecture: dict[str, object] | None = None  # the fields of a Hugging Face config.json
+    layers: tuple[
+        int, ...
+    ] = ()  # numbers of the layers of `path` that stay, ascending: a student from a teacher; (): all
     mtp: bool = True  # keep modules that predict further tokens, where there are any
 
     def __post_init__(self) -> None:
         one = (self.path is None) != (self.architecture is None)
         require(self, 'path', one, 'a directory, or None and the fields of an architecture')
+        require(self, 'layers', not self.layers or self.path is not None, '() where there is no path')
 
 
 @dataclasses.dataclass(frozen=True)

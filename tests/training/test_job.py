@@ -131,3 +131,17 @@ def test_an_average_is_exported_in_the_dtypes_of_the_parameters(tmp_path):
     for name, leaf in leaves(exported):
         assert leaf.dtype == 'bfloat16', name
         assert np.all(np.asarray(leaf, np.float32) == 1), name
+
+
+def test_a_student_begins_with_layers_of_its_teacher(tmp_path):
+    """The first and the last one; everything around them is the teacher's too."""
+    path = str(MODELS / 'llama')
+    teacher = load(path)
+    last = teacher.config.num_layers - 1
+    given = {'task': 'distill', 'model': {'path': path, 'layers': (0, last)}, 'teacher': {'path': path}}
+    job = jobs.make_job(settings(tmp_path, eval={}, **given), jax.devices()[:1])
+    student = jax.device_get(jobs.first_state(job).params)
+    assert job.models['model'].cfg.num_layers == 2
+    wanted = jax.tree.map(lambda leaf: np.asarray(leaf)[[0, last]], teacher.params['layers'])
+    jax.tree.map(np.testing.assert_array_equal, student['layers'], wanted)
+    np.testing.assert_array_equal(student['embed']['embedding'], teacher.params['embed']['embedding'])
