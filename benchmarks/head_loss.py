@@ -1,11 +1,16 @@
 """The fused head loss beside the plain one that writes all logits, and beside its bare matrix products.
 
     python benchmarks/head_loss.py [--tokens=2048 --width=256 --vocab=4096 --chunks=256,512,1024] [--json]
+    python benchmarks/head_loss.py --memory [--chunks=256,512] [--json]
 
 Loss and both gradients, cross-entropy (plain: optax) and distillation from full teacher logits (plain: two softmaxes).
 Times are the best of --repeats calls in milliseconds, on the clock and, for a machine that does other work too, of all
 threads together. Temporary bytes are the compiler's. The floor is the three products without which there is no gradient
 (four for distillation, with the teacher's logits).
+
+With --memory it is compiled for an H100 that is not there (extra `aot`), at the size of a real head: 8,192 tokens,
+width 4,096, 131,072 words, in bfloat16; from the 64 likeliest words of a teacher, and from its head (JSD). Outputs are
+loss and both gradients, the kernel's in the dtype that is named.
 """
 
 import argparse
@@ -17,11 +22,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import SingleDeviceSharding
 from timing import in_turn, machine
 
 from jpt.kernels.distillation_loss import distillation
+from jpt.kernels.divergences import Divergence
 from jpt.kernels.head_loss import linear_loss
-from jpt.kernels.token_losses import cross_entropy
+from jpt.kernels.sparse_target import SparseTarget
+from jpt.kernels.token_losses import TokenLoss, cross_entropy
+from jpt.sharding.topology import topology_devices
 
 
 def operands(args: argparse.Namespace) -> dict[str, jax.Array]:
@@ -101,6 +110,46 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return {name: {**times[name]._asdict(), 'temp_mib': round(temporary[name], 1)} for name in times}
 
 
+def memory(chunks: list[int | None]) -> dict[str, dict[str, float]]:
+    """Temporaries and outputs in MiB by case, compiled for one H100."""
+    tokens, width, vocab, words = 8192, 4096, 131072, 64
+    devices = topology_devices(1)
+    place = SingleDeviceSharding(devices[0])
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def compiled(loss: TokenLoss, dtype: str, chunk: int | None, args: Any, shared: Any) -> Any:
+        def total(hidden: Any, kernel: Any, weights: Any, args: Any, shared: Any) -> Any:
+            return linear_loss(hidden, kernel, weights, args, loss, shared=shared, vocab_size=vocab, chunk=chunk)[0]
+
+        step = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+        hidden, kernel = array((tokens, width), 'bfloat16'), array((vocab, width), dtype)
+        with jax.set_mesh(jax.make_mesh((1,), ('data',), devices=devices)):
+            return step.trace(hidden, kernel, array((tokens,), 'float32'), args, shared).lower().compile()
+
+    sparse = SparseTarget(array((tokens, words), 'int32'), array((tokens, words), 'float32'))
+    targets = {'targets': array((tokens,), 'int32')}
+    hidden, head = array((tokens, width), 'bfloat16'), array((vocab, width), 'bfloat16')
+    cases = {
+        'sparse': (distillation(form='tail'), targets | {'sparse_target': sparse}, None),
+        'jsd': (
+            distillation((1.0, Divergence('jsd'))),
+            targets | {'teacher_hidden': hidden},
+            {'teacher_kernel': head},
+        ),
+    }
+    table = {}
+    for name, (loss, args, shared) in cases.items():
+        for dtype in ('bfloat16', 'float32'):
+            for chunk in chunks:
+                found = compiled(loss, dtype, chunk, args, shared).memory_analysis()
+                sizes = {'temporaries_mib': found.temp_size_in_bytes, 'outputs_mib': found.output_size_in_bytes}
+                case = f'{name}, {dtype} dW, chunk {chunk or "auto"}'
+                table[case] = {key: round(size / 2**20, 1) for key, size in sizes.items()}
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = {'tokens': 2048, 'width': 256, 'vocab': 4096}
@@ -108,8 +157,16 @@ def main() -> None:
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--chunks', default='256,512,1024')
     parser.add_argument('--dtype', default='float32')
+    parser.add_argument('--memory', action='store_true', help='compile for an H100 instead, and print what it holds')
     parser.add_argument('--json', action='store_true')
     args = parser.parse_args()
+    if args.memory:
+        held = memory([int(chunk) if chunk else None for chunk in args.chunks.split(',')])
+        for name, row in held.items():
+            print(f'{name:36s}' + '  '.join(f'{key} {value:8.1f}' for key, value in row.items()))
+        if args.json:
+            print(json.dumps({'benchmark': 'head_loss_memory', 'jax': jax.__version__, 'results': held}))
+        return
     table = measure(args)
     print(f'{"":28s}{"wall ms":>10s}{"cpu ms":>10s}{"temp MiB":>10s}')
     for name, row in table.items():

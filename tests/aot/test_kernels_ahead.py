@@ -13,7 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.attention import attention
+from jpt.kernels.distillation_loss import distillation
 from jpt.kernels.head_loss import linear_loss
+from jpt.kernels.sparse_target import SparseTarget
 from jpt.kernels.token_losses import cross_entropy
 from jpt.sharding.topology import PLUGINS, topology_devices
 
@@ -69,6 +71,31 @@ def test_head_loss_holds_one_chunk_of_logits():
         return step(hidden, kernel, weights, targets)[1][0]
 
     assert temporary(compiled(mesh_of({'data': 1}), frozen, *operands)) < 1024, 'a frozen head needs no gradient'
+
+
+@pytest.mark.parametrize(('dtype', 'most'), [('bfloat16', 3392), ('float32', 3700)])
+def test_distillation_from_likely_words_holds_little_beside_its_gradients(dtype, most):
+    """64 words of 131,072 for 8,192 tokens, 256 at a time: MiB of temporaries and outputs, whatever dW is held in."""
+    tokens, width, words, likely = 8192, 4096, 131072, 64
+
+    def step(hidden, kernel, weights, targets, ids, logp):
+        def total(hidden, kernel):
+            args, loss = {'targets': targets, 'sparse_target': SparseTarget(ids, logp)}, distillation(form='tail')
+            return linear_loss(hidden, kernel, weights, args, loss, vocab_size=words, chunk=256)[0]
+
+        return jax.value_and_grad(total, argnums=(0, 1))(hidden, kernel)
+
+    program = compiled(
+        mesh_of({'data': 1}),
+        step,
+        ((tokens, width), jnp.bfloat16, P()),
+        ((words, width), jnp.dtype(dtype), P()),
+        ((tokens,), jnp.float32, P()),
+        ((tokens,), jnp.int32, P()),
+        ((tokens, likely), jnp.int32, P()),
+        ((tokens, likely), jnp.float32, P()),
+    )
+    assert temporary(program) + program.memory_analysis().output_size_in_bytes / MIB <= most
 
 
 def test_head_loss_over_tensor_gathers_no_vocabulary():
