@@ -1,9 +1,11 @@
 """The last linear layer and the loss on its logits, in one: logits exist for one chunk of tokens at a time.
 
 A scan over chunks computes the logits, the loss and, when the result is differentiated, both gradients at once (the
-scheme of Liger Kernel: Hsu et al. 2024): 6 N D V operations, nothing of size [N, V], no softmax kept. The vocabulary
-may be cut over mesh axes: then only per-token scalars and, once after the scan, gradients are summed over shards. What
-is computed from a chunk of logits is a token loss (token_losses.py).
+scheme of Liger Kernel: Hsu et al. 2024): 6 N D V operations, no logits but a chunk's, no softmax kept. On a GPU the
+logits' gradients of several chunks, a block, wait in the dtype of the hidden states for one product with them: adding
+to the kernel's gradient chunk by chunk would move more bytes than the products take time. The vocabulary may be cut
+over mesh axes: then only per-token scalars and, once after the scan, gradients are summed over shards. What is computed
+from a chunk of logits is a token loss (token_losses.py).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class _Rule(NamedTuple):
     vocab_size: int
     soft_cap: float | None
     chunk: int | None
+    block: int | None
     vocab_axes: tuple[str, ...]
 
 
@@ -45,6 +48,7 @@ def linear_loss(
     shared=None,
     soft_cap: float | None = None,
     chunk: int | None = None,
+    block: int | None = None,
     vocab_axes: tuple[str, ...] = VOCAB,
 ):
     """Weighted sum over tokens of a loss on logits = hidden @ kernel^T -> (total, {name: (sum, weight)}).
@@ -62,6 +66,7 @@ def linear_loss(
         head), or None. Not differentiated, nor are args.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       chunk: tokens per step of the scan; None picks by platform. The result does not depend on it but by rounding.
+      block: chunks whose logits' gradients wait for one product; None picks by platform, see `choose_block`.
       vocab_axes: mesh axes over which the vocabulary is cut. Where an outer shard_map holds one of them manual, kernel
         and shared are this shard's rows already and hidden is the same on all of them.
 
@@ -80,19 +85,36 @@ def linear_loss(
         raise ValueError(
             f'linear_loss: vocab_size={vocab_size}: the kernel has {rows * axis_size(vocab_axes)} rows in all'
         )
-    rule = _Rule(token_loss, vocab_size, soft_cap, chunk, tuple(vocab_axes))
+    rule = _Rule(token_loss, vocab_size, soft_cap, chunk, block, tuple(vocab_axes))
     return _linear_loss(rule, hidden, kernel_VD, weights, args, shared)
 
 
 def choose_chunk(tokens: int, vocab: int) -> int:
     """Tokens per step, measured by benchmarks/head_loss.py.
 
-    A small chunk keeps logits in cache (CPU) or memory low (GPU); a large one passes over the kernel's gradient fewer
-    times. The logits of a chunk take 8 MiB on CPU and 512 MiB on GPU.
+    A small chunk keeps logits in cache (CPU) or memory low (GPU); a large one reads the kernel fewer times. The logits
+    of a chunk take 8 MiB on CPU and 128 MiB on GPU.
     """
-    budget = (8 if platform() == 'cpu' else 512) * 2**20 // 4
+    budget = (8 if platform() == 'cpu' else 128) * 2**20 // 4
     chunk = max(128, 2 ** int(math.log2(max(budget // vocab, 1))))
     return min(chunk, tokens)
+
+
+def choose_block(tokens: int, chunk: int, width: int, itemsize: int, *, wide: bool) -> int:
+    """Chunks whose logits' gradients, `itemsize` bytes each, wait for one product.
+
+    Adding a block to the kernel's gradient in float32 moves 8 D V bytes, all products of a block of n tokens take
+    6 n D V operations: an H100 (600 Tflop/s, 3.35 TB/s) spends 240 / n as long on the sums as on the products. All
+    tokens in one block need no float32 sum, so they are one where that takes no more room than the sum; not where a
+    float32 gradient is asked for (`wide`). Else a block takes an eighth of the sum's room: n = D / 4 in bfloat16.
+    On CPU chunks stay in cache, and a block is one chunk.
+    """
+    if platform() == 'cpu':
+        return 1
+    equal = 4 * width // itemsize  # tokens whose gradients take as many bytes as the float32 sum
+    most = max(1, (equal if tokens <= equal and not wide else equal // 8) // chunk)
+    chunks = -(-tokens // chunk)
+    return -(-chunks // -(-chunks // most))
 
 
 class _Layout(NamedTuple):
@@ -131,7 +153,7 @@ def _linear_loss(rule: _Rule, hidden, kernel_VD, weights, args, shared):
     layout = _layout(rule, hidden)
 
     def shard(hidden, kernel, weights, args, shared):
-        total, sums, _ = _scan(rule, hidden, kernel, weights, args, shared, with_gradients=False)
+        total, sums, _ = _scan(rule, hidden, kernel, weights, args, shared)
         return psum((total, sums), layout.token_axes)
 
     specs = (layout.tokens, layout.kernel, layout.tokens, layout.tokens, layout.kernel)
@@ -142,7 +164,9 @@ def _linear_loss_fwd(rule: _Rule, hidden, kernel_VD, weights, args, shared):
     layout = _layout(rule, hidden)
 
     def shard(hidden, kernel, weights, args, shared):
-        total, sums, (dhidden, dkernel) = _scan(rule, hidden, kernel, weights, args, shared, with_gradients=True)
+        stats = jnp.promote_types(hidden.dtype, jnp.float32)
+        dtype = stats if layout.token_axes else kernel.dtype
+        total, sums, (dhidden, dkernel) = _scan(rule, hidden, kernel, weights, args, shared, dtype=dtype)
         if layout.scatter:
             dkernel = lax.psum_scatter(dkernel, layout.scatter, scatter_dimension=1, tiled=True)
         others = tuple(name for name in layout.token_axes if name != layout.scatter)
@@ -165,46 +189,75 @@ def _linear_loss_bwd(rule: _Rule, gradients, cotangents):
 _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd)
 
 
-def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, with_gradients: bool):
-    """(total, sums, gradients) of the local tokens over the local columns: (dhidden, dkernel), not yet summed."""
+def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, dtype=None):
+    """(total, sums, gradients) of the local tokens over the local columns: (dhidden, dkernel), not yet summed.
+
+    dtype: of dkernel; without one there are no gradients.
+    """
     shape, width = hidden.shape, hidden.shape[-1]
     stats = jnp.promote_types(hidden.dtype, jnp.float32)
-    vocab = VocabShard(rule.vocab_axes, kernel_VD.shape[0], rule.vocab_size)
-    hidden, weights, args = _flat((hidden, weights, args), weights.ndim)
-    tokens = hidden.shape[0]
+    tree = _flat((hidden, weights.astype(stats), args), weights.ndim)
+    tokens = tree[1].shape[0]
     chunk = min(rule.chunk or choose_chunk(tokens, kernel_VD.shape[0]), tokens)
-    weights = weights.astype(stats)
-    kernel = kernel_VD.astype(hidden.dtype)
+    chunks = jax.tree.map(partial(_cut, chunk), tree)
+    step = _step(rule, kernel_VD.astype(hidden.dtype), shared, stats, with_gradients=dtype is not None)
+    zero = jnp.zeros((), stats)
+    start = zero, dict.fromkeys(rule.token_loss.metrics, zero)
+    if dtype is None:
+        total, sums = lax.scan(step, start, chunks)[0]
+        return total, _averages(sums, tree[1]), None
+
+    block = rule.block or choose_block(tokens, chunk, width, hidden.dtype.itemsize, wide=jnp.dtype(dtype) == stats)
+    blocks = jax.tree.map(partial(_cut, block), chunks)
+
+    def add_block(before, chunks, dtype=stats):
+        """A block: its chunks one after the other, and its part of the kernel's gradient."""
+        after, (dlogits, dh) = lax.scan(step, before, chunks)
+        dlogits_NV, h_ND = _flat((dlogits, chunks[0]), 2)
+        dkernel = lax.dot_general(dlogits_NV, h_ND, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+        return after, dkernel, dh
+
+    def add_on(carry, chunks):
+        """The next block, added to those before."""
+        after, more, dh = add_block(carry[0], chunks)
+        return (after, carry[1] + more), dh
+
+    if blocks[1].shape[0] == 1:
+        (total, sums), dkernel, dh = add_block(start, jax.tree.map(lambda x: x[0], blocks), dtype)
+    else:
+        begin = start, jnp.zeros((kernel_VD.shape[0], width), stats)
+        ((total, sums), dkernel), dh = lax.scan(add_on, begin, blocks)
+    return total, _averages(sums, tree[1]), (dh.reshape(-1, width)[:tokens].reshape(shape), dkernel)
+
+
+def _step(rule: _Rule, kernel_VD, shared, stats, *, with_gradients: bool):
+    """What is done with one chunk of tokens, as `lax.scan` calls it."""
+    vocab = VocabShard(rule.vocab_axes, kernel_VD.shape[0], rule.vocab_size)
     # One shard's part of dhidden is rounded to hidden's dtype only after the parts are added.
-    part = stats if axis_size(rule.vocab_axes) > 1 else hidden.dtype
+    part = stats if axis_size(rule.vocab_axes) > 1 else kernel_VD.dtype
 
     def step(carry, chunked):
-        """One chunk of tokens: its logits, loss and metrics, and both gradients."""
-        total, sums, dkernel = carry
+        """One chunk of tokens: its logits, loss and metrics, and the gradients of logits and hidden states."""
+        total, sums = carry
         h_CD, weight_C, args_C = chunked
-        logits_CV, slope = _logits(h_CD, kernel, vocab, rule.soft_cap, stats)
+        logits_CV, slope = _logits(h_CD, kernel_VD, vocab, rule.soft_cap, stats)
         loss_C, dlogits_CV, metrics = rule.token_loss(logits_CV, args_C, shared, vocab)
         used = weight_C != 0
         weigh = partial(_weighted_sum, weight_C, used)
-        total = total + weigh(loss_C)
-        metrics = jax.tree.map(weigh, metrics)
-        sums = {name: sums.get(name, 0) + value for name, value in metrics.items()}
+        carry = total + weigh(loss_C), {name: sums[name] + weigh(value) for name, value in metrics.items()}
         if not with_gradients:
-            return (total, sums, dkernel), None
+            return carry, None
         factor = weight_C[:, None] if slope is None else weight_C[:, None] * slope
         dlogits = jnp.where(used[:, None], dlogits_CV * factor, 0).astype(h_CD.dtype)
-        dkernel = dkernel + lax.dot_general(dlogits, h_CD, (((0,), (0,)), ((), ())), preferred_element_type=stats)
-        dh = lax.dot_general(dlogits, kernel, (((1,), (0,)), ((), ())), preferred_element_type=stats)
-        return (total, sums, dkernel), dh.astype(part)
+        dh = lax.dot_general(dlogits, kernel_VD, (((1,), (0,)), ((), ())), preferred_element_type=stats)
+        return carry, (dlogits, dh.astype(part))
 
-    zero = jnp.zeros((), stats)
-    sums = dict.fromkeys(rule.token_loss.metrics, zero)
-    start = zero, sums, jnp.zeros((kernel.shape[0], width), stats) if with_gradients else None
-    (total, sums, dkernel), dh = lax.scan(step, start, jax.tree.map(partial(_chunked, chunk), (hidden, weights, args)))
-    metrics = {name: (value, jnp.sum(weights)) for name, value in sums.items()}
-    if not with_gradients:
-        return total, metrics, None
-    return total, metrics, (dh.reshape(-1, width)[:tokens].reshape(shape), dkernel)
+    return step
+
+
+def _averages(sums, weights_N):
+    """Every metric's weighted sum beside the sum of weights."""
+    return {name: (value, jnp.sum(weights_N)) for name, value in sums.items()}
 
 
 def _flat(tree, leading: int):
@@ -212,12 +265,12 @@ def _flat(tree, leading: int):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), tree)
 
 
-def _chunked(chunk: int, x):
-    """[N, ...] -> [chunks, chunk, ...], padded with zeros (so with weight 0)."""
-    missing = -x.shape[0] % chunk
+def _cut(size: int, x):
+    """[N, ...] -> [parts, size, ...], padded with zeros (so with weight 0)."""
+    missing = -x.shape[0] % size
     if missing:
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, chunk, *x.shape[1:])
+    return x.reshape(-1, size, *x.shape[1:])
 
 
 def _weighted_sum(weight_C, used_C, value_C):

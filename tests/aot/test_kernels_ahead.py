@@ -75,13 +75,13 @@ def test_head_loss_holds_one_chunk_of_logits():
 
 @pytest.mark.parametrize(('dtype', 'most'), [('bfloat16', 3392), ('float32', 3700)])
 def test_distillation_from_likely_words_holds_little_beside_its_gradients(dtype, most):
-    """64 words of 131,072 for 8,192 tokens, 256 at a time: MiB of temporaries and outputs, whatever dW is held in."""
+    """64 words of 131,072 for 8,192 tokens: MiB of temporaries and outputs, whatever dW is held in."""
     tokens, width, words, likely = 8192, 4096, 131072, 64
 
     def step(hidden, kernel, weights, targets, ids, logp):
         def total(hidden, kernel):
             args, loss = {'targets': targets, 'sparse_target': SparseTarget(ids, logp)}, distillation(form='tail')
-            return linear_loss(hidden, kernel, weights, args, loss, vocab_size=words, chunk=256)[0]
+            return linear_loss(hidden, kernel, weights, args, loss, vocab_size=words)[0]
 
         return jax.value_and_grad(total, argnums=(0, 1))(hidden, kernel)
 

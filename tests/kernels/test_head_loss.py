@@ -19,13 +19,14 @@ from jpt.kernels.token_losses import cross_entropy
 V = 31
 TOLERANCE = {'float64': 1e-12, 'float32': 1e-5, 'bfloat16': 2e-2}
 
-# Pairwise: loss and its options, cap of the logits, chunk (whole, ragged, one token), padded rows, dtype, mesh.
+# Pairwise: loss and its options, cap of the logits, chunk (whole, ragged, one token), block (one chunk, some, all),
+# padded rows, dtype, mesh.
 CASES = {
     'ce': {},
-    'ce_z_cap_ragged': {'loss': {'z_loss': 0.1}, 'cap': 2.0, 'chunk': 7, 'pad': 1},
+    'ce_z_cap_ragged': {'loss': {'z_loss': 0.1}, 'cap': 2.0, 'chunk': 7, 'block': 3, 'pad': 1},
     'ce_tensor': {'chunk': 8, 'pad': 1, 'mesh': {'tensor': 4}},
     'ce_f32_rows': {'cap': 3.0, 'chunk': 4, 'pad': 1, 'dtype': 'float32', 'mesh': {'data': 2, 'tensor': 2}},
-    'ce_bf16': {'chunk': 9, 'dtype': 'bfloat16'},
+    'ce_bf16': {'chunk': 9, 'block': 3, 'dtype': 'bfloat16'},
     'kl': {'loss': {'alpha': 1.0, 'temperature': 1.0}, 'chunk': 22, 'pad': 5},
     'kl_mixed_one_token': {'loss': {'alpha': 0.3, 'temperature': 2.0, 'soft_cap': 1.5}, 'chunk': 1},
     'kl_mixed_tensor': {
@@ -38,6 +39,7 @@ CASES = {
     'kl_f32_tensor': {
         'loss': {'alpha': 1.0, 'temperature': 3.0, 'soft_cap': 4.0},
         'chunk': 6,
+        'block': 2,
         'pad': 9,
         'dtype': 'float32',
         'mesh': {'tensor': 8},
@@ -106,7 +108,8 @@ def assert_close(found, wanted, tolerance):
 
 
 def filled(name):
-    return {'loss': {}, 'cap': None, 'chunk': None, 'pad': 0, 'dtype': 'float64', 'mesh': {}, **CASES[name]}
+    options = {'loss': {}, 'cap': None, 'chunk': None, 'block': None, 'pad': 0, 'dtype': 'float64', 'mesh': {}}
+    return options | CASES[name]
 
 
 @functools.cache
@@ -119,7 +122,8 @@ def results(mesh):
         found = {}
         for name in names:
             options = filled(name)
-            loss, rest = token_loss(options['loss']), {'soft_cap': options['cap'], 'chunk': options['chunk']}
+            loss = token_loss(options['loss'])
+            rest = {'soft_cap': options['cap'], 'chunk': options['chunk'], 'block': options['block']}
             found[name] = differentiated(loss, vocab_size=V, **rest)(*arrays[name])
         return found
 
