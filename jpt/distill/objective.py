@@ -1,11 +1,14 @@
-"""Distillation from a frozen teacher's full logits, computed beside the student in one program."""
+"""Distillation from the full logits of frozen teachers, computed beside the student in one program."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jpt.data.batch import Batch
-from jpt.kernels.distillation_loss import distillation
+from jpt.distill.mixture import mixture
+from jpt.kernels.distillation_loss import Teacher, distillation, own_name
 from jpt.kernels.head_loss import linear_loss
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.transformer import final_norm, head_kernel, locate
@@ -26,34 +29,33 @@ from jpt.training.settings import DistillConfig
 
 def logit_distillation(
     student: ModelConfig,
-    teacher: ModelConfig,
+    teachers: Mapping[str, ModelConfig],
     compute: Compute,
     distill: DistillConfig = DistillConfig(),  # noqa: B008 (frozen)
     auxiliary: Auxiliary = Auxiliary(),  # noqa: B008 (frozen)
+    shares: Sequence[float] = (1.0,),
 ) -> Objective:
-    """Divergences from the teacher at temperature T, and cross-entropy: see kernels/distillation_loss.py.
+    """Divergences from teachers at temperature T, and cross-entropy: see kernels/distillation_loss.py.
 
-    Raises:
-        ValueError: the vocabularies differ.
+    teachers: by their names in `frozen`. shares: of each in every divergence, in all 1.
     """
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            f'teacher vocab_size={teacher.vocab_size}: expected the vocabulary of the student, {student.vocab_size}'
-        )
     token_loss = distillation(
         *distill.terms(),
         alpha=distill.alpha,
         temperature=distill.temperature,
         squared=distill.temperature_squared,
-        soft_cap=teacher.logit_soft_cap,
+        teachers=tuple(Teacher(cfg.vocab_size, cfg.logit_soft_cap, name) for name, cfg in teachers.items()),
     )
-    configs = {'student': student, 'teacher': teacher}
+    configs = {'student': student, **teachers}
 
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
-        return {'student': merge(params, frozen['model']), 'teacher': frozen['teacher']}
+        return {'student': merge(params, frozen['model']), **{name: frozen[name] for name in teachers}}
 
-    def counts(batch: Batch) -> Counts:
-        return token_counts(batch) | auxiliary.counts(student, batch)
+    def counts(batch: Batch, step: Any = 0) -> Counts:
+        found = token_counts(batch) | auxiliary.counts(student, batch)
+        if distill.schedule is not None:
+            found['mixture'] = mixture(distill, step, found['tokens'].dtype)
+        return found
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
@@ -61,8 +63,8 @@ def logit_distillation(
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
         both = models(layers, frozen_layers)
-        # A pipeline differentiates a stage in the whole carry: no cotangent goes back through the teacher's layers.
-        carry = carry | {'teacher': jax.lax.stop_gradient(carry['teacher'])}
+        # A pipeline differentiates a stage in the whole carry: no cotangent goes back through a teacher's layers.
+        carry = carry | {name: jax.lax.stop_gradient(carry[name]) for name in teachers}
         where = {name: locate(cfg, micro.positions, micro.segment_ids, compute.dtype) for name, cfg in configs.items()}
         return {
             name: Carry(*run_layers(cfg, both[name], *carry[name], where[name], compute))
@@ -75,17 +77,34 @@ def logit_distillation(
         """The loss between both models' logits, which exist chunk by chunk only."""
         both = models(params, frozen)
         hidden = {name: final_norm(cfg, both[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
+        args = {'targets': micro.targets, 'teacher_hidden': tuple(hidden[name] for name in teachers)}
+        given = {'mixture': counts['mixture']} if distill.schedule is not None else {}
+        if len(teachers) > 1:
+            given['share'] = jnp.asarray(shares, counts['tokens'].dtype)
+        args |= {name: jnp.broadcast_to(x, (*micro.targets.shape, *x.shape)) for name, x in given.items()}
         result = linear_loss(
             hidden['student'],
             head_kernel(student, both['student']),
             token_weights(micro, counts),
-            {'targets': micro.targets, 'teacher_hidden': hidden['teacher']},
+            args,
             token_loss,
-            shared={'teacher_kernel': head_kernel(teacher, both['teacher'])},
+            shared={'teacher_kernel': tuple(head_kernel(cfg, both[name]) for name, cfg in teachers.items())},
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,
         )
         after = After(both['student'], hidden['student'], carry['student'].router)
-        return auxiliary.added(in_tokens(result, counts), student, after, micro, counts, compute)
+        total, sums = in_tokens(result, counts)
+        result = total, _by_teacher(sums, list(teachers)) if len(teachers) > 1 else sums
+        return auxiliary.added(result, student, after, micro, counts, compute)
 
     return Objective(counts, first, stage, last, auxiliary.reads_load(student))
+
+
+def _by_teacher(sums: Sums, teachers: list[str]) -> Sums:
+    """Metrics of single teachers as means over their own tokens."""
+    own: Sums = {}
+    for teacher in teachers:
+        share, _ = sums[own_name('share', teacher)]
+        names = [name for name in sums if name.endswith(own_name('', teacher)) and not name.startswith('share')]
+        own |= {name: (sums[name][0], share) for name in names}
+    return sums | own

@@ -1,4 +1,4 @@
-"""The token loss of distillation: divergences from a teacher, dense or sparse, and cross-entropy on labels."""
+"""The token loss of distillation: divergences from teachers, dense or sparse, and cross-entropy on labels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ from jpt.kernels.vocab_shard import VocabShard
 
 
 @dataclasses.dataclass(frozen=True)
+class Teacher:
+    """What the loss needs to know of a teacher whose logits it sees.
+
+    vocab_size: words it has, None for those of the student. Of two sizes the first words, which both have, are
+    compared, and neither side's other columns take part. soft_cap: of its logits. name: of its own metrics, which
+    there are where there are several teachers.
+    """
+
+    vocab_size: int | None = None
+    soft_cap: float | None = None
+    name: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Distillation:
     """See `distillation`."""
 
@@ -21,73 +35,145 @@ class Distillation:
     alpha: float
     temperature: float
     squared: bool
-    soft_cap: float | None
+    teachers: tuple[Teacher, ...]
     form: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the divergences, as metrics."""
+        return tuple(name_of(divergence) for _, divergence in self.terms)
 
     @property
     def metrics(self) -> tuple[str, ...]:
         tails = () if self.form is None else ('tail', 'student_tail')
-        return ('loss', 'ce', 'agreement', 'accuracy', *(name_of(each) for _, each in self.terms), *tails)
+        own = [own_name(name, teacher) for teacher in self._named() for name in ('share', *self.names)]
+        weighted = [f'{name}_weighted' for name in ('ce', *self.names)]
+        plain = ('loss', 'ce', 'agreement', 'accuracy', 'entropy', 'teacher_entropy')
+        return (*plain, *self.names, *weighted, *own, *tails)
 
     def __call__(self, logits_CV, args, shared, vocab: VocabShard):
         targets, temperature = args['targets'], self.temperature
         peak = vocab.max(logits_CV)
-        cooled = logits_CV / temperature
-        cooled_lse = vocab.log_normalizer(cooled, peak / temperature)
-        against = self._sparse if self.form is not None else self._dense
-        values, gradient, metrics = against(cooled - cooled_lse[:, None], logits_CV, peak, args, shared, vocab)
-        lse = cooled_lse if temperature == 1 else vocab.log_normalizer(logits_CV, peak)
+        lse = vocab.log_normalizer(logits_CV, peak)
         target_logit = vocab.sum(vocab.pick(logits_CV, targets))
         ce = lse - target_logit
-        scale = self.alpha * (temperature**2 if self.squared else 1)
+        weights, ce_weight = self._weights(args)
+        against = self._sparse if self.form is not None else self._dense
+        values, gradient, metrics = against(weights, logits_CV, args, shared, vocab)
+        squared = temperature**2 if self.squared else 1
         # d(logits / T) contributes 1 / T.
-        dlogits = scale / temperature * gradient
-        if self.alpha != 1:
-            dlogits += (1 - self.alpha) * (jnp.exp(logits_CV - lse[:, None]) - vocab.hits(targets))
-        weighted = sum(weight * value for (weight, _), value in zip(self.terms, values, strict=True))
-        loss = scale * weighted + (1 - self.alpha) * ce
-        metrics |= {name_of(each): value for (_, each), value in zip(self.terms, values, strict=True)}
+        dlogits = squared / temperature * gradient
+        if not isinstance(ce_weight, float) or ce_weight:
+            dlogits += _each(ce_weight) * (jnp.exp(logits_CV - lse[:, None]) - vocab.hits(targets))
+        parts = {f'{name}_weighted': squared * w * v for name, w, v in zip(self.names, weights, values, strict=True)}
+        parts['ce_weighted'] = ce_weight * ce
+        loss = sum(parts.values(), jnp.zeros_like(ce))
+        metrics |= dict(zip(self.names, values, strict=True)) | parts
         metrics |= {'loss': loss, 'ce': ce, 'accuracy': (target_logit >= peak).astype(loss.dtype)}
         return loss, dlogits, metrics
 
-    def _dense(self, logq_CV, logits_CV, peak, args, shared, vocab: VocabShard):
-        """(values, weighted gradient in the cooled logits, metrics) against the teacher's logits."""
-        teacher_CV = self._teacher(args, shared, logits_CV.dtype, vocab)
-        teacher_peak = vocab.max(teacher_CV)
-        cooled = teacher_CV / self.temperature
-        logp_CV = cooled - vocab.log_normalizer(cooled, teacher_peak / self.temperature)[:, None]
-        found = [divergence(logp_CV, logq_CV) for _, divergence in self.terms]
-        values = [vocab.sum(jnp.sum(terms, axis=-1)) for terms, _ in found]
-        slopes = sum(weight * slope for (weight, _), (_, slope) in zip(self.terms, found, strict=True))
-        total = vocab.sum(jnp.sum(slopes, axis=-1))
-        both = jnp.any((logits_CV == peak[:, None]) & (teacher_CV == teacher_peak[:, None]), axis=-1)
-        agreement = jnp.minimum(vocab.sum(both.astype(logits_CV.dtype)), 1)
-        return values, slopes - jnp.exp(logq_CV) * total[:, None], {'agreement': agreement}
+    def _weights(self, args):
+        """Of every divergence, and of the cross-entropy: numbers, or one for each token."""
+        if 'mixture' in args:
+            *weights, ce = (args['mixture'][:, k] for k in range(len(self.terms) + 1))
+            return weights, ce
+        return [self.alpha * weight for weight, _ in self.terms], 1 - self.alpha
 
-    def _sparse(self, logq_CV, logits_CV, peak, args, shared, vocab: VocabShard):
-        """The same against the likeliest words of the teacher."""
+    def _dense(self, weights, logits_CV, args, shared, vocab: VocabShard):
+        """(values, weighted gradient in the cooled logits, metrics) against the logits of all teachers."""
+        values: list = [0] * len(self.terms)
+        gradient, metrics = 0, dict.fromkeys(('entropy', 'teacher_entropy', 'agreement'), 0)
+        for i, teacher in enumerate(self.teachers):
+            common = _common(vocab, teacher)
+            peak, logq_CV = self._cooled(common.mask(logits_CV), common)
+            teacher_CV = common.mask(self._logits(i, args, shared, logits_CV.dtype))
+            teacher_peak, logp_CV = self._cooled(teacher_CV, common)
+            found = [divergence(logp_CV, logq_CV) for _, divergence in self.terms]
+            own = [vocab.sum(jnp.sum(terms, axis=-1)) for terms, _ in found]
+            slopes = sum(_each(weight) * slope for weight, (_, slope) in zip(weights, found, strict=True))
+            total = vocab.sum(jnp.sum(slopes, axis=-1))
+            both = jnp.any((logits_CV == peak[:, None]) & (teacher_CV == teacher_peak[:, None]), axis=-1)
+            share = args['share'][:, i] if 'share' in args else 1 / len(self.teachers)
+            values = [value + share * more for value, more in zip(values, own, strict=True)]
+            gradient += _each(share) * (slopes - jnp.exp(logq_CV) * total[:, None])
+            found_metrics = {
+                'entropy': _entropy(logq_CV, vocab),
+                'teacher_entropy': _entropy(logp_CV, vocab),
+                'agreement': jnp.minimum(vocab.sum(both.astype(logits_CV.dtype)), 1),
+            }
+            metrics |= {name: metrics[name] + share * value for name, value in found_metrics.items()}
+            if len(self.teachers) > 1:
+                parts = zip(('share', *self.names), (jnp.ones_like(peak), *own), strict=True)
+                metrics |= {own_name(name, teacher.name): share * x for name, x in parts}
+        return values, gradient, metrics
+
+    def _cooled(self, logits_CV, vocab: VocabShard):
+        """(largest logit [C], log-probabilities [C, V] at the temperature)."""
+        peak = vocab.max(logits_CV)
+        cooled = logits_CV / self.temperature
+        return peak, cooled - vocab.log_normalizer(cooled, peak / self.temperature)[:, None]
+
+    def _sparse(self, weights, logits_CV, args, shared, vocab: VocabShard):
+        """The same against the likeliest words of a teacher."""
         del shared
         assert self.form is not None
         target = args['sparse_target']
+        peak, logq_CV = self._cooled(logits_CV, vocab)
         found = [sparse_divergence(divergence, self.form, target, logq_CV, vocab) for _, divergence in self.terms]
         values = [value for value, _, _ in found]
-        gradient = sum(weight * own for (weight, _), (_, own, _) in zip(self.terms, found, strict=True))
+        gradient = sum(_each(weight) * own for weight, (_, own, _) in zip(weights, found, strict=True))
         best = jnp.take_along_axis(target.ids, jnp.argmax(target.logp, axis=-1)[:, None], axis=-1)[:, 0]
         agreement = (vocab.sum(vocab.pick(logits_CV, best)) >= peak).astype(logits_CV.dtype)
-        tail, student_tail = (jnp.exp(log_mass) for log_mass in found[0][2])
-        return values, gradient, {'agreement': agreement, 'tail': tail, 'student_tail': student_tail}
+        log_tail, log_student_tail = found[0][2]
+        p = jnp.where(target.ids >= 0, target.logp.astype(log_tail.dtype), -jnp.inf)
+        words = jnp.sum(jnp.where(target.ids >= 0, jnp.exp(p) * p, 0), axis=-1)
+        metrics = {
+            'entropy': _entropy(logq_CV, vocab),
+            'teacher_entropy': -words - jnp.exp(log_tail) * log_tail,
+            'agreement': agreement,
+            'tail': jnp.exp(log_tail),
+            'student_tail': jnp.exp(log_student_tail),
+        }
+        return values, gradient, metrics
 
-    def _teacher(self, args, shared, dtype, vocab: VocabShard):
-        """The teacher's logits [C, V] of the local columns: as they are given, or from hidden states and head."""
+    def _logits(self, which: int, args, shared, dtype):
+        """A teacher's logits [C, V] of the local columns: as they are given, or from hidden states and head."""
         if 'teacher_logits' in args:
-            return vocab.mask(args['teacher_logits'].astype(dtype))
-        hidden, kernel = args['teacher_hidden'], shared['teacher_kernel']
+            return _of(args['teacher_logits'], which).astype(dtype)
+        hidden, kernel = _of(args['teacher_hidden'], which), _of(shared['teacher_kernel'], which)
         logits = jax.lax.dot_general(
             hidden, kernel.astype(hidden.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype
         )
-        if self.soft_cap is not None:
-            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
-        return vocab.mask(logits)
+        cap = self.teachers[which].soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _named(self) -> list[str]:
+        return [teacher.name for teacher in self.teachers] if len(self.teachers) > 1 else []
+
+
+def _common(vocab: VocabShard, teacher: Teacher) -> VocabShard:
+    """The vocabulary that student and teacher share."""
+    return dataclasses.replace(vocab, vocab_size=min(vocab.vocab_size, teacher.vocab_size or vocab.vocab_size))
+
+
+def _entropy(logp_CV, vocab: VocabShard):
+    """-sum p log p over the whole vocabulary [C]."""
+    return -vocab.sum(jnp.sum(jnp.exp(logp_CV) * logp_CV, axis=-1))
+
+
+def _each(weight):
+    """A weight of all tokens, or of each [C], beside values [C, V]."""
+    return weight if isinstance(weight, float | int) else weight[:, None]
+
+
+def _of(given, which: int):
+    """One teacher's part of what is a tuple where there are several."""
+    return given[which] if isinstance(given, tuple) else given
+
+
+def own_name(name: str, teacher: str) -> str:
+    """The name of one teacher's metric, where there are several."""
+    return f'{name}/{teacher}'
 
 
 def name_of(divergence: Divergence) -> str:
@@ -100,7 +186,7 @@ def distillation(
     alpha: float = 1.0,
     temperature: float = 1.0,
     squared: bool = True,
-    soft_cap: float | None = None,
+    teachers: tuple[Teacher, ...] = (Teacher(),),
     form: str | None = None,
 ) -> TokenLoss:
     """alpha * T^2 * sum of weight * divergence (both sides at temperature T) + (1 - alpha) * cross-entropy.
@@ -108,15 +194,21 @@ def distillation(
     With one forward KL that is Hinton et al. 2015. Reads args['targets'] (int32 [N]), and of the teacher
     args['teacher_hidden'] ([N, E]) and shared['teacher_kernel'] ([V, E], padded as the student's), whose logits are
     made chunk by chunk, or args['teacher_logits'] of the columns that are here (after any soft cap), or
-    args['sparse_target'], a SparseTarget at this temperature. Reports 'loss', 'ce' (at 1),
-    every divergence (at T, unweighted; 'kl' is the forward one), 'agreement' (teacher and student share a largest
-    logit), 'accuracy', and of a sparse target 'tail' and 'student_tail', the mass outside of its words.
+    args['sparse_target'], a SparseTarget at this temperature. Of several teachers these are tuples; a divergence is
+    then its mean over them, or weighed for every token by args['share'] ([N, teachers]). args['mixture'] ([N, terms +
+    1]), where it is given, has the weights alpha * weight of every divergence and 1 - alpha, for every token.
+
+    Reports 'loss', 'ce' (at 1), every divergence (at T, unweighted; 'kl' is the forward one) and what each contributes
+    to the loss ('kl_weighted', 'ce_weighted'), 'agreement' (teacher and student share a largest logit), 'accuracy',
+    'entropy' of the student and 'teacher_entropy' (nats, at T; of a sparse target with the others as one word), of a
+    sparse target 'tail' and 'student_tail', the mass outside of its words, and of several teachers their 'share' of the
+    tokens and every divergence times it.
 
     Args:
       terms: (weight, divergence); none stands for the forward KL.
       squared: whether T^2 is there, which keeps the size of gradients as T grows.
-      soft_cap: of the teacher's logits.
-      form: None for a teacher by its hidden states; else what becomes of the words that a sparse target leaves out, see
+      teachers: those by whose logits the student learns.
+      form: None for a teacher by its logits; else what becomes of the words that a sparse target leaves out, see
         sparse_target.py.
 
     Raises:
@@ -138,4 +230,4 @@ def distillation(
             f'distillation: {escaping[0]} on renormalized words: the student may leave them at no cost, and nothing '
             "draws it back then: expected form='tail'"
         )
-    return Distillation(terms, alpha, temperature, squared, soft_cap, form)
+    return Distillation(terms, float(alpha), temperature, squared, teachers, form)

@@ -38,14 +38,17 @@ class Objective(Protocol):
     def last(self) -> Callable[..., tuple[jax.Array, Tree]]: ...
 
 
-def loss_and_grads(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> tuple[Any, Tree, Tree]:
+def loss_and_grads(
+    objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan, step: jax.Array | int = 0
+) -> tuple[Any, Tree, Tree]:
     """Loss, gradients and metrics of a whole batch [B, T]; call it under `jax.jit`.
 
     Gradients are added over microbatches on each device in at least float32 and summed over the mesh once (over `fsdp`
     by each microbatch's scatter to the shards). Neither they nor the loss depend on the plan, up to rounding.
 
     Args:
-        params, frozen: in the device layout. batch: a pytree of arrays [B, T, ...] or [B].
+        params, frozen: in the device layout. batch: a pytree of arrays [B, T, ...] or [B]. step: updates made so far,
+            for what an objective changes as it goes.
 
     Returns:
         total, gradients in the shape and layout of params, metrics {name: (sum, count)}.
@@ -63,21 +66,23 @@ def loss_and_grads(objective: Objective, params: Tree, frozen: Tree, batch: Tree
             _summed(plan, sums),
         )
 
-    counts = _counts(objective, params, frozen, batch, plan)
+    counts = _counts(objective, params, frozen, batch, plan, step)
     return _on_mesh(body, plan, params, frozen, batch, counts, (P(), _manual_specs(plan.specs), P()))
 
 
-def loss_and_sums(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> Tree:
+def loss_and_sums(
+    objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan, step: jax.Array | int = 0
+) -> Tree:
     """Metrics {name: (sum, count)} of a whole batch, the loss among them, without gradients; as `loss_and_grads`."""
-    return _sums(objective, params, frozen, batch, _counts(objective, params, frozen, batch, plan), plan)
+    return _sums(objective, params, frozen, batch, _counts(objective, params, frozen, batch, plan, step), plan)
 
 
-def _counts(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> Tree:
+def _counts(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan, step: jax.Array | int) -> Tree:
     """What an objective knows of the whole batch before its first microbatch.
 
     The load of experts takes a forward pass to know; a batch that is one microbatch has it in time without.
     """
-    counts = objective.counts(batch)
+    counts = objective.counts(batch, step)
     if not objective.reads_load or plan.num_microbatches == 1:
         return counts
     return counts | {'load': _sums(objective, params, frozen, batch, counts, plan)['load'][0]}

@@ -1,5 +1,6 @@
 """The plan of a step: how parameters, batch and layers are divided over a mesh, and what it says to the user."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -63,6 +64,10 @@ def make_plan(
             )
         whole = _union(params, frozen['model']) if name == 'model' else frozen[name]
         layouts[name] = make_layout(whole, mesh.shape, chunks, config.experts)
+    # Equal columns of all models lie on the same device, whatever vocabularies they have.
+    rows = max(layout.padded_vocab for layout in layouts.values())
+    layouts = {name: dataclasses.replace(layout, padded_vocab=rows) for name, layout in layouts.items()}
+    for name, config in configs.items():
         rules = Rules(mesh.shape, units_of(config), layouts[name].staged)
         placed[name] = functools.partial(_specs_of, layouts[name], rules)
     frozen_specs = {name: placed[name](tree) for name, tree in frozen.items()}

@@ -48,7 +48,7 @@ class Job(NamedTuple):
     """A training job, ready to run; `state` and `batch` are its shapes."""
 
     config: TrainConfig
-    models: dict[str, Weights]  # 'model', and 'teacher' where there is one
+    models: dict[str, Weights]  # 'model', and teachers by their names
     mesh: Mesh
     plan: Plan
     objective: Objective
@@ -85,12 +85,11 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'program opens: expected a model; python -m jpt.convert --input={path} --to=hf merges the adapter into one'
         )
     models = {'model': open_weights(config.model, config.compute.param_dtype)}
-    if config.teacher is not None:
-        models['teacher'] = open_weights(dataclasses.replace(config.teacher, mtp=False), config.compute.dtype)
-        if models['teacher'].source is None:
-            raise ValueError(
-                'config.teacher.architecture: a teacher needs trained weights: expected config.teacher.path'
-            )
+    for name, teacher in config.named_teachers().items():
+        models[name] = open_weights(dataclasses.replace(teacher, mtp=False), config.compute.dtype)
+        if models[name].source is None:
+            place = f'config.{"teacher" if teacher is config.teacher else f"teachers.{name}"}'
+            raise ValueError(f'{place}.architecture: a teacher needs trained weights: expected {place}.path')
     compute = Compute(
         dtype=config.compute.dtype,
         remat=config.compute.remat,
@@ -129,13 +128,8 @@ def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute
         cfg = dataclasses.replace(cfg, experts=dataclasses.replace(cfg.experts, capacity=config.router.capacity))
     auxiliary = Auxiliary(config.router, config.mtp_loss)
     if config.task == 'distill':
-        return logit_distillation(
-            cfg,
-            models['teacher'].cfg,
-            compute,
-            config.distill,
-            auxiliary,
-        )
+        teachers = {name: models[name].cfg for name in config.named_teachers()}
+        return logit_distillation(cfg, teachers, compute, config.distill, auxiliary, config.teacher_shares())
     return language_modeling(cfg, compute, auxiliary)
 
 
@@ -250,7 +244,7 @@ def _load(job: Job, name: str) -> Any:
 
 
 def _kept(state: TrainState) -> TrainState:
-    """What a checkpoint holds of a state: all but the teacher, whose own checkpoint has it."""
+    """What a checkpoint holds of a state: all but teachers, whose own checkpoints have them."""
     return state._replace(frozen={'model': state.frozen['model']})
 
 
@@ -267,7 +261,7 @@ def canonical_shapes(job: Job) -> TrainState:
 
 
 def canonical(job: Job, state: TrainState) -> TrainState:
-    """The state as checkpoints hold it: in the canonical layout, without the teacher.
+    """The state as checkpoints hold it: in the canonical layout, without teachers.
 
     Where the layouts differ (pipelines, a padded vocabulary) the leaves that change are new arrays, divided over the
     devices like those of the state; all others are the state's own.
@@ -276,7 +270,7 @@ def canonical(job: Job, state: TrainState) -> TrainState:
 
 
 def from_canonical(job: Job, kept: TrainState) -> TrainState:
-    """The state on its devices, from what a checkpoint held; a teacher is read from its own source."""
+    """The state on its devices, from what a checkpoint held; teachers are read from their own sources."""
     state = laid_out(to_device_layout, job.plan.layouts['model'], kept, _kept(job.state))
     teachers = {
         name: laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), job.state.frozen[name])

@@ -32,7 +32,7 @@ class Objective(NamedTuple):
     The carry is a pytree of float arrays that rides from stage to stage.
     """
 
-    counts: Callable[[Batch], Counts]  # global counts, from the whole batch
+    counts: Callable[[Batch, Any], Counts]  # global numbers, from the whole batch and the updates made so far
     first: Callable[[Tree, Tree, Batch], Tree]  # (params, frozen, micro) -> carry
     stage: Callable[[Tree, Tree, Tree, Batch], Tree]  # (layers, frozen_layers, carry, micro) -> carry
     last: Callable[[Tree, Tree, Tree, Batch, Counts], tuple[jax.Array, Sums]]
@@ -75,7 +75,8 @@ def in_tokens(result: tuple[jax.Array, Sums], counts: Counts) -> tuple[jax.Array
 def language_modeling(cfg: ModelConfig, compute: Compute, auxiliary: Auxiliary = Auxiliary()) -> Objective:  # noqa: B008 (frozen)
     """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
 
-    def counts(batch: Batch) -> Counts:
+    def counts(batch: Batch, step: Any = 0) -> Counts:
+        del step
         return token_counts(batch) | auxiliary.counts(cfg, batch)
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> Carry:

@@ -26,7 +26,7 @@ def bytes_by_part(job: Job) -> dict[str, int]:
 
 
 def flops_of(job: Job) -> float:
-    """Operations per token of a training step: the model's, and a forward pass of its teacher."""
+    """Operations per token of a training step: the model's, and a forward pass of every teacher."""
     config = job.config
     trained = None if not jax.tree.leaves(job.state.frozen['model']) else canonical_shapes(job).params
     cfg = job.models['model'].cfg
@@ -55,9 +55,10 @@ def overview(job: Job) -> str:
     lines = [f'task     {config.task}', f'model    {model.family}, {trained + frozen:,} parameters, {start}']
     if frozen:
         lines.append(f'trained  {trained:,} parameters; {frozen:,} are frozen')
-    if 'teacher' in job.models and config.teacher is not None:
-        count = count_parameters(job.state.frozen['teacher'])
-        lines.append(f'teacher  {job.models["teacher"].cfg.family}, {count:,} parameters, from {config.teacher.path}')
+    for (name, teacher), share in zip(config.named_teachers().items(), config.teacher_shares(), strict=True):
+        count = count_parameters(job.state.frozen[name])
+        which = f' ({name}, {share:.0%} of every divergence)' if config.teachers else ''
+        lines.append(f'teacher  {job.models[name].cfg.family}, {count:,} parameters, from {teacher.path}{which}')
     lines.append(f'data     {describe_data(config.data)}')
     lines.append(f'held out {"none" if config.eval.data is None else describe_data(config.eval.data)}')
     tokens = config.batch.size * config.batch.length

@@ -162,7 +162,7 @@ def open_assets(config: TrainConfig) -> tuple[Tokenizer, Path]:
     Raises:
         ValueError: nothing names a tokenizer.
     """
-    given = [config.tokenizer, config.model.path, config.teacher.path if config.teacher else None]
+    given = [config.tokenizer, config.model.path, *(teacher.path for teacher in config.named_teachers().values())]
     for path in given:
         if path is None:
             continue
@@ -174,14 +174,28 @@ def open_assets(config: TrainConfig) -> tuple[Tokenizer, Path]:
 
 
 def check_vocabulary(job: Job, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where the tokenizer has ids, or a row positions, that the model has no embedding for."""
-    cfg = job.models['model'].cfg
-    if cfg.learned_positions and job.config.batch.length > cfg.max_length:
-        raise ValueError(
-            f"config.batch.length={job.config.batch.length}: expected at most the model's {cfg.max_length} positions"
-        )
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise ValueError(
-            f'the tokenizer in {tokenizer.source} has ids up to {tokenizer.vocab_size - 1}: expected less than the '
-            f"model's vocab_size={cfg.vocab_size}"
-        )
+    """Raises ValueError where a model cannot read what the tokenizer writes.
+
+    That is: ids, or positions of a row, for which a model has no embedding; a teacher with a tokenizer of its own that
+    gives other ids. A teacher without a tokenizer is taken to have this one.
+    """
+    for name, weights in job.models.items():
+        cfg = weights.cfg
+        if cfg.learned_positions and job.config.batch.length > cfg.max_length:
+            raise ValueError(
+                f'config.batch.length={job.config.batch.length}: expected at most the {cfg.max_length} positions of '
+                f'the {name}'
+            )
+        if tokenizer.vocab_size > cfg.vocab_size:
+            raise ValueError(
+                f'the tokenizer in {tokenizer.source} has ids up to {tokenizer.vocab_size - 1}: expected less than '
+                f'vocab_size={cfg.vocab_size} of the {name}'
+            )
+    for name, teacher in job.config.named_teachers().items():
+        assert teacher.path is not None
+        theirs = open_tokenizer(open_model(teacher.path).assets)
+        if theirs is not None and theirs.fingerprint() != tokenizer.fingerprint():
+            raise ValueError(
+                f'the {name} {teacher.path} has another tokenizer ({theirs.fingerprint()[:12]}) than the student '
+                f'({tokenizer.fingerprint()[:12]}, from {tokenizer.source}): its words are not those of the student'
+            )

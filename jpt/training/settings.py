@@ -31,6 +31,36 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherSource(ModelSource):
+    """One of several teachers."""
+
+    weight: float = 1.0  # its share of every divergence is this over the sum of all weights
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, 'weight', self.weight > 0, 'a positive number')
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureSchedule:
+    """How weights of a distillation change: from what they are until step `begin` to what they are from `end` on."""
+
+    to: dict[str, float]  # the last weights, by the names of the first ones; others stay
+    end: int  # steps
+    begin: int = 0
+    kind: Literal['linear', 'cosine'] = 'linear'
+
+    def __post_init__(self) -> None:
+        allowed = ('alpha', *NAMES)
+        known = bool(self.to) and set(self.to) <= set(allowed)
+        require(self, 'to', known, f'weights of some of {", ".join(allowed)}')
+        in_range = all(value >= 0 for value in self.to.values()) and self.to.get('alpha', 0) <= 1
+        require(self, 'to', in_range, 'numbers of 0 or more, and alpha from 0 to 1')
+        require(self, 'begin', self.begin >= 0, 'an integer of 0 or more')
+        require(self, 'end', self.end > self.begin, f'an integer above begin={self.begin}')
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """How a student learns from its teacher's logits: weights of divergences by name, see jpt.kernels.divergences."""
 
@@ -46,25 +76,27 @@ class DistillConfig:
     temperature: float = 1.0  # of both sides
     temperature_squared: bool = True  # divergences times temperature^2, so that their gradients keep their size
     alpha: float = 1.0  # weight of all divergences together; the rest is cross-entropy
+    schedule: MixtureSchedule | None = None  # of the weights above, alpha among them
 
     def __post_init__(self) -> None:
         require(self, 'temperature', self.temperature > 0, 'a positive number')
         require(self, 'alpha', 0 <= self.alpha <= 1, 'a number from 0 to 1')
         for name in NAMES:
             require(self, name, getattr(self, name) >= 0, 'a number of 0 or more')
-        some = any(getattr(self, name) for name in NAMES)
-        require(self, 'forward_kl', some or self.alpha == 0, f'a positive weight of one of {", ".join(NAMES)}')
+        require(
+            self, 'forward_kl', bool(self.terms()) or self.alpha == 0, f'a positive weight of one of {", ".join(NAMES)}'
+        )
         inside = 0 < self.beta < 1 or (self.jsd_normalized and self.beta in (0, 1))
         require(self, 'beta', inside, 'a number between 0 and 1, or with jsd_normalized from 0 to 1')
         require(self, 'skew', 0 <= self.skew < 1, 'a number from 0 to below 1')
 
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
-        """The divergences with a weight, as `jpt.kernels.distillation_loss.distillation` takes them."""
-        weights = {name: getattr(self, name) for name in NAMES}
+        """The divergences that have a weight at first or in the end, with the first, as `distillation` takes them."""
+        last = self.schedule.to if self.schedule else {}
         return tuple(
-            (weight, Divergence(name, self.beta, self.skew, self.jsd_normalized))
-            for name, weight in weights.items()
-            if weight
+            (getattr(self, name), Divergence(name, self.beta, self.skew, self.jsd_normalized))
+            for name in NAMES
+            if getattr(self, name) or last.get(name)
         )
 
 
@@ -192,6 +224,7 @@ class TrainConfig:
     model: ModelSource
     data: DataConfig
     teacher: ModelSource | None = None
+    teachers: dict[str, TeacherSource] = dataclasses.field(default_factory=dict)  # several, by name, and no `teacher`
     tokenizer: str | None = None  # a directory; None: the model's own, or else the teacher's
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
@@ -220,11 +253,24 @@ class TrainConfig:
         trains_mtp = self.lora is None or not self.mtp_loss
         require(self, 'mtp_loss', trains_mtp, '0 where lora is given: no adapter reaches modules for further tokens')
         require(self, 'ema', self.ema is None or 0 < self.ema < 1, 'a number between 0 and 1, or None')
-        has_teacher = self.teacher is not None
-        require(self, 'teacher', has_teacher == (self.task == 'distill'), 'a model where task is distill, else None')
-        require(self, 'compare', self.compare is None or self.task == 'distill', "None, unless task is 'distill'")
+        given = bool(self.teachers) + (self.teacher is not None)
+        require(self, 'teacher', given == (self.task == 'distill'), 'a model (or else teachers) for distill, else None')
+        named = all(name.isidentifier() and name not in ('model', 'student') for name in self.teachers)
+        require(self, 'teachers', named, "names of letters, digits and underscores other than 'model' and 'student'")
+        compares = self.compare is None or self.teacher is not None
+        require(self, 'compare', compares, "None, unless task is 'distill' with one teacher")
         has_text = self.compare is None or self.eval.data is not None
         require(self, 'compare', has_text, 'None, unless eval.data.paths names held-out text to compare on')
         traced = self.log.profile[1] if self.log.profile else 1
         require(self, 'steps', traced <= self.steps, f'at least {traced}, the last step of log.profile')
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
+
+    def named_teachers(self) -> dict[str, ModelSource]:
+        """All teachers by name; a single one is called 'teacher'."""
+        single = {} if self.teacher is None else {'teacher': self.teacher}
+        return {**single, **self.teachers}
+
+    def teacher_shares(self) -> tuple[float, ...]:
+        """The share of each of `named_teachers` in every divergence, in all 1."""
+        weights = [teacher.weight for teacher in self.teachers.values()] or [1.0]
+        return tuple(weight / sum(weights) for weight in weights)

@@ -33,7 +33,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         """The state after one batch, or as it was where the batch is refused, and the metrics."""
-        total, grads, sums = loss_and_grads(objective, state.params, state.frozen, batch, plan)
+        total, grads, sums = loss_and_grads(objective, state.params, state.frozen, batch, plan, state.step)
         params, opt_state, info = optimizer.update(grads, state.opt_state, state.params, jnp.isfinite(total))
         accepted = info['accepted']
         sums, load = split_load(sums)
@@ -55,6 +55,6 @@ def make_eval_step(objective: Objective, plan: Plan) -> Callable[[TrainState, Ba
     """The metrics of a batch, without gradients."""
 
     def evaluate(state: TrainState, batch: Batch) -> Sums:
-        return split_load(loss_and_sums(objective, state.params, state.frozen, batch, plan))[0]
+        return split_load(loss_and_sums(objective, state.params, state.frozen, batch, plan, state.step))[0]
 
     return evaluate

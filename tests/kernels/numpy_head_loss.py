@@ -75,6 +75,10 @@ def distillation(case, alpha, temperature, soft_cap=None, teacher_cap=None):
         'loss': alpha * temperature**2 * kl + (1 - alpha) * ce,
         'kl': kl,
         'ce': ce,
+        'kl_weighted': alpha * temperature**2 * kl,
+        'ce_weighted': (1 - alpha) * ce,
+        'entropy': -(np.exp(logp) * logp).sum(axis=-1),
+        'teacher_entropy': -(np.exp(logq) * logq).sum(axis=-1),
         'agreement': logits.argmax(axis=-1) == teacher.argmax(axis=-1),
         'accuracy': logits.argmax(axis=-1) == case.targets,
     }

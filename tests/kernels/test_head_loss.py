@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jpt.kernels.distillation_loss import distillation
+from jpt.kernels.distillation_loss import Teacher, distillation
 from jpt.kernels.divergences import Divergence
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.sparse_target import FORMS, SparseTarget
@@ -48,7 +48,10 @@ CASES = {
 
 
 def token_loss(options):
-    return distillation(**options) if 'alpha' in options else cross_entropy(**options)
+    if 'alpha' not in options:
+        return cross_entropy(**options)
+    rest = {name: value for name, value in options.items() if name != 'soft_cap'}
+    return distillation(**rest, teachers=(Teacher(soft_cap=options.get('soft_cap')),))
 
 
 def expected(case, options, cap):
@@ -357,6 +360,10 @@ def test_a_mixture_of_divergences_is_the_sum_of_its_parts_at_any_temperature():
     p = np.exp(logp)
     tail = np.sum((case.weights * (1 - p.sum(axis=-1)))[case.weights > 0])
     assert found['tail all'][0][1]['tail'][0] == pytest.approx(tail, rel=1e-9)
+    rest = 1 - p.sum(axis=-1)
+    entropy = -(p * logp).sum(axis=-1) - rest * np.log(rest)
+    wanted = np.sum((case.weights * entropy)[case.weights > 0])
+    assert found['tail all'][0][1]['teacher_entropy'][0] == pytest.approx(wanted, rel=1e-9)
     agreement = np.argmax(case.hidden @ case.kernel.T, axis=-1) == np.argmax(teacher, axis=-1)
     for form in (None, *FORMS[:2]):
         wanted = np.sum((case.weights * agreement)[case.weights > 0])

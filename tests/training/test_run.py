@@ -9,7 +9,7 @@ import pytest
 from tiny import ARCHITECTURE, TOKENIZER, settings
 
 from jpt.config import ConfigError
-from jpt.training import loop
+from jpt.training import loop, run
 from jpt.training.run import check_vocabulary, run_job, train_model
 
 
@@ -22,7 +22,9 @@ class Tokens:
 def job(length, learned):
     cfg = SimpleNamespace(vocab_size=100, max_length=64, learned_positions=learned)
     batch = SimpleNamespace(length=length)
-    return SimpleNamespace(models={'model': SimpleNamespace(cfg=cfg)}, config=SimpleNamespace(batch=batch))
+    return SimpleNamespace(
+        models={'model': SimpleNamespace(cfg=cfg)}, config=SimpleNamespace(batch=batch, named_teachers=dict)
+    )
 
 
 @pytest.mark.parametrize(
@@ -33,10 +35,40 @@ def test_what_fits(length, learned):
 
 
 def test_ids_and_positions_without_an_embedding_are_named():
-    with pytest.raises(ValueError, match=r"folder has ids up to 100: expected less than the model's vocab_size=100"):
+    with pytest.raises(ValueError, match=r'folder has ids up to 100: expected less than vocab_size=100 of the model'):
         check_vocabulary(job(64, True), Tokens(101))
-    with pytest.raises(ValueError, match=r"config\.batch\.length=65: expected at most the model's 64 positions"):
+    with pytest.raises(ValueError, match=r'config\.batch\.length=65: expected at most the 64 positions of the model'):
         check_vocabulary(job(65, True), Tokens(100))
+
+
+@dataclasses.dataclass
+class Words(Tokens):
+    words: str = ''
+
+    def fingerprint(self):
+        return self.words
+
+
+def test_a_teacher_with_other_words_is_refused(monkeypatch):
+    """By its tokenizer; one that has none is taken at its word, and one with fewer words than the student's is not."""
+    own = {'same': Words(100, words='a'), 'other': Words(100, words='b'), 'none': None}
+    monkeypatch.setattr(run, 'open_model', lambda path: SimpleNamespace(assets=path))
+    monkeypatch.setattr(run, 'open_tokenizer', own.get)
+    config = SimpleNamespace(batch=SimpleNamespace(length=8), named_teachers=dict)
+    cfg = SimpleNamespace(vocab_size=100, learned_positions=False)
+    for name in own:
+        config.named_teachers = lambda name=name: {'math': SimpleNamespace(path=name)}
+        both = SimpleNamespace(models={key: SimpleNamespace(cfg=cfg) for key in ('model', 'math')}, config=config)
+        if name == 'other':
+            with pytest.raises(
+                ValueError, match=r'the math other has another tokenizer \(b\) than the student \(a, from'
+            ):
+                check_vocabulary(both, Words(100, words='a'))
+        else:
+            check_vocabulary(both, Words(100, words='a'))
+    both.models['math'].cfg = SimpleNamespace(vocab_size=99, learned_positions=False)
+    with pytest.raises(ValueError, match='expected less than vocab_size=99 of the math'):
+        check_vocabulary(both, Words(100, words='a'))
 
 
 DISTILL = {
