@@ -20,6 +20,8 @@ TEACHER = ROOT / 'jpt' / 'assets' / 'quickstart_teacher'
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 SMALL = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2}
 SMALL |= {'num_key_value_heads': 2, 'head_dim': 8, 'vocab_size': 4096}
+# Those that take a checkpoint's directory, and what follows it.
+NAMED = {'sft': '', 'distill_qwen3': ''}
 TALK = [
     {'role': 'user', 'content': 'What is 1 + 1?'},
     {'role': 'assistant', 'content': 'It is 2.'},
@@ -51,8 +53,14 @@ def made_small(config, folder):
     config.log.every = 1
     if config.model.architecture is not None:
         config.model.architecture = dict(config.model.architecture.to_dict()) | SMALL
+    if config.model.layers:
+        config.model.layers = (1,)
     config.mesh.update(dict.fromkeys(('pipe', 'data', 'fsdp', 'tensor'), 1))
     config.compute.xla_flags = None
+    if config.data.paths == ('train.jsonl',) and config.data.kind == 'text':
+        path = folder / 'text.jsonl'
+        path.write_text(''.join(json.dumps({'text': f'{i} + {i} = {2 * i}. ' * 8}) + '\n' for i in range(40)))
+        config.data.paths = (str(path),)
     if config.data.kind == 'chat':
         path = folder / 'talk.jsonl'
         path.write_text(''.join(json.dumps({'messages': TALK}) + '\n' for _ in range(8)))
@@ -66,7 +74,7 @@ def made_small(config, folder):
 
 
 @pytest.mark.parametrize(
-    ('name', 'option'), [*((name, None) for name in CONFIGS if name != 'sft'), ('sft', ''), ('sft', ',lora')]
+    ('name', 'option'), [*((name, None) for name in CONFIGS if name not in NAMED), *NAMED.items(), ('sft', ',lora')]
 )
 def test_config_trains(name, option, tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(ROOT)

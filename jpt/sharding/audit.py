@@ -40,19 +40,30 @@ class Collective(NamedTuple):
 class _Computation(NamedTuple):
     collectives: list[Collective]
     calls: list[tuple[tuple[str, ...], int]]  # other computations, of which one is run, and how often
+    values: dict[str, str]  # what stands on the right of every name; 'ROOT' is the result
+
+
+class _Loop(NamedTuple):
+    """Where a loop stands, as it is written; trips: as stated, or 0."""
+
+    computation: str
+    body: str
+    right: str
+    trips: int
 
 
 def collectives(hlo: str) -> list[Collective]:
     """All collectives of an optimized HLO module, those within loops with their number of trips.
 
-    A loop whose trip count XLA does not state counts once. Of the branches of a conditional the one that sends most
-    counts, every time: what a pipeline skips in some of its ticks is counted in all of them.
+    A loop counts as often as XLA states, or as a counter from one constant to another says (of a pipelined loop, whose
+    first trip stands in front of it, XLA states nothing); any other counts once. Of the branches of a conditional the
+    one that sends most counts, every time: what a pipeline skips in some of its ticks is counted in all of them.
     """
     computations, entry = _parse(hlo)
 
     @functools.cache
     def run(name: str) -> tuple[Collective, ...]:
-        computation = computations.get(name, _Computation([], []))
+        computation = computations.get(name, _Computation([], [], {}))
         found = list(computation.collectives)
         for names, trips in computation.calls:
             heaviest = max(map(run, names), key=lambda items: sum(item.times * item.bytes for item in items))
@@ -64,35 +75,87 @@ def collectives(hlo: str) -> list[Collective]:
 
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
+    loops: list[_Loop] = []
     entry, current = '', ''
     for line in hlo.splitlines():
         head = re.match(r'^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{?$|^(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
         if not line.startswith((' ', '}')) and line.rstrip().endswith('{') and head:
             current = head[2] or head[4]
-            computations[current] = _Computation([], [])
+            computations[current] = _Computation([], [], {})
             if line.startswith('ENTRY'):
                 entry = current
         elif current and line.startswith(' '):
-            _read_line(line, computations[current])
+            loops += _read_line(line, current, computations[current])
+    for loop in loops:
+        trips = loop.trips or _counted(loop, computations) or 1
+        computations[loop.computation].calls.append(((loop.body,), trips))
     return computations, entry
 
 
-def _read_line(line: str, computation: _Computation) -> None:
-    _, _, right = line.partition(' = ')
+def _read_line(line: str, name: str, computation: _Computation) -> list[_Loop]:
+    """Adds what a line says to its computation; returns the loop that it is, if it is one."""
+    left, _, right = line.partition(' = ')
     operation = re.match(r'(\(.*?\)|\S+) ([\w\-]+)\(', right)
     if operation is None:
-        return
+        return []
+    computation.values[left.split()[-1].lstrip('%')] = right
+    if left.split()[0] == 'ROOT':
+        computation.values['ROOT'] = right
     kind = operation[2].removesuffix('-start')
     if kind in KINDS:
         computation.collectives.append(_collective(kind, operation[1], operation[2].endswith('-start'), right))
+    loops = []
     trips = re.search(r'known_trip_count\D*(\d+)', right)
-    for key, name in re.findall(r'(body|to_apply|calls)=%?([\w.\-]+)', right):
-        computation.calls.append(((name,), int(trips[1]) if trips and key == 'body' else 1))
+    for key, called in re.findall(r'(body|to_apply|calls)=%?([\w.\-]+)', right):
+        if key == 'body':
+            loops.append(_Loop(name, called, right, int(trips[1]) if trips else 0))
+        else:
+            computation.calls.append(((called,), 1))
     branches = re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', right)
     for names in re.findall(r'branch_computations=\{([^}]*)\}', right):
-        branches += [name.strip().lstrip('%') for name in names.split(',')]
+        branches += [each.strip().lstrip('%') for each in names.split(',')]
     if branches:
         computation.calls.append((tuple(branches), 1))
+    return loops
+
+
+def _counted(loop: _Loop, computations: Mapping[str, _Computation]) -> int:
+    """Trips of a loop whose counter, raised by 1, goes from a constant to below another; 0 where it is none."""
+    condition = re.search(r'condition=%?([\w.\-]+)', loop.right)
+    values = computations[condition[1]].values if condition and condition[1] in computations else {}
+    root, outer = values.get('ROOT', ''), {}
+    fused = re.search(r' fusion\((.*?)\).*calls=%?([\w.\-]+)', root)
+    if fused:
+        outer = dict(enumerate(_names(fused[1])))
+        inner = computations[fused[2]].values
+        # What the fusion takes stands outside of it.
+        numbers = {name: re.search(r' parameter\((\d+)\)', right) for name, right in inner.items()}
+        values = {**values, **inner} | {n: values.get(outer[int(k[1])], '') for n, k in numbers.items() if k}
+        root = inner.get('ROOT', '')
+    compared = re.search(r' compare\((.*?)\), direction=LT', root)
+    if compared is None:
+        return 0
+    counter, bound = (values.get(name, '') for name in _names(compared[1]))
+    place, end = re.search(r'get-tuple-element\(.*index=(\d+)', counter), _constant(bound)
+    given = re.search(r' while\(%?([\w.\-]+)\)', loop.right)
+    before = computations[loop.computation].values
+    start = re.search(r' tuple\((.*?)\)', before.get(given[1], '')) if given else None
+    if place is None or end is None or start is None:
+        return 0
+    name = _names(start[1])[int(place[1])]
+    while moved := re.search(r' (?:copy|bitcast)\(%?([\w.\-]+)\)', before.get(name, '')):
+        name = moved[1]
+    begin = _constant(before.get(name, ''))
+    return 0 if begin is None else max(end - begin, 0)
+
+
+def _names(operands: str) -> list[str]:
+    return re.findall(r'%([\w.\-]+)', operands)
+
+
+def _constant(right: str) -> int | None:
+    found = re.search(r'^[su]\d+\[\]\S* constant\((-?\d+)\)', right)
+    return int(found[1]) if found else None
 
 
 def _collective(kind: str, result: str, started: bool, right: str) -> Collective:

@@ -87,9 +87,6 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     models = {'model': open_weights(config.model, config.compute.param_dtype)}
     for name, teacher in config.named_teachers().items():
         models[name] = open_weights(dataclasses.replace(teacher, mtp=False), config.compute.dtype)
-        if models[name].source is None:
-            place = f'config.{"teacher" if teacher is config.teacher else f"teachers.{name}"}'
-            raise ValueError(f'{place}.architecture: a teacher needs trained weights: expected {place}.path')
     compute = Compute(
         dtype=config.compute.dtype,
         remat=config.compute.remat,

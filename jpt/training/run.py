@@ -55,7 +55,7 @@ def train_model(config: TrainConfig, workdir: Path) -> Model:
     check_results(config, workdir)
     with make_watchdog(config, workdir) as dog:
         job = make_job(config)
-        check_vocabulary(job, tokenizer)
+        check_models(job, tokenizer)
         say(overview(job))
         state = train(job, workdir, tokenizer, assets, dog)
         dog.beat(config.steps, 'export')
@@ -173,11 +173,11 @@ def open_assets(config: TrainConfig) -> tuple[Tokenizer, Path]:
     raise ValueError('config.tokenizer=None: expected a directory with tokenizer.json, since no model here has one')
 
 
-def check_vocabulary(job: Job, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a model cannot read what the tokenizer writes.
+def check_models(job: Job, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a model cannot read what the tokenizer writes, or a teacher knows nothing.
 
-    That is: ids, or positions of a row, for which a model has no embedding; a teacher with a tokenizer of its own that
-    gives other ids. A teacher without a tokenizer is taken to have this one.
+    That is: a teacher without weights, or with a tokenizer of its own that gives other ids (one without a tokenizer is
+    taken to have this one); ids, or positions of a row, for which a model has no embedding.
     """
     for name, weights in job.models.items():
         cfg = weights.cfg
@@ -192,7 +192,9 @@ def check_vocabulary(job: Job, tokenizer: Tokenizer) -> None:
                 f'vocab_size={cfg.vocab_size} of the {name}'
             )
     for name, teacher in job.config.named_teachers().items():
-        assert teacher.path is not None
+        if teacher.path is None:
+            place = f'config.{"teacher" if teacher is job.config.teacher else f"teachers.{name}"}'
+            raise ValueError(f'{place}.architecture: a teacher needs trained weights: expected {place}.path')
         theirs = open_tokenizer(open_model(teacher.path).assets)
         if theirs is not None and theirs.fingerprint() != tokenizer.fingerprint():
             raise ValueError(

@@ -272,5 +272,5 @@ class TrainConfig:
 
     def teacher_shares(self) -> tuple[float, ...]:
         """The share of each of `named_teachers` in every divergence, in all 1."""
-        weights = [teacher.weight for teacher in self.teachers.values()] or [1.0]
+        weights = [getattr(teacher, 'weight', 1.0) for teacher in self.named_teachers().values()]
         return tuple(weight / sum(weights) for weight in weights)

@@ -62,6 +62,55 @@ def test_kinds_bytes_groups_and_trips():
     assert len(found) == 6
 
 
+COUNTED = """HloModule jit_step, is_scheduled=true
+
+%body (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %p = (f32[8]{0}, s32[]) parameter(0)
+  %g = f32[8]{0} get-tuple-element(%p), index=0
+  %ag = f32[16]{0} all-gather(%g), replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %t = (f32[8]{0}, s32[]) tuple(%g, %g)
+}
+
+%below (q: s32[]) -> pred[] {
+  %q = s32[] parameter(0)
+  %end = s32[] constant(7)
+  ROOT %lt = pred[] compare(%q, %end), direction=LT
+}
+
+%fused (p: (f32[8], s32[])) -> pred[] {
+  %p = (f32[8]{0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=1
+  ROOT %f = pred[] fusion(%i), kind=kLoop, calls=%below
+}
+
+%plain (p: (f32[8], s32[])) -> pred[] {
+  %p = (f32[8]{0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=1
+  %end = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (a: f32[8], n: s32[]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %n = s32[] parameter(1)
+  %one = s32[] constant(1)
+  %two = s32[] copy(%one)
+  %first = (f32[8]{0}, s32[]) tuple(%a, %two)
+  %second = (f32[8]{0}, s32[]) tuple(%a, %n)
+  ROOT %w = (f32[8]{0}, s32[]) while(BEGIN), condition=%COND, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ('begin', 'condition', 'trips'),
+    [('first', 'fused', 6), ('first', 'plain', 4), ('second', 'plain', 1)],  # n may be anything
+)
+def test_trips_that_are_not_stated_are_counted(begin, condition, trips):
+    (found,) = collectives(COUNTED.replace('BEGIN', f'%{begin}').replace('COND', condition))
+    assert found.times == trips
+
+
 def test_groups_are_named_by_the_axes_of_the_mesh():
     """Device d of a mesh data=2, fsdp=2, tensor=2 is 4 data + 2 fsdp + tensor."""
     axes = {(row.kind, row.group): row.axes for row in summed(collectives(MODULE), {'data': 2, 'fsdp': 2, 'tensor': 2})}

@@ -1,6 +1,7 @@
-"""Student and teachers side by side on a mesh, against whole logits on one device in float64."""
+"""Student and teachers side by side on a mesh, against whole logits on one device, and against the student itself."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from sharded_steps import MODELS, canonical_params, make_batch, worst_error
 
 from jpt.distill.objective import logit_distillation
+from jpt.kernels.divergences import NAMES
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import forward, init, unembed
 from jpt.sharding.grads import loss_and_grads
@@ -17,6 +19,7 @@ from jpt.sharding.layout import to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
 from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
+from jpt.training.objective import language_modeling
 from jpt.training.settings import DistillConfig, MixtureSchedule
 
 
@@ -127,3 +130,55 @@ def test_loss_and_gradients_are_those_of_whole_logits(name):
             assert [means[f'share/{teacher}'] for teacher in job.words] == pytest.approx(job.shares)
             mean = sum(share * means[f'kl/{teacher}'] for share, teacher in zip(job.shares, job.words, strict=True))
             assert means['kl'] == pytest.approx(mean, rel=1e-12)
+
+
+ALIKE = [
+    ({'data': 2, 'context': 2, 'tensor': 2}, {}),
+    ({'fsdp': 4, 'tensor': 2}, {}),
+    ({'pipe': 2, 'fsdp': 2, 'tensor': 2}, {'num_microbatches': 2}),
+    ({'pipe': 2, 'data': 2}, {'num_microbatches': 4, 'chunks': 2}),
+    ({'pipe': 2, 'data': 2}, {'num_microbatches': 2, 'schedule': 'gpipe'}),
+]
+# The total variation has a kink where both are equal: its value counts, and its gradient for nothing.
+EVERY = dict.fromkeys(NAMES, 1.0) | {'total_variation': 1e-30}
+
+
+def narrow(tree):
+    return jax.tree.map(np.float32, tree)
+
+
+def norm(tree):
+    return float(jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree))))
+
+
+@functools.cache
+def gradient_of_labels():
+    """The norm of the gradient of the cross-entropy, on one device."""
+    params, mesh = narrow(canonical_params('mixed')), make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    frozen = {'model': jax.tree.map(lambda _: None, params)}
+    plan = make_plan(mesh, {'model': MODELS['mixed']}, params, frozen)
+    objective = language_modeling(MODELS['mixed'], Compute())
+    batch = make_batch(53, np.float32)
+    return norm(jax.jit(lambda params: loss_and_grads(objective, params, frozen, batch, plan)[1])(params))
+
+
+@pytest.mark.parametrize(('sizes', 'how'), ALIKE)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(sizes, how):
+    """In float32: every divergence is at most 1e-6 and the gradient of all at most 1e-5 of the cross-entropy's."""
+    cfg, params = MODELS['mixed'], narrow(canonical_params('mixed'))
+    devices = jax.devices()[: math.prod(sizes.values())]
+    mesh = make_mesh(MeshConfig(**{'data': 1, **sizes}), devices)
+    frozen = {'model': jax.tree.map(lambda _: None, params), 'teacher': params}
+    plan = make_plan(mesh, {'model': cfg, 'teacher': cfg}, params, frozen, **how)
+    objective = logit_distillation(cfg, {'teacher': cfg}, Compute(), DistillConfig(**EVERY))
+    places = shardings(mesh, (plan.specs, plan.frozen_specs))
+    placed = jax.device_put(to_device_layout(plan.layouts['model'], params), places[0])
+    frozen = jax.device_put(frozen | {'teacher': to_device_layout(plan.layouts['teacher'], params)}, places[1])
+    batch = make_batch(53, np.float32)
+    run = jax.jit(lambda *arguments: loss_and_grads(objective, *arguments, plan))
+    total, grads, sums = run(placed, frozen, jax.device_put(batch, batch_shardings(mesh, batch)))
+    assert abs(float(total)) <= 1e-6
+    for name in ('kl', *NAMES[1:]):
+        assert abs(float(sums[name][0] / sums[name][1])) <= 1e-6, name
+    assert norm(grads) <= 1e-5 * gradient_of_labels()
+    assert float(sums['agreement'][0] / sums['agreement'][1]) == pytest.approx(1)

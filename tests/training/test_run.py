@@ -10,7 +10,7 @@ from tiny import ARCHITECTURE, TOKENIZER, settings
 
 from jpt.config import ConfigError
 from jpt.training import loop, run
-from jpt.training.run import check_vocabulary, run_job, train_model
+from jpt.training.run import check_models, run_job, train_model
 
 
 @dataclasses.dataclass
@@ -31,14 +31,14 @@ def job(length, learned):
     ('length', 'learned'), [(64, True), (65, False)]
 )  # rotary positions have no table to run out of
 def test_what_fits(length, learned):
-    check_vocabulary(job(length, learned), Tokens(100))
+    check_models(job(length, learned), Tokens(100))
 
 
 def test_ids_and_positions_without_an_embedding_are_named():
     with pytest.raises(ValueError, match=r'folder has ids up to 100: expected less than vocab_size=100 of the model'):
-        check_vocabulary(job(64, True), Tokens(101))
+        check_models(job(64, True), Tokens(101))
     with pytest.raises(ValueError, match=r'config\.batch\.length=65: expected at most the 64 positions of the model'):
-        check_vocabulary(job(65, True), Tokens(100))
+        check_models(job(65, True), Tokens(100))
 
 
 @dataclasses.dataclass
@@ -63,12 +63,12 @@ def test_a_teacher_with_other_words_is_refused(monkeypatch):
             with pytest.raises(
                 ValueError, match=r'the math other has another tokenizer \(b\) than the student \(a, from'
             ):
-                check_vocabulary(both, Words(100, words='a'))
+                check_models(both, Words(100, words='a'))
         else:
-            check_vocabulary(both, Words(100, words='a'))
+            check_models(both, Words(100, words='a'))
     both.models['math'].cfg = SimpleNamespace(vocab_size=99, learned_positions=False)
     with pytest.raises(ValueError, match='expected less than vocab_size=99 of the math'):
-        check_vocabulary(both, Words(100, words='a'))
+        check_models(both, Words(100, words='a'))
 
 
 DISTILL = {
