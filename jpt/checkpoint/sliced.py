@@ -62,8 +62,8 @@ class Kept:
 class SlicedSource:
     """A source of some of a model's heads, MLP channels and hidden dimensions; head_dim stays as it is.
 
-    Norms are over the dimensions that stay. So a model without channels or heads that were always zero computes the
-    same, and one without hidden dimensions does not: the root mean square is over fewer.
+    Norms are over the dimensions that stay, with the scales that they had. So a model without channels or heads that
+    were always zero computes the same, and one without hidden dimensions does not: the root mean square is over fewer.
 
     Args:
         source: the whole model.

@@ -34,11 +34,14 @@ class Calibration(NamedTuple):
 
     tokens: how many there were.
     layers: as params['layers'], [segment][kind] and stacked on the repeats R. In the place of a linear layer's weights
-        stands {'input': {statistic: [R, in]}}; beside them 'cosine' [R], of every layer between what enters and leaves.
+        stands {'input': {statistic: [R, in]}}; beside them 'cosine' [R], of every layer between what enters and leaves,
+        and 'entering' [R, D], the square of each hidden dimension that enters over the mean of all.
+    leaving: the same of what leaves the last layer, [D].
     """
 
     tokens: Any
     layers: list[list[dict[str, Any]]]
+    leaving: Any
 
 
 def calibrate(
@@ -87,7 +90,7 @@ def layer_statistics(
         period = partial(_period, cfg, segment, compute, where, watch)
         hidden_BTD, sums = jax.lax.scan(period, hidden_BTD, list(layers))
         found.append(sums)
-    return Calibration(jnp.sum(watch.weights_BT), found)
+    return Calibration(jnp.sum(watch.weights_BT), found, watch.total(_shares(hidden_BTD)))
 
 
 def _period(
@@ -99,10 +102,17 @@ def _period(
         block = Block(cfg, kind, compute, parent=None)
         variables = {'params': params, WATCH: {'tokens': watch}}
         (after_BTD, _, _), state = block.apply(variables, hidden_BTD, where, mutable=[CALIBRATION])
-        cosine = watch.total(_cosine(hidden_BTD, after_BTD))
-        found.append({**state.get(CALIBRATION, {}), 'cosine': cosine})
+        cosine, entering = watch.total(_cosine(hidden_BTD, after_BTD)), watch.total(_shares(hidden_BTD))
+        found.append({**state.get(CALIBRATION, {}), 'cosine': cosine, 'entering': entering})
         hidden_BTD = after_BTD
     return hidden_BTD, found
+
+
+def _shares(hidden_BTD: jax.Array) -> jax.Array:
+    """x^2 / mean(x^2) of every token; 0 where all of it is zero."""
+    square = jnp.square(hidden_BTD.astype(jnp.promote_types(hidden_BTD.dtype, jnp.float32)))
+    mean = jnp.mean(square, axis=-1, keepdims=True)
+    return jnp.where(mean > 0, square / jnp.where(mean > 0, mean, 1), 0)
 
 
 def _cosine(one_BTD: jax.Array, other_BTD: jax.Array) -> jax.Array:

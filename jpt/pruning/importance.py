@@ -30,13 +30,15 @@ class Importance:
     """Scores of a model's parts, float64; the higher, the more a part matters.
 
     Only of layers where the model cannot be narrowed. `width_LD` is what each layer adds to the score of a hidden
-    dimension.
+    dimension. `streams_LD` is no score: its square in units of the mean square of all, where it enters each layer, and
+    in one row more where it leaves the last.
     """
 
     layers_L: np.ndarray
     mlp_LF: np.ndarray | None = None
     heads_LN: np.ndarray | None = None
     width_LD: np.ndarray | None = None
+    streams_LD: np.ndarray | None = None
 
 
 def importance(cfg: ModelConfig, calibration: Calibration) -> Importance:
@@ -52,6 +54,7 @@ def importance(cfg: ModelConfig, calibration: Calibration) -> Importance:
         np.stack([layer['mlp']['down']['input']['absolute'] for layer in found]),
         np.sqrt(squares.reshape(cfg.num_layers, cfg.num_heads, cfg.head_dim).sum(axis=-1)),
         np.stack([sum(layer[part][name]['input']['absolute'] for part, name in read_by) for layer in found]),
+        np.stack([*(layer['entering'] for layer in found), calibration.leaving / calibration.tokens]),
     )
 
 
@@ -93,4 +96,5 @@ def of_layers(scores: Importance, layers: Sequence[int]) -> Importance:
     mlp_LF, heads_LN, width_LD = (
         None if part is None else part[rows] for part in (scores.mlp_LF, scores.heads_LN, scores.width_LD)
     )
-    return Importance(scores.layers_L[rows], mlp_LF, heads_LN, width_LD)
+    streams_LD = None if scores.streams_LD is None else scores.streams_LD[[*rows, -1]]
+    return Importance(scores.layers_L[rows], mlp_LF, heads_LN, width_LD, streams_LD)

@@ -1,9 +1,12 @@
 """From a model to the sizes that were asked for: depth, MLP channels, heads, hidden dimensions, one after the other."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from jpt.checkpoint.scaled import ScaledNorms
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.sliced import Ids, Kept, SlicedSource, check_sliced
 from jpt.checkpoint.source import LeafSource
@@ -133,4 +136,22 @@ def steps(source: LeafSource, scores: Importance, target: Target) -> Iterator[St
         yield Step('heads', SlicedSource(source, Kept(**kept)), layers, Kept(**kept))
     if target.hidden_size is not None:
         kept['width'] = most(scores.width_LD.sum(axis=0), target.hidden_size)
-        yield Step('hidden dimensions', SlicedSource(source, Kept(**kept)), layers, Kept(**kept))
+        narrow = SlicedSource(source, Kept(**kept))
+        scaled = ScaledNorms(narrow, norm_factors(cfg, scores.streams_LD, kept['width']))
+        yield Step('hidden dimensions', scaled, layers, Kept(**kept))
+
+
+def norm_factors(cfg: ModelConfig, streams_LD: np.ndarray | None, width: Ids) -> dict[str, Sequence[float]]:
+    """What the norms' scales are multiplied by so that what they return keeps its size.
+
+    The root mean square over the dimensions that stay is larger than that over all, as those matter most; the factor is
+    the first over the second, from mean squares over the calibration data. Where the others are always zero it is the
+    root of the old width over the new one, and nothing changes. What leaves attention is not measured: the norm before
+    the MLP gets the mean of what enters and leaves the layer. Other norms than those of the residual stream stay as
+    they are, and so do all of a model with layer norms, or without norms before attention and MLP.
+    """
+    if streams_LD is None or cfg.norm != 'rms' or not cfg.pre_norms:
+        return {}
+    square = streams_LD[:, list(width)].mean(axis=1)
+    inner = (square[:-1] + square[1:]) / 2
+    return {'attn_norm': np.sqrt(square[:-1]), 'mlp_norm': np.sqrt(inner), 'final_norm': np.sqrt(square[-1:])}

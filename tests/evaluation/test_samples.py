@@ -52,11 +52,6 @@ def test_token_ids_are_taken_as_they_are():
 def test_what_is_no_text_is_refused():
     with pytest.raises(ValueError, match='no text has two tokens'):
         drawn(3, texts=['a', 'b'])
+    chat = Chat([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
     with pytest.raises(ValueError, match=r'memory\[0\]: expected a text, not a conversation'):
-        sampled_rows(
-            MemorySource([Chat([{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])]),
-            ids,
-            1,
-            4,
-            0,
-        )
+        sampled_rows(MemorySource([chat]), ids, 1, 4, 0)

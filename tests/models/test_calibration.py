@@ -73,6 +73,7 @@ def by_hand(params: dict, batch: Batch) -> tuple[int, list[dict[str, np.ndarray]
         for segment in (1, 2):
             h = p['embed']['embedding'][batch.tokens[row][batch.segment_ids[row] == segment]]
             for i in range(CFG.num_layers):
+                add(i, 'entering', (h**2 / (h**2).mean(-1, keepdims=True)).sum(0))
                 w = jax.tree.map(lambda x, i=i: x[i], p['layers'][0][0])
                 a, m, before, t = w['attn'], w['mlp'], h, len(h)
                 x = norm(h, w['attn_norm']['scale'])
@@ -97,13 +98,14 @@ def by_hand(params: dict, batch: Batch) -> tuple[int, list[dict[str, np.ndarray]
                 h = h + inner @ m['down']['kernel'].T
                 lengths = np.linalg.norm(before, axis=-1) * np.linalg.norm(h, axis=-1)
                 add(i, 'cosine', ((before * h).sum(-1) / lengths).sum())
+            add(-1, 'leaving', (h**2 / (h**2).mean(-1, keepdims=True)).sum(0))
     return int((batch.segment_ids > 0).sum()), sums
 
 
 def flat(calibration) -> list[dict[str, np.ndarray]]:
     """Of each layer of CFG the sums, under the names of `by_hand`."""
     (tree,) = calibration.layers[0]
-    found = {'cosine': tree['cosine']} | {
+    found = {'cosine': tree['cosine'], 'entering': tree['entering']} | {
         f'{part}/{name}/{statistic}': values
         for part in ('attn', 'mlp')
         for name, module in tree[part].items()
@@ -117,6 +119,7 @@ def test_sums_are_those_of_a_transformer_in_numpy():
     found = calibrate(CFG, params, [batch])
     tokens, wanted = by_hand(params, batch)
     assert found.tokens == tokens
+    np.testing.assert_allclose(found.leaving, wanted[-1].pop('leaving'), rtol=2e-5)
     for ours, theirs in zip(flat(found), wanted, strict=True):
         assert theirs.keys() < ours.keys()  # keys, values and gates read what others read
         for name, values in theirs.items():

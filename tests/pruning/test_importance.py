@@ -33,10 +33,11 @@ def sums(repeats: int, first: float) -> dict:
         'attn': attn,
         'mlp': {'up': of(2, 3), 'gate': of(2, 3), 'down': of(3, 7)},
         'cosine': first + np.arange(repeats),
+        'entering': first + np.arange(repeats)[:, None] * 100 + np.arange(2)[None] * 11,
     }
 
 
-CALIBRATION = Calibration(4.0, [[sums(2, 1000.0), sums(2, 2000.0)], [sums(1, 3000.0)]])
+CALIBRATION = Calibration(4.0, [[sums(2, 1000.0), sums(2, 2000.0)], [sums(1, 3000.0)]], np.array([8.0, 12.0]))
 FIRST = [1000.0, 2000.0, 1100.0, 2100.0, 3000.0]  # of each layer, in the order of the model
 
 
@@ -46,6 +47,7 @@ def test_scores_are_means_over_tokens_layer_by_layer():
     np.testing.assert_allclose(scores.mlp_LF, [[(x + 7 * c) / 4 for c in range(3)] for x in FIRST])
     heads = [[np.hypot(x + 10 * n, x + 10 * n + 5) / 2 for n in range(2)] for x in FIRST]  # sqrt of a sum over 4
     np.testing.assert_allclose(scores.heads_LN, heads)
+    np.testing.assert_allclose(scores.streams_LD, [*([x / 4, (x + 11) / 4] for x in FIRST), [2, 3]])
     np.testing.assert_allclose(scores.width_LD, [[(2 * x + 4 * d) / 4 for d in range(2)] for x in FIRST])
 
 
@@ -53,6 +55,7 @@ def test_some_layers():
     scores, some = importance(CFG, CALIBRATION), of_layers(importance(CFG, CALIBRATION), (0, 3))
     for name in ('layers_L', 'mlp_LF', 'heads_LN', 'width_LD'):
         np.testing.assert_array_equal(getattr(some, name), getattr(scores, name)[[0, 3]])
+    np.testing.assert_array_equal(some.streams_LD, scores.streams_LD[[0, 3, 5]])
 
 
 def test_a_model_that_cannot_be_narrowed_has_scores_of_layers_only():
