@@ -8,7 +8,7 @@ architecture learn from it by the settings of configs/quickstart.py, on the same
 (`jpt.prune`), one that keeps parts drawn at random, which importance must beat, and one from random weights. Each gets
 the learning rate of --rates that is best for it on seed 0. The held-out loss is taken before and after. Seeds are those
 of the calibration windows, the random parts, the weights and the order of the data. A run that is there already is not
-made again.
+made again. Below it stands what each size costs alone, without distillation.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from jpt.models.calibration import calibrate
 from jpt.models.config import ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
-from jpt.prune import Text, batches_from, mean_loss
+from jpt.prune import Text, batches_from, in_memory, mean_loss
 from jpt.pruning.importance import Importance, importance
 from jpt.pruning.target import Target, steps
 from jpt.training.run import train_model
@@ -148,14 +148,37 @@ def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> d
     return row
 
 
-def show(runs: dict[str, list[dict[str, Any]]], teacher: float, console: Console) -> None:
-    """One row per student: means over seeds, and the losses of each."""
+def one_part_alone(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each size of the target alone the loss by importance, and by three random choices, before distillation."""
+    teacher, held_out = held_out_of(options)
+    calibration, _ = batches_from(teacher, Text(options.train, rows=options.rows, length=LENGTH))
+    scores = importance(teacher.config, calibrate(teacher.config, teacher.params, calibration))
+    whole = TreeSource(teacher.config, teacher.params)
+
+    def loss(chosen: Importance, target: Target) -> float:
+        return mean_loss(in_memory(list(steps(whole, chosen, target))[-1].source), held_out)
+
+    rows = []
+    for name, size in vars(target_of(teacher.config)).items():
+        if size is not None:
+            target = Target(**{name: size})
+            chance = [loss(by_chance(scores, seed), target) for seed in range(3)]
+            rows.append({'size': f'{name}={size}', 'importance': loss(scores, target), 'random': chance})
+    return rows
+
+
+def show(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]], teacher: float, console: Console) -> None:
+    """One row per student: means over seeds, and the losses of each; one row per size that is cut alone."""
     table = Table('student', 'rate', 'loss before', 'loss after', 'after, by seed')
     for name, found in runs.items():
         before, after = ([run[when] for run in found] for when in ('before', 'after'))
         seeds = ', '.join(f'{loss:.3f}' for loss in after)
         table.add_row(name, f'{found[0]["rate"]}', f'{np.mean(before):.3f}', f'{np.mean(after):.3f}', seeds)
     table.add_row('the teacher', '', f'{teacher:.3f}', '', '')
+    console.print(table)
+    table = Table('one size alone, no distillation', 'loss, importance', 'loss, random parts')
+    for row in parts:
+        table.add_row(row['size'], f'{row["importance"]:.3f}', ', '.join(f'{loss:.3f}' for loss in row['random']))
     console.print(table)
 
 
@@ -187,9 +210,14 @@ def main() -> None:
     machine = f'{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}'
     console = Console(width=120)
     console.print(f'{machine}; {options.steps} steps, {options.teacher} to {target}')
-    show(runs, teacher, console)
+    parts = one_part_alone(options)
+    show(runs, parts, teacher, console)
     if options.json:
-        print(json.dumps({'benchmark': 'pruned_student', 'machine': machine, 'runs': runs, 'teacher': teacher}))
+        print(
+            json.dumps(
+                {'benchmark': 'pruned_student', 'machine': machine, 'runs': runs, 'parts': parts, 'teacher': teacher}
+            )
+        )
 
 
 if __name__ == '__main__':
