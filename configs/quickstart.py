@@ -29,13 +29,13 @@ STUDENT = {
 }
 
 
-def get_config() -> ConfigDict:
-    """Settings of the run."""
+def get_config(student: str = '') -> ConfigDict:
+    """Settings of the run; `student` is the directory of one that goes on, such as a pruned teacher (docs/prune.md)."""
     return config_dict(
         TrainConfig,
         {
             'task': 'distill',
-            'model': {'architecture': STUDENT},
+            'model': {'path': student} if student else {'architecture': STUDENT},
             'teacher': {'path': 'quickstart'},
             'distill': {'alpha': 1.0, 'temperature': 1.0},
             # One window is a whole pass over the text, so that its rows are shuffled together.

@@ -20,6 +20,7 @@ FLOORS = {
     'evaluation': 4,
     'training': 5,
     'distill': 5,
+    'pruning': 5,
     'metrics': 5,
     'model': 4,
 }

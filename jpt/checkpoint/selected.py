@@ -31,10 +31,10 @@ class SelectedLayers:
             raise ValueError(f'layers={tuple(layers)}: expected numbers from 0 to {whole.num_layers - 1}')
         kinds = tuple(whole.layer_kinds())
         self.cfg = dataclasses.replace(whole, segments=runs_of(tuple(kinds[layer] for layer in layers)), mtp=())
-        _check(self.cfg, layers)
+        check_described(self.cfg, f'layers={tuple(layers)}')
         self._source = source
         self._whole = {leaf.path: leaf for leaf in leaves(whole)}
-        self._before = [_places(whole)[layer] for layer in layers]  # of each new layer, where it was
+        self._before = [places(whole)[layer] for layer in layers]  # of each new layer, where it was
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """That of the whole model's leaf; of several layers, the one that holds all."""
@@ -64,7 +64,7 @@ class SelectedLayers:
         return found
 
 
-def _places(cfg: ModelConfig) -> list[tuple[tuple[int, int], int]]:
+def places(cfg: ModelConfig) -> list[tuple[tuple[int, int], int]]:
     """((segment, kind), repeat) of every layer, in order."""
     return [
         ((segment, kind), repeat)
@@ -74,11 +74,11 @@ def _places(cfg: ModelConfig) -> list[tuple[tuple[int, int], int]]:
     ]
 
 
-def _check(cfg: ModelConfig, layers: Sequence[int]) -> None:
-    """Raises ValueError where config.json cannot say what these layers are."""
+def check_described(cfg: ModelConfig, asked: str) -> None:
+    """Raises ValueError, which begins with what was `asked`, where config.json cannot say what the model computes."""
     try:
         again = config_from_hf(config_to_hf(cfg))
     except (ValueError, StopIteration) as error:
-        raise ValueError(f'layers={tuple(layers)}: make no model of {cfg.family}: {error}') from error
+        raise ValueError(f'{asked}: make no model of {cfg.family}: {error}') from error
     if again != cfg:
-        raise ValueError(f'layers={tuple(layers)}: make no model of {cfg.family} that its config.json can describe')
+        raise ValueError(f'{asked}: make no model of {cfg.family} that its config.json can describe')

@@ -10,6 +10,7 @@ from flax import typing as flax_typing
 
 from jpt.models.config import ModelConfig
 from jpt.quant.dot import dot
+from jpt.quant.statistics import observe
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -47,6 +48,7 @@ class Linear(nn.Module):
             kernel = self.get_variable('params', 'kernel')
         if kernel.shape != shape:
             raise ValueError(f'{self.scope_path()}kernel has shape {kernel.shape}: expected (out, in) = {shape}')
+        observe(self, x)
         y = dot(x, kernel)
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,))

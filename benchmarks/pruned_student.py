@@ -1,0 +1,224 @@
+"""What a student that was cut out of its teacher is worth, after the same distillation, beside one from scratch.
+
+    python benchmarks/pruned_student.py --seeds=3 --json
+
+The teacher is the shipped one, or another by --teacher, --train and --held_out. A student has a layer less, half of its
+MLP channels, a query head for each kv head, and three quarters of its hidden dimensions. Three students of this
+architecture learn from it by the settings of configs/quickstart.py, on the same tokens: one pruned by importance
+(`jpt.prune`), one that keeps parts drawn at random, which importance must beat, and one from random weights. Each gets
+the learning rate of --rates that is best for it on seed 0. The held-out loss is taken before and after. Seeds are those
+of the calibration windows, the random parts, the weights and the order of the data. A run that is there already is not
+made again. Below it stands what each size costs alone, without distillation.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jpt
+from jpt.checkpoint.hf_export import write_hf
+from jpt.checkpoint.opening import model_directory
+from jpt.checkpoint.source import TreeSource
+from jpt.config import from_config_dict
+from jpt.data.batch import Batch
+from jpt.model import Model
+from jpt.models.calibration import calibrate
+from jpt.models.config import ModelConfig
+from jpt.models.families import config_from_hf
+from jpt.models.transformer import init
+from jpt.prune import Text, batches_from, in_memory, mean_loss
+from jpt.pruning.importance import Importance, importance
+from jpt.pruning.target import Target, steps
+from jpt.training.run import train_model
+from jpt.training.settings import EvalConfig, ModelSource, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH = 256
+STUDENTS = ('importance', 'random parts', 'from scratch')
+
+
+def target_of(cfg: ModelConfig) -> Target:
+    """The sizes of the students of a teacher."""
+    return Target(
+        num_hidden_layers=cfg.num_layers - 1,
+        intermediate_size=next(cfg.layer_kinds()).mlp_width // 2,
+        num_attention_heads=cfg.num_kv_heads,
+        hidden_size=cfg.width * 3 // 4,
+    )
+
+
+def by_chance(scores: Importance, seed: int) -> Importance:
+    """Scores that say nothing; what norms are scaled by is measured as ever."""
+    rng = np.random.default_rng(seed)
+    parts = {name: getattr(scores, name) for name in ('layers_L', 'mlp_LF', 'heads_LN', 'width_LD')}
+    return dataclasses.replace(scores, **{name: rng.random(np.shape(part)) for name, part in parts.items()})
+
+
+def prepare(seed: int, options: argparse.Namespace, workdir: Path) -> dict[str, dict[str, Any]]:
+    """Writes both pruned students of a seed; {student: where its model comes from}."""
+    model = jpt.load(options.teacher, dtype='float32')
+    calibration, _ = batches_from(model, Text(options.train, rows=options.rows, length=LENGTH, seed=seed))
+    scores = importance(model.config, calibrate(model.config, model.params, calibration))
+    whole = TreeSource(model.config, model.params)
+    found: dict[str, dict[str, Any]] = {}
+    for name, chosen in (('importance', scores), ('random parts', by_chance(scores, seed))):
+        path = workdir / name.replace(' ', '_')
+        last = list(steps(whole, chosen, target_of(model.config)))[-1]
+        if not path.exists():
+            write_hf(last.source, path, source_dir=model.assets, origin=model.origin)
+        found[name] = {'path': str(path)}
+    architecture = json.loads((path / 'config.json').read_text())
+    found['from scratch'] = {'architecture': {k: v for k, v in architecture.items() if k != 'dtype'}}
+    return found
+
+
+def quickstart() -> TrainConfig:
+    """The settings of configs/quickstart.py."""
+    spec = importlib.util.spec_from_file_location('quickstart', ROOT / 'configs' / 'quickstart.py')
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(TrainConfig, module.get_config(), 'config')
+
+
+def distil(source: dict[str, Any], seed: int, rate: float, options: argparse.Namespace, workdir: Path) -> Any:
+    """The student after all steps, in float32."""
+    base = quickstart()
+    config = dataclasses.replace(
+        base,
+        model=ModelSource(**source),
+        teacher=ModelSource(options.teacher),
+        tokenizer=str(model_directory(options.teacher)),
+        data=dataclasses.replace(base.data, paths=(options.train,)),
+        seed=seed,
+        steps=options.steps,
+        compare=None,
+        eval=EvalConfig(),
+        schedule=dataclasses.replace(base.schedule, lr=rate),
+        checkpoint=dataclasses.replace(base.checkpoint, every=options.steps),
+    )
+    if not (workdir / 'model').exists():
+        train_model(config, workdir)
+    return jpt.load(workdir / 'model', dtype='float32')
+
+
+def held_out_of(options: argparse.Namespace) -> tuple[Model, list[Batch]]:
+    """The teacher, and what losses are taken of: the same for all."""
+    teacher = jpt.load(options.teacher, dtype='float32')
+    return teacher, batches_from(teacher, Text(options.held_out, rows=options.rows, length=LENGTH))[0]
+
+
+def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Held-out losses of a student before and after, from the file where they were written before."""
+    workdir = options.workdir / f'seed_{seed}'
+    run = workdir / f'{name.replace(" ", "_")}_{rate}_{options.steps}'
+    done = workdir / f'{run.name}.json'
+    if done.exists():
+        return json.loads(done.read_text())
+    held_out = held_out_of(options)[1]
+    source = prepare(seed, options, workdir)[name]
+    if 'path' in source:
+        before = jpt.load(source['path'], dtype='float32')
+    else:
+        cfg = config_from_hf(source['architecture'])
+        before = Model(cfg, init(cfg, jax.random.key(seed)))
+    start = time.monotonic()
+    student = distil(source, seed, rate, options, run)
+    row = {
+        'before': mean_loss(before, held_out),
+        'after': mean_loss(student, held_out),
+        'seconds': time.monotonic() - start,
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(student.params)),
+        'rate': rate,
+    }
+    done.write_text(json.dumps(row))
+    return row
+
+
+def one_part_alone(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each size of the target alone the loss by importance, and by three random choices, before distillation."""
+    teacher, held_out = held_out_of(options)
+    calibration, _ = batches_from(teacher, Text(options.train, rows=options.rows, length=LENGTH))
+    scores = importance(teacher.config, calibrate(teacher.config, teacher.params, calibration))
+    whole = TreeSource(teacher.config, teacher.params)
+
+    def loss(chosen: Importance, target: Target) -> float:
+        return mean_loss(in_memory(list(steps(whole, chosen, target))[-1].source), held_out)
+
+    rows = []
+    for name, size in vars(target_of(teacher.config)).items():
+        if size is not None:
+            target = Target(**{name: size})
+            chance = [loss(by_chance(scores, seed), target) for seed in range(3)]
+            rows.append({'size': f'{name}={size}', 'importance': loss(scores, target), 'random': chance})
+    return rows
+
+
+def show(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]], teacher: float, console: Console) -> None:
+    """One row per student: means over seeds, and the losses of each; one row per size that is cut alone."""
+    table = Table('student', 'rate', 'loss before', 'loss after', 'after, by seed')
+    for name, found in runs.items():
+        before, after = ([run[when] for run in found] for when in ('before', 'after'))
+        seeds = ', '.join(f'{loss:.3f}' for loss in after)
+        table.add_row(name, f'{found[0]["rate"]}', f'{np.mean(before):.3f}', f'{np.mean(after):.3f}', seeds)
+    table.add_row('the teacher', '', f'{teacher:.3f}', '', '')
+    console.print(table)
+    table = Table('one size alone, no distillation', 'loss, importance', 'loss, random parts')
+    for row in parts:
+        table.add_row(row['size'], f'{row["importance"]:.3f}', ', '.join(f'{loss:.3f}' for loss in row['random']))
+    console.print(table)
+
+
+def main() -> None:
+    """Runs all and prints the table, and with --json one line of JSON at the end."""
+    parser = argparse.ArgumentParser(description='Students cut out of their teacher, and one from scratch.')
+    parser.add_argument('--teacher', default='quickstart')
+    parser.add_argument('--train', default='stdlib:train')
+    parser.add_argument('--held_out', default='stdlib:held_out')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--steps', type=int, default=100)
+    parser.add_argument('--rows', type=int, default=64, help='windows to calibrate on, and to take losses of')
+    parser.add_argument('--rates', type=float, nargs='+', default=[8e-3, 2e-3])
+    parser.add_argument('--workdir', type=Path, default=Path('out/pruned_student'))
+    parser.add_argument('--json', action='store_true')
+    options = parser.parse_args()
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    jax.config.update('jax_compilation_cache_dir', str((options.workdir / 'compilation_cache').absolute()))
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in STUDENTS}
+    for seed in range(options.seeds):
+        for name in STUDENTS:
+            rates = [runs[name][0]['rate']] if seed else options.rates
+            tried = [one_run(name, seed, rate, options) for rate in rates]
+            runs[name].append(min(tried, key=lambda run: run['after']))
+            print(f'seed {seed}, {name}: {runs[name][-1]}', flush=True)
+    teacher = mean_loss(*held_out_of(options))
+    target = target_of(jpt.load(options.teacher).config)
+    packages = ', '.join(f'{name} {version(name)}' for name in ('jax', 'flax'))
+    machine = f'{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}'
+    console = Console(width=120)
+    console.print(f'{machine}; {options.steps} steps, {options.teacher} to {target}')
+    parts = one_part_alone(options)
+    show(runs, parts, teacher, console)
+    if options.json:
+        print(
+            json.dumps(
+                {'benchmark': 'pruned_student', 'machine': machine, 'runs': runs, 'parts': parts, 'teacher': teacher}
+            )
+        )
+
+
+if __name__ == '__main__':
+    main()
