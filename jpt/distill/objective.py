@@ -1,13 +1,15 @@
-"""Distillation from a frozen teacher's full logits, computed beside the student in one program."""
+"""Distillation from a frozen teacher's full logits and hidden states, computed beside the student in one program."""
 
 from typing import Any
 
 import jax
 
 from jpt.data.batch import Batch
+from jpt.distill.pairs import add_pairs, check_pairs
 from jpt.kernels.distillation_loss import distillation
 from jpt.kernels.head_loss import linear_loss
 from jpt.models.config import Compute, ModelConfig
+from jpt.models.taps import NORMED
 from jpt.models.transformer import final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.auxiliary import After, Auxiliary, Counts, Sums
@@ -33,8 +35,10 @@ def logit_distillation(
 ) -> Objective:
     """Divergences from the teacher at temperature T, and cross-entropy: see kernels/distillation_loss.py.
 
+    On top of them the losses of pairs of hidden states, see distill/pairs.py.
+
     Raises:
-        ValueError: the vocabularies differ.
+        ValueError: the vocabularies differ, or a pair that these models do not have.
     """
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
@@ -47,7 +51,9 @@ def logit_distillation(
         squared=distill.temperature_squared,
         soft_cap=teacher.logit_soft_cap,
     )
+    check_pairs(distill.pairs, student, teacher)
     configs = {'student': student, 'teacher': teacher}
+    taps = {name: sorted({getattr(pair, name) for pair in distill.pairs}) for name in configs}
 
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
         return {'student': merge(params, frozen['model']), 'teacher': frozen['teacher']}
@@ -57,7 +63,7 @@ def logit_distillation(
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
-        return {name: first_carry(cfg, both[name], micro, compute) for name, cfg in configs.items()}
+        return {name: first_carry(cfg, both[name], micro, compute, taps[name]) for name, cfg in configs.items()}
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
         both = models(layers, frozen_layers)
@@ -75,16 +81,19 @@ def logit_distillation(
         """The loss between both models' logits, which exist chunk by chunk only."""
         both = models(params, frozen)
         hidden = {name: final_norm(cfg, both[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
+        weights = token_weights(micro, counts)
         result = linear_loss(
             hidden['student'],
             head_kernel(student, both['student']),
-            token_weights(micro, counts),
+            weights,
             {'targets': micro.targets, 'teacher_hidden': hidden['teacher']},
             token_loss,
             shared={'teacher_kernel': head_kernel(teacher, both['teacher'])},
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,
         )
+        slots = {name: carry[name].taps | {NORMED: hidden[name]} for name in configs}
+        result = add_pairs(result, distill.pairs, both['student'], slots['student'], slots['teacher'], weights)
         after = After(both['student'], hidden['student'], carry['student'].router)
         return auxiliary.added(in_tokens(result, counts), student, after, micro, counts, compute)
 

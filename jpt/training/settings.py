@@ -5,6 +5,7 @@ from typing import Literal
 
 from jpt.config import require
 from jpt.data.config import DataConfig
+from jpt.distill.pairs import HiddenPair
 from jpt.kernels.divergences import NAMES, Divergence
 from jpt.models.block import remat_policy
 from jpt.sharding.mesh import MeshConfig
@@ -32,7 +33,7 @@ class ModelSource:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """How a student learns from its teacher's logits: weights of divergences by name, see jpt.kernels.divergences."""
+    """How a student learns from its teacher: weights of divergences by name, see jpt.kernels.divergences, and pairs."""
 
     forward_kl: float = 1.0
     reverse_kl: float = 0.0
@@ -46,6 +47,7 @@ class DistillConfig:
     temperature: float = 1.0  # of both sides
     temperature_squared: bool = True  # divergences times temperature^2, so that their gradients keep their size
     alpha: float = 1.0  # weight of all divergences together; the rest is cross-entropy
+    pairs: tuple[HiddenPair, ...] = ()  # of hidden states; their losses, by their weights, are added
 
     def __post_init__(self) -> None:
         require(self, 'temperature', self.temperature > 0, 'a positive number')
