@@ -49,8 +49,13 @@ class HiddenPair:
 
     @property
     def name(self) -> str:
-        """What metrics and the projection are called."""
+        """What its metrics are called."""
         return f'{self.loss}-{self.student}-{self.teacher}'
+
+    @property
+    def key(self) -> str:
+        """What its projection is called among parameters, where checkpoints allow no dots."""
+        return self.name.replace('.', '_')
 
     def distance(self) -> Distance:
         """The loss as a function of student, teacher and weights, see jpt.distill.losses."""
@@ -93,7 +98,7 @@ def check_pairs(
 def new_projections(
     pairs: Iterable[HiddenPair], student: ModelConfig, teacher: ModelConfig, key: jax.Array, dtype: DTypeLike
 ) -> dict[str, Any]:
-    """The parameters of the pairs' projections: {name: {'to_teacher': {'kernel': [teacher's width, student's]}}}.
+    """The parameters of the pairs' projections: {pair's key: {'to_teacher': {'kernel': [teacher's width, student's]}}}.
 
     Normal, of variance 1 / student's width, each from a key of its own, so that it does not depend on other pairs.
     """
@@ -103,7 +108,7 @@ def new_projections(
         if pair.projection:
             own_key = jax.random.fold_in(key, zlib.crc32(pair.name.encode()))
             params = linear.init(own_key, hidden_D)['params']
-            drawn[pair.name] = {'to_teacher': jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
+            drawn[pair.key] = {'to_teacher': jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
     return drawn
 
 
@@ -132,7 +137,7 @@ def add_pairs(
         hidden_BTD = student_taps[pair.student]
         if pair.projection:
             # Cleared before the product, which adds up over tokens in the gradient of its kernel.
-            hidden_BTD = dot(jnp.where(used_BT1, hidden_BTD, 0), params[BESIDE][pair.name]['to_teacher']['kernel'])
+            hidden_BTD = dot(jnp.where(used_BT1, hidden_BTD, 0), params[BESIDE][pair.key]['to_teacher']['kernel'])
         value, count = pair.distance()(hidden_BTD, teacher_taps[pair.teacher], weights_BT)
         total = total + pair.weight * value
         added |= {pair.name: (value, count), f'{pair.name}-weighted': (pair.weight * value, count)}

@@ -130,7 +130,7 @@ def reference(case: str) -> tuple[float, Any, dict[str, float]]:
         for pair in distill.pairs:
             state = states[pair.student]
             if pair.projection:
-                state = state @ params['projections'][pair.name]['to_teacher']['kernel'].T
+                state = state @ params['projections'][pair.key]['to_teacher']['kernel'].T
             # Padding attends to nothing: its attention is 0 and has no direction.
             both = (jnp.where(used, x, 1) for x in (state, goals[pair.teacher]))
             means[pair.name] = jnp.sum(weights * distance(pair, *both))

@@ -71,7 +71,7 @@ def test_tokens_without_weight_may_hold_anything_and_teachers_are_not_trained():
         HiddenPair('layers.0.output', 'layers.1.output', weight=2.0, projection=True),
     )
     weights = np.array([[0.5, 0, 0.25], [0, 0.25, 0]])
-    params = {'projections': {pair.name: {'to_teacher': {'kernel': random.normal(size=(4, 5))}} for pair in pairs}}
+    params = {'projections': {pair.key: {'to_teacher': {'kernel': random.normal(size=(4, 5))}} for pair in pairs}}
     student = {pair.student: random.normal(size=(2, 3, 5)) for pair in pairs}
     teacher = {pair.teacher: random.normal(size=(2, 3, 4)) for pair in pairs}
 
@@ -138,10 +138,10 @@ def test_a_projection_does_not_depend_on_other_pairs():
     """Its variance is 1 / 16."""
     pairs = CASES['widths'].distill.pairs
     drawn = new_projections(pairs, WIDE, NARROW, jax.random.key(1), 'float32')
-    assert list(drawn) == [pair.name for pair in pairs]
+    assert list(drawn) == [pair.key for pair in pairs]
     for pair in pairs:
         alone = new_projections([pair], WIDE, NARROW, jax.random.key(1), 'float32')
-        jax.tree.map(np.testing.assert_array_equal, alone[pair.name], drawn[pair.name])
+        jax.tree.map(np.testing.assert_array_equal, alone[pair.key], drawn[pair.key])
     every = np.stack(jax.tree.leaves(drawn))
     assert every.shape == (5, 12, 16)
     assert len({leaf.tobytes() for leaf in every}) == 5
