@@ -41,12 +41,11 @@ class Objective(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What rides through the layers of a model: hidden states [B, T, D], the sums of its routers, if it has any, and
-    a slot [B, T, D] for every tap."""
+    """What rides through the layers of a model: hidden states [B, T, D], sums of its routers, a slot for every tap."""
 
     hidden_BTD: jax.Array
-    router: RouterSums | None
-    taps: Slots
+    router: RouterSums | None  # None for a model without experts
+    taps: Slots  # [B, T, D] each
 
 
 def first_carry(cfg: ModelConfig, params: Tree, micro: Batch, compute: Compute, taps: Sequence[str] = ()) -> Carry:
