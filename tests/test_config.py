@@ -114,27 +114,40 @@ def test_config_dict_has_every_field_and_refuses_unknown_ones():
         config_dict(Outer, {'sources': ({'path': 'p'}, {'file': 'q'})})
 
 
-@pytest.mark.filterwarnings('ignore:.*load_module:DeprecationWarning')  # in ml_collections, on reading the file
-def test_command_line_overrides_reach_defaults_placeholders_and_tuples(tmp_path, monkeypatch):
+LOADS = pytest.mark.filterwarnings('ignore:.*load_module:DeprecationWarning')  # in ml_collections, on reading a file
+
+
+def read_with(overrides, tmp_path, monkeypatch):
+    """What a main gets of a config file with one source, and of overrides on its command line."""
     (tmp_path / 'c.py').write_text(
         f'import sys\nfrom jpt.config import config_dict\nOuter = sys.modules[{__name__!r}].Outer\n'
         "def get_config():\n    return config_dict(Outer, {'sources': ({'path': 'p'},)})\n"
     )
-    arguments = [
-        'main',
-        f'--config={tmp_path / "c.py"}',
+    arguments = ['main', f'--config={tmp_path / "c.py"}', *overrides]
+    monkeypatch.setattr('sys.argv', arguments)  # config_flags looks there for the overrides
+    values = flags.FlagValues()
+    flag = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values)
+    values(arguments)
+    return from_config_dict(Outer, flag.value, 'config')
+
+
+@LOADS
+def test_command_line_overrides_reach_defaults_placeholders_and_tuples(tmp_path, monkeypatch):
+    overrides = [
         '--config.steps=7',
         '--config.name=run',
         '--config.inner.rate=1',
         '--config.sources[0].weight=2.5',
         '--config.betas=(0.8, 0.9)',
     ]
-    monkeypatch.setattr('sys.argv', arguments)  # config_flags looks there for the overrides
-    values = flags.FlagValues()
-    flag = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values)
-    values(arguments)
-    made = from_config_dict(Outer, flag.value, 'config')
+    made = read_with(overrides, tmp_path, monkeypatch)
     assert made == Outer(7, name='run', inner=Inner(1.0), betas=(0.8, 0.9), sources=(Source('p', 2.5),))
+
+
+@LOADS
+def test_a_tuple_of_dataclasses_can_be_given_whole_on_the_command_line(tmp_path, monkeypatch):
+    overrides = ['--config.steps=1', "--config.sources=({'path': 'q'}, {'path': 'r', 'weight': 2})"]
+    assert read_with(overrides, tmp_path, monkeypatch).sources == (Source('q'), Source('r', 2.0))
 
 
 def test_nearest_lists_all_names_and_hints_only_when_close():

@@ -19,7 +19,7 @@ from jpt.checkpoint.manifest import MANIFEST_FILE, verify, write_manifest
 from jpt.checkpoint.source import Index, LeafSource, TreeSource, load_tree, merged, whole
 from jpt.checkpoint.tree import LeafSpec, differences, listing, name_of, specs_of
 from jpt.models.config import ModelConfig
-from jpt.models.names import Leaf, leaves
+from jpt.models.names import BESIDE, Leaf, leaves
 
 PARAMS, FROZEN = 'params/', 'frozen/model/'
 STEPS = 'checkpoints'  # where a training run keeps its steps, under its workdir
@@ -56,7 +56,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 class StoredSource:
     """The model in a jpt checkpoint as a source of leaves.
 
-    Of a training step it takes trainable and frozen leaves alike, and merges LoRA adapters into their kernels.
+    Of a training step it takes trainable and frozen leaves alike, and merges LoRA adapters into their kernels. What was
+    trained beside the model is left out.
 
     Args:
         path: as `find_checkpoint` takes it.
@@ -83,6 +84,7 @@ class StoredSource:
         self._names: dict[str, str] = {}  # of a leaf of the model -> in the state
         for prefix in (FROZEN, PARAMS):
             self._names |= {name.removeprefix(prefix): name for name in about.leaves if name.startswith(prefix)}
+        self._names = {leaf: name for leaf, name in self._names.items() if not leaf.startswith(f'{BESIDE}/')}
         self._specs, self._statics = about.leaves, about.statics
         self._check_leaves()
         self._stores: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Distillation from the full logits of frozen teachers, computed beside the student in one program."""
+"""Distillation from full logits and hidden states of frozen teachers, computed beside the student in one program."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,11 @@ import jax.numpy as jnp
 
 from jpt.data.batch import Batch
 from jpt.distill.mixture import mixture
+from jpt.distill.pairs import add_pairs, check_pairs, taps_of
 from jpt.kernels.distillation_loss import Teacher, distillation, own_name
 from jpt.kernels.head_loss import linear_loss
 from jpt.models.config import Compute, ModelConfig
+from jpt.models.taps import NORMED
 from jpt.models.transformer import final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.auxiliary import After, Auxiliary, Counts, Sums
@@ -37,7 +39,12 @@ def logit_distillation(
 ) -> Objective:
     """Divergences from teachers at temperature T, and cross-entropy: see kernels/distillation_loss.py.
 
+    On top of them the losses of pairs of hidden states, see distill/pairs.py.
+
     teachers: by their names in `frozen`. shares: of each in every divergence, in all 1.
+
+    Raises:
+        ValueError: a pair that these models do not have.
     """
     token_loss = distillation(
         *distill.terms(),
@@ -46,7 +53,9 @@ def logit_distillation(
         squared=distill.temperature_squared,
         teachers=tuple(Teacher(cfg.vocab_size, cfg.logit_soft_cap, name) for name, cfg in teachers.items()),
     )
+    check_pairs(distill.pairs, student, teachers)
     configs = {'student': student, **teachers}
+    taps = {name: taps_of(distill.pairs, name) for name in configs}
 
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
         return {'student': merge(params, frozen['model']), **{name: frozen[name] for name in teachers}}
@@ -59,7 +68,7 @@ def logit_distillation(
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
-        return {name: first_carry(cfg, both[name], micro, compute) for name, cfg in configs.items()}
+        return {name: first_carry(cfg, both[name], micro, compute, taps[name]) for name, cfg in configs.items()}
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
         both = models(layers, frozen_layers)
@@ -77,6 +86,7 @@ def logit_distillation(
         """The loss between both models' logits, which exist chunk by chunk only."""
         both = models(params, frozen)
         hidden = {name: final_norm(cfg, both[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
+        weights = token_weights(micro, counts)
         args = {'targets': micro.targets, 'teacher_hidden': tuple(hidden[name] for name in teachers)}
         given = {'mixture': counts['mixture']} if distill.schedule is not None else {}
         if len(teachers) > 1:
@@ -85,13 +95,15 @@ def logit_distillation(
         result = linear_loss(
             hidden['student'],
             head_kernel(student, both['student']),
-            token_weights(micro, counts),
+            weights,
             args,
             token_loss,
             shared={'teacher_kernel': tuple(head_kernel(cfg, both[name]) for name, cfg in teachers.items())},
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,
         )
+        slots = {name: carry[name].taps | {NORMED: hidden[name]} for name in configs}
+        result = add_pairs(result, distill.pairs, both['student'], slots, weights)
         after = After(both['student'], hidden['student'], carry['student'].router)
         total, sums = in_tokens(result, counts)
         result = total, _by_teacher(sums, list(teachers)) if len(teachers) > 1 else sums

@@ -1,7 +1,7 @@
 """One layer, and which of its intermediate results the backward pass may keep."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,44 +20,51 @@ from jpt.models.routing import RouterSums
 NAMES = ('query', 'key', 'value', 'attention', 'mlp_gate', 'mlp_up', 'ssd')
 
 
-class Block(nn.Module):
-    """A layer: a mixer of tokens, then MLP or experts, each added to the residual stream. [B, T, D] -> [B, T, D].
+class Layered(NamedTuple):
+    """What a layer returns: the residual stream [B, T, D] behind it, and what is beside it."""
 
-    Beside it the cache with what these tokens add, and the sums of the router where the layer has one.
-    """
+    hidden_BTD: jax.Array
+    cache: LayerCache | None  # with what these tokens add
+    router: RouterSums | None  # where the layer has one
+    mixed_BTD: jax.Array | None  # what the mixer added to the residual stream, see models/taps.py
+
+
+class Block(nn.Module):
+    """A layer: a mixer of tokens, then MLP or experts, each added to the residual stream. [B, T, D] -> [B, T, D]."""
 
     cfg: ModelConfig
     kind: LayerKind
     compute: Compute
 
     @nn.compact
-    def __call__(
-        self, hidden_BTD: jax.Array, where: Where, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
-        cfg, kind, sums = self.cfg, self.kind, None
+    def __call__(self, hidden_BTD: jax.Array, where: Where, cache: LayerCache | None = None) -> Layered:
+        cfg, kind, sums, mixed_BTD = self.cfg, self.kind, None, None
         if kind.mixer != 'none':
             name = 'mamba' if kind.mixer == 'mamba' else 'attn'
             mixer = _mixer(cfg, kind)(cfg, kind, self.compute, name=name)
             mixed_BTD, cache = mixer(self._normed(name, hidden_BTD), where, cache)
+            mixed_BTD = self._part(name, mixed_BTD)
             hidden_BTD = self._added(name, hidden_BTD, mixed_BTD)
         if kind.experts:
             inner_BTD, sums = MoE(cfg, self.compute.exchange, name='mlp')(
                 self._normed('mlp', hidden_BTD), where.segments_BT
             )
-            hidden_BTD = self._added('mlp', hidden_BTD, inner_BTD)
+            hidden_BTD = self._added('mlp', hidden_BTD, self._part('mlp', inner_BTD))
         elif kind.mlp_width:
             inner_BTD = MLP(cfg, kind.mlp_width, name='mlp')(self._normed('mlp', hidden_BTD))
-            hidden_BTD = self._added('mlp', hidden_BTD, inner_BTD)
-        return hidden_BTD, cache, sums
+            hidden_BTD = self._added('mlp', hidden_BTD, self._part('mlp', inner_BTD))
+        return Layered(hidden_BTD, cache, sums, mixed_BTD)
 
     def _normed(self, name: str, hidden_BTD: jax.Array) -> jax.Array:
         """What a part of the layer reads."""
         return norm(self.cfg, f'{name}_norm')(hidden_BTD) if self.cfg.pre_norms else hidden_BTD
 
+    def _part(self, name: str, part_BTD: jax.Array) -> jax.Array:
+        """What is added to the residual stream of what a part of the layer returns."""
+        return norm(self.cfg, f'{name}_post_norm')(part_BTD) if self.cfg.post_norms else part_BTD
+
     def _added(self, name: str, hidden_BTD: jax.Array, part_BTD: jax.Array) -> jax.Array:
-        """The residual stream with what a part of the layer returns."""
-        if self.cfg.post_norms:
-            part_BTD = norm(self.cfg, f'{name}_post_norm')(part_BTD)
+        """The residual stream with a part of the layer."""
         summed_BTD = hidden_BTD + part_BTD
         if self.cfg.residual_norms:
             summed_BTD = norm(self.cfg, f'{name}_norm')(summed_BTD)
@@ -70,7 +77,7 @@ def _mixer(cfg: ModelConfig, kind: LayerKind) -> Callable[..., Any]:
     return Attention if cfg.latent is None else LatentAttention
 
 
-def apply_block(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[..., Any]:
+def apply_block(cfg: ModelConfig, kind: LayerKind, compute: Compute) -> Callable[..., Layered]:
     """The layer as a function of (its params, hidden, where, cache), under the rematerialization asked for.
 
     Raises:

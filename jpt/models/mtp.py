@@ -35,8 +35,8 @@ class MTP(nn.Module):
         cfg = self.cfg
         both = (norm(cfg, 'embed_norm')(embedded_BTD), norm(cfg, 'hidden_norm')(hidden_BTD))
         joined_BTD = Linear(cfg.width, name='join')(jnp.concatenate(both, axis=-1))
-        hidden_BTD, _, sums = Block(cfg, self.kind, self.compute, name='layer')(joined_BTD, where)
-        return norm(cfg, 'norm')(hidden_BTD), sums
+        after = Block(cfg, self.kind, self.compute, name='layer')(joined_BTD, where)
+        return norm(cfg, 'norm')(after.hidden_BTD), after.router
 
 
 def init_mtp(cfg: ModelConfig, key: jax.Array, where: Where) -> list[Params]:

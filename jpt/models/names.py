@@ -14,6 +14,9 @@ from jpt.models.families import FAMILIES
 from jpt.models.families.dialect import Dialect
 from jpt.models.transformer import KEPT, init
 
+# In a training run's parameters: what is trained beside the model and is no part of it. Models are opened without it.
+BESIDE = 'projections'
+
 TreePath = tuple[str | int, ...]
 Role = Literal['embedding', 'kernel', 'bias', 'norm']
 

@@ -17,6 +17,7 @@ from jpt.models.layers import along_last, norm
 from jpt.models.mtp import init_mtp
 from jpt.models.rope import rope_table
 from jpt.models.routing import RouterSums, add_layer, no_sums
+from jpt.models.taps import EMBEDDED, NORMED, Passed, Slots, check_taps, empty_slots, filled, layer_taps
 from jpt.quant.dot import dot
 
 Params = dict[str, Any]
@@ -29,7 +30,7 @@ class Forward(NamedTuple):
 
     hidden_BTD: jax.Array  # of `forward`: after the final norm
     cache: Cache | None
-    taps: dict[str, jax.Array]
+    taps: Slots
     router: RouterSums | None  # of all layers; None for a model without experts
 
 
@@ -117,7 +118,7 @@ class _Run(NamedTuple):
 
     hidden_BTD: jax.Array
     entries: list[Any]  # of the cache
-    taps: dict[str, jax.Array]
+    taps: Slots
     router: RouterSums | None
 
 
@@ -132,14 +133,15 @@ def run_layers(
 ) -> Forward:
     """All layers of the model, segment by segment; each segment is one scan over its repeats. Without the
     final norm."""
-    found: dict[str, jax.Array] = {}
+    found: Slots = {}
     entries = []
     router = no_sums(cfg, hidden_BTD.dtype)
     for index, segment in enumerate(cfg.segments):
+        first = cfg.layer_index(index, 0, 0)
         run = _Run(
             hidden_BTD,
             cache.layers[index] if cache else [],
-            {name: jnp.zeros_like(hidden_BTD) for name in _taps_of(cfg, index, taps)},
+            empty_slots(layer_taps(taps, first, first + segment.num_layers), hidden_BTD),
             router,
         )
         run = _run_segment(cfg, index, segment, layers[index], run, where, compute, cache)
@@ -166,20 +168,18 @@ def _run_segment(
     def period(run: _Run, step: tuple[list[Params], jax.Array | None]) -> tuple[_Run, None]:
         """The layers of one period, one after the other."""
         params, repeat = step
-        hidden, entries, taps, router = run.hidden_BTD, list(run.entries), dict(run.taps), run.router
+        hidden, entries, taps, router = run.hidden_BTD, list(run.entries), run.taps, run.router
         for kind, block in enumerate(blocks):
             layer_cache = None
             if cache is not None:
                 layer_cache = LayerCache(entries[kind], repeat, cache.next_slot, cache.positions_BS, cache.segments_BS)
-            inputs = hidden
             layer = cfg.layer_index(index, kind, 0) + (0 if repeat is None else repeat) * len(blocks)
-            hidden, layer_cache, sums = block(params[kind], hidden, where, layer_cache)
-            router = add_layer(router, layer, sums)
-            if layer_cache is not None:
-                entries[kind] = layer_cache.entry
-            for name in taps:
-                number, place = _parse_tap(name)
-                taps[name] = jnp.where(number == layer, inputs if place == 'input' else hidden, taps[name])
+            after = block(params[kind], hidden, where, layer_cache)
+            router = add_layer(router, layer, after.router)
+            if after.cache is not None:
+                entries[kind] = after.cache.entry
+            taps = filled(taps, layer, Passed(hidden, after.hidden_BTD, after.mixed_BTD))
+            hidden = after.hidden_BTD
         return _Run(hidden, entries, taps, router), None
 
     if segment.repeats == 1:  # no loop, and no slices out of a stack of one
@@ -187,29 +187,6 @@ def _run_segment(
     steps = (list(layers), jnp.arange(segment.repeats, dtype=jnp.int32))
     run, _ = jax.lax.scan(period, run, steps, unroll=min(compute.unroll, segment.repeats))
     return run
-
-
-def _parse_tap(name: str) -> tuple[int, str]:
-    _, number, place = name.split('.')
-    return int(number), place
-
-
-def _taps_of(cfg: ModelConfig, segment: int, taps: Sequence[str]) -> list[str]:
-    first = cfg.layer_index(segment, 0, 0)
-    last = first + cfg.segments[segment].num_layers
-    return [name for name in taps if name.startswith('layers.') and first <= _parse_tap(name)[0] < last]
-
-
-def check_taps(cfg: ModelConfig, taps: Sequence[str]) -> None:
-    """Raises ValueError where a tap is not the name of a hidden state of this model."""
-    allowed = {'embed.output', 'final_norm.output'}
-    allowed |= {f'layers.{n}.{place}' for n in range(cfg.num_layers) for place in ('input', 'output')}
-    for name in taps:
-        if name not in allowed:
-            raise ValueError(
-                f"taps: {name!r}: expected 'embed.output', 'final_norm.output' or "
-                f"'layers.N.input', 'layers.N.output' with N from 0 to {cfg.num_layers - 1}"
-            )
 
 
 def final_norm(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
@@ -236,7 +213,7 @@ def forward(
 
     Positions default to 0..T-1 (plus what the cache holds) and segments to one text per row. With a cache the new
     tokens are written to its next slots and attend to all of it. Token types (of encoders) default to 0. Taps name
-    hidden states to return: 'embed.output', 'layers.N.input', 'layers.N.output', 'final_norm.output'.
+    hidden states to return, see models/taps.py.
     """
     check_taps(cfg, taps)
     if positions_BT is None:
@@ -250,7 +227,7 @@ def forward(
     embedded_BTD = embed(cfg, params, tokens_BT, positions_BT, compute, token_types_BT)
     result = run_layers(cfg, params['layers'], embedded_BTD, where, compute, cache, taps)
     hidden_BTD = final_norm(cfg, params, result.hidden_BTD)
-    ends = {'embed.output': embedded_BTD, 'final_norm.output': hidden_BTD}
+    ends = {EMBEDDED: embedded_BTD, NORMED: hidden_BTD}
     found = result.taps | {name: ends[name] for name in taps if name in ends}
     return result._replace(hidden_BTD=hidden_BTD, taps=found)
 

@@ -18,6 +18,7 @@ LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     'embed/embedding': ('vocab', 'embed'),
     'lm_head/kernel': ('vocab', 'embed'),
     'join/kernel': (None, 'embed'),
+    'to_teacher/kernel': (None, 'embed'),
     'hidden_norm/scale': (None,),
     'norm/scale': (None,),
     'positions/embedding': (None, 'embed'),

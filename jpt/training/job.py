@@ -15,8 +15,10 @@ from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
 from jpt.data.batch import Batch, empty_batch
 from jpt.distill.objective import logit_distillation
+from jpt.distill.pairs import new_projections
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
+from jpt.models.names import BESIDE
 from jpt.models.transformer import init
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
 from jpt.sharding.layout import laid_out, to_canonical_layout, to_device_layout
@@ -135,30 +137,44 @@ def _drawn(config: TrainConfig, name: str, weights: Weights, key: jax.Array) -> 
     return init(weights.cfg, key, config.compute.param_dtype if name == 'model' else config.compute.dtype)
 
 
-def _adapted(config: TrainConfig, models: dict[str, Any], key: jax.Array) -> dict[str, Any]:
-    """The models with adapters where the job trains adapters."""
-    lora = config.lora
-    if lora is None:
-        return models
-    model = add_lora(
-        models['model'],
-        key,
-        lora.targets,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        rank_stabilized=lora.rank_stabilized,
-        place='config.lora.targets',
-    )
+def _extended(
+    config: TrainConfig, weights: dict[str, Weights], models: dict[str, Any], key: jax.Array
+) -> dict[str, Any]:
+    """The models with what the job trains in or beside them: adapters, projections of pairs of hidden states."""
+    lora, model = config.lora, models['model']
+    if lora is not None:
+        model = add_lora(
+            model,
+            jax.random.fold_in(key, 0),
+            lora.targets,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            rank_stabilized=lora.rank_stabilized,
+            place='config.lora.targets',
+        )
+    if config.task == 'distill':
+        pairs, own_key, dtype = config.distill.pairs, jax.random.fold_in(key, 1), config.compute.param_dtype
+        teachers = {name: weights[name].cfg for name in config.named_teachers()}
+        drawn = new_projections(pairs, weights['model'].cfg, teachers, own_key, dtype)
+        model = model | {BESIDE: drawn} if drawn else model
     return models | {'model': model}
 
 
 def _trees(config: TrainConfig, models: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The trainable tree and the frozen ones, from whole models."""
+    """The trainable tree and the frozen ones, from whole models; what is beside the model is always trained."""
     freeze, place = config.freeze if config.lora is None else FREEZE_ALL_BUT_LORA, 'config.freeze'
     if models['model'].get('mtp') and not config.mtp_loss:
         freeze, place = (*freeze, 'mtp'), 'config.freeze (with mtp, since config.mtp_loss=0)'
-    params, frozen = partition(models['model'], freeze, place)
+    params, frozen = partition(without_beside(models['model']), freeze, place)
+    if BESIDE in models['model']:
+        beside = models['model'][BESIDE]
+        params, frozen = params | {BESIDE: beside}, frozen | {BESIDE: jax.tree.map(lambda _: None, beside)}
     return params, {'model': frozen} | {name: tree for name, tree in models.items() if name != 'model'}
+
+
+def without_beside(params: Any) -> Any:
+    """A tree of a run's parameters without what is trained beside the model."""
+    return {name: part for name, part in params.items() if name != BESIDE}
 
 
 def _abstract_models(config: TrainConfig, models: dict[str, Weights]) -> dict[str, Any]:
@@ -176,8 +192,8 @@ def _abstract_key() -> Any:
 
 def _plan(config: TrainConfig, models: dict[str, Weights], mesh: Mesh) -> Plan:
     abstract = _abstract_models(config, models)
-    adapted = jax.eval_shape(functools.partial(_adapted, config), abstract, _abstract_key())
-    params, frozen = _trees(config, adapted)
+    extended = jax.eval_shape(functools.partial(_extended, config, models), abstract, _abstract_key())
+    params, frozen = _trees(config, extended)
     return make_plan(
         mesh,
         {name: weights.cfg for name, weights in models.items()},
@@ -192,8 +208,8 @@ def _plan(config: TrainConfig, models: dict[str, Weights], mesh: Mesh) -> Plan:
 
 def _fresh_state(job: Job, models: dict[str, Any], key: jax.Array) -> TrainState:
     """The state before the first step, in the device layout, from whole models in the canonical one."""
-    adapted = _adapted(job.config, models, jax.random.fold_in(key, 0))
-    placed = {name: to_device_layout(job.plan.layouts[name], tree) for name, tree in adapted.items()}
+    extended = _extended(job.config, job.models, models, key)
+    placed = {name: to_device_layout(job.plan.layouts[name], tree) for name, tree in extended.items()}
     params, frozen = _trees(job.config, placed)
     ema = None if job.config.ema is None else init_ema(params)
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, job.optimizer.init(params), ema, key)
@@ -290,4 +306,4 @@ def whole_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
     """The model's parameters in the canonical layout, trained and frozen, adapters merged into their kernels."""
     layout, shapes = job.plan.layouts['model'], canonical_shapes(job).frozen['model']
     frozen = laid_out(to_canonical_layout, layout, state.frozen['model'], shapes)
-    return merge_lora(merge(trained_parameters(job, state, averaged=averaged), frozen))
+    return merge_lora(without_beside(merge(trained_parameters(job, state, averaged=averaged), frozen)))

@@ -4,7 +4,7 @@ A loss is a sum and a count. The counts of the whole global batch are computed f
 and gradient do not depend on microbatching, data parallelism, packing or chunking.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import cross_entropy
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.routing import RouterSums, no_sums
+from jpt.models.taps import EMBEDDED, NORMED, Slots, empty_slots
 from jpt.models.transformer import embed, final_norm, head_kernel, locate
 from jpt.sharding.stages import run_layers
 from jpt.training.auxiliary import After, Auxiliary, Counts, Sums
@@ -40,15 +41,20 @@ class Objective(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What rides through the layers of a model: hidden states [B, T, D], and the sums of its routers, if it has any."""
+    """What rides through the layers of a model: hidden states [B, T, D], sums of its routers, a slot for every tap."""
 
     hidden_BTD: jax.Array
-    router: RouterSums | None
+    router: RouterSums | None  # None for a model without experts
+    taps: Slots  # [B, T, D] each
 
 
-def first_carry(cfg: ModelConfig, params: Tree, micro: Batch, compute: Compute) -> Carry:
-    """What enters the first layer of a model."""
-    return Carry(embed(cfg, params, micro.tokens, micro.positions, compute), no_sums(cfg, compute.dtype))
+def first_carry(cfg: ModelConfig, params: Tree, micro: Batch, compute: Compute, taps: Sequence[str] = ()) -> Carry:
+    """What enters the first layer of a model; `last` has the final norm itself, so that needs no slot."""
+    hidden_BTD = embed(cfg, params, micro.tokens, micro.positions, compute)
+    slots = empty_slots([name for name in taps if name not in (EMBEDDED, NORMED)], hidden_BTD)
+    if EMBEDDED in taps:
+        slots[EMBEDDED] = hidden_BTD
+    return Carry(hidden_BTD, no_sums(cfg, compute.dtype), slots)
 
 
 def token_counts(batch: Batch) -> Counts:

@@ -8,8 +8,9 @@ import jax
 
 from jpt.data.config import DataConfig
 from jpt.data.stdlib_corpus import read_stdlib
+from jpt.models.names import BESIDE
 from jpt.training.flops import flops_per_token
-from jpt.training.job import Job, canonical_shapes
+from jpt.training.job import Job, canonical_shapes, without_beside
 from jpt.training.memory import bytes_per_device, gib
 
 
@@ -26,15 +27,18 @@ def bytes_by_part(job: Job) -> dict[str, int]:
 
 
 def flops_of(job: Job) -> float:
-    """Operations per token of a training step: the model's, and a forward pass of every teacher."""
+    """Operations per token of a training step: the model's, what is beside it, and a forward pass of every teacher."""
     config = job.config
-    trained = None if not jax.tree.leaves(job.state.frozen['model']) else canonical_shapes(job).params
+    trained = None
+    if jax.tree.leaves(job.state.frozen['model']):
+        trained = without_beside(canonical_shapes(job).params)
     cfg = job.models['model'].cfg
     if not config.mtp_loss:
         cfg = dataclasses.replace(cfg, mtp=())
     model = flops_per_token(cfg, config.batch.length, trained).training
     teachers = [dataclasses.replace(w.cfg, mtp=()) for name, w in job.models.items() if name != 'model']
-    return model + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
+    beside = 6 * count_parameters(job.state.params.get(BESIDE))  # products forward, and both of backward
+    return model + beside + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
 
 
 def describe_data(data: DataConfig) -> str:
@@ -50,7 +54,8 @@ def describe_data(data: DataConfig) -> str:
 def overview(job: Job) -> str:
     """The plan of a run, for its first lines."""
     config, model = job.config, job.models['model'].cfg
-    trained, frozen = count_parameters(job.state.params), count_parameters(job.state.frozen['model'])
+    trained = count_parameters(without_beside(job.state.params))
+    frozen = count_parameters(job.state.frozen['model'])
     start = 'random weights' if job.models['model'].source is None else f'from {config.model.path}'
     lines = [f'task     {config.task}', f'model    {model.family}, {trained + frozen:,} parameters, {start}']
     if frozen:
@@ -59,6 +64,10 @@ def overview(job: Job) -> str:
         count = count_parameters(job.state.frozen[name])
         which = f' ({name}, {share:.0%} of every divergence)' if config.teachers else ''
         lines.append(f'teacher  {job.models[name].cfg.family}, {count:,} parameters, from {teacher.path}{which}')
+    if config.task == 'distill' and config.distill.pairs:
+        maps = count_parameters(job.state.params.get(BESIDE))
+        names = ', '.join(f'{pair.weight:g} {pair.name}' for pair in config.distill.pairs)
+        lines.append(f'pairs    {names}' + (f'; {maps:,} parameters of projections' if maps else ''))
     lines.append(f'data     {describe_data(config.data)}')
     lines.append(f'held out {"none" if config.eval.data is None else describe_data(config.eval.data)}')
     tokens = config.batch.size * config.batch.length

@@ -5,6 +5,7 @@ from typing import Literal
 
 from jpt.config import require
 from jpt.data.config import DataConfig
+from jpt.distill.pairs import HiddenPair
 from jpt.kernels.divergences import NAMES, Divergence
 from jpt.models.block import remat_policy
 from jpt.sharding.mesh import MeshConfig
@@ -62,7 +63,7 @@ class MixtureSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """How a student learns from its teacher's logits: weights of divergences by name, see jpt.kernels.divergences."""
+    """How a student learns from its teacher: weights of divergences by name, see jpt.kernels.divergences, and pairs."""
 
     forward_kl: float = 1.0
     reverse_kl: float = 0.0
@@ -77,27 +78,33 @@ class DistillConfig:
     temperature_squared: bool = True  # divergences times temperature^2, so that their gradients keep their size
     alpha: float = 1.0  # weight of all divergences together; the rest is cross-entropy
     schedule: MixtureSchedule | None = None  # of the weights above, alpha among them
+    pairs: tuple[HiddenPair, ...] = ()  # of hidden states; their losses, by their weights, are added
 
     def __post_init__(self) -> None:
         require(self, 'temperature', self.temperature > 0, 'a positive number')
         require(self, 'alpha', 0 <= self.alpha <= 1, 'a number from 0 to 1')
         for name in NAMES:
             require(self, name, getattr(self, name) >= 0, 'a number of 0 or more')
-        require(
-            self, 'forward_kl', bool(self.terms()) or self.alpha == 0, f'a positive weight of one of {", ".join(NAMES)}'
-        )
+        some = any(weight or self._last(divergence.name) for weight, divergence in self.terms())
+        allowed = f'a positive weight of one of {", ".join(NAMES)}, or pairs'
+        require(self, 'forward_kl', some or self.alpha == 0 or bool(self.pairs), allowed)
         inside = 0 < self.beta < 1 or (self.jsd_normalized and self.beta in (0, 1))
         require(self, 'beta', inside, 'a number between 0 and 1, or with jsd_normalized from 0 to 1')
         require(self, 'skew', 0 <= self.skew < 1, 'a number from 0 to below 1')
 
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
-        """The divergences that have a weight at first or in the end, with the first, as `distillation` takes them."""
-        last = self.schedule.to if self.schedule else {}
+        """The divergences that have a weight at first or in the end, with the first, as `distillation` takes them.
+
+        Where none has, the forward KL is there with weight 0, to be reported.
+        """
+        used = [name for name in NAMES if getattr(self, name) or self._last(name)] or NAMES[:1]
         return tuple(
-            (getattr(self, name), Divergence(name, self.beta, self.skew, self.jsd_normalized))
-            for name in NAMES
-            if getattr(self, name) or last.get(name)
+            (getattr(self, name), Divergence(name, self.beta, self.skew, self.jsd_normalized)) for name in used
         )
+
+    def _last(self, name: str) -> float:
+        """The weight at the end of the schedule; 0 where that does not name it."""
+        return 0.0 if self.schedule is None else self.schedule.to.get(name, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,12 @@ def test_vocabulary_lies_over_pipe_and_tensor_and_stages_over_pipe():
     assert leaf_spec(keys, (4, 1, 2, 12, 8), rules) == P('pipe', None, None, 'tensor', 'fsdp')
 
 
+def test_a_projection_to_a_teacher_is_divided_over_fsdp_alone():
+    """Whatever its pair is called; its rows are of the teacher's width, which fits no axis of the student."""
+    keys = ('projections', 'mse-layers_1_output-layers_2_output', 'to_teacher', 'kernel')
+    assert leaf_spec(keys, (7, 8), Rules(SIZES | {'pipe': 4}, Units(4, 4), staged=True)) == P(None, 'fsdp')
+
+
 def test_kv_heads_that_do_not_divide_are_held_whole():
     """Three KV heads of size 4 have 12 rows, which tensor=2 would divide: but not at a head."""
     rules = Rules(SIZES, Units(heads=6, kv_heads=3))

@@ -55,6 +55,7 @@ EXPECTED = {
     'final_norm/scale': ('norm', 'adamw', 0.0),
     'final_norm/bias': ('bias', 'adamw', 0.0),
     'lm_head/kernel': ('head', 'adamw', 0.1),
+    'projections/pair/to_teacher/kernel': ('kernel', 'muon', 0.1),
 }
 
 
@@ -107,6 +108,7 @@ def test_every_leaf_of_a_real_tree_gets_what_the_table_says():
     query = params['layers'][0][0]['attn']['q']
     factor = jax.ShapeDtypeStruct((3, 2, 8), jnp.float32)
     query['kernel'] = LoraKernel(query['kernel'], factor, factor, 1.0)
+    params['projections'] = {'pair': {'to_teacher': {'kernel': jax.ShapeDtypeStruct((6, 8), jnp.float32)}}}
     found = {path: tuple(plan_of(path, OptimizerConfig('muon'))) for path in paths(params)}
     assert found == EXPECTED
     plain = {path: plan_of(path, OptimizerConfig('adamw', decay_embeddings=True)) for path in paths(params)}
