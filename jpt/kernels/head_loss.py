@@ -8,7 +8,6 @@ is computed from a chunk of logits is a token loss (token_losses.py).
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jpt.kernels.local import auto, auto_size, axis_size, local, platform, psum
-from jpt.kernels.parallel_attention import ROWS, SEQUENCE
+from jpt.kernels.head_chunks import capped_logits, check_vocabulary, choose_chunk, chunked, flat, layout_of
+from jpt.kernels.local import axis_size, local, psum
 from jpt.kernels.token_losses import TokenLoss
 from jpt.kernels.vocab import VOCAB
 from jpt.kernels.vocab_shard import VocabShard
@@ -73,62 +72,14 @@ def linear_loss(
       ValueError: a vocabulary that does not divide over its axes or is smaller than `vocab_size`.
     """
     rows = kernel_VD.shape[0]
-    if rows % auto_size(vocab_axes):
-        sizes = ' x '.join(f'{name}={auto_size([name])}' for name in vocab_axes)
-        raise ValueError(f'linear_loss: a vocabulary of {rows} rows does not divide over {sizes}: pad it')
-    if rows * axis_size(vocab_axes) < vocab_size:
-        raise ValueError(
-            f'linear_loss: vocab_size={vocab_size}: the kernel has {rows * axis_size(vocab_axes)} rows in all'
-        )
+    check_vocabulary('linear_loss', rows, vocab_size, vocab_axes)
     rule = _Rule(token_loss, vocab_size, soft_cap, chunk, tuple(vocab_axes))
     return _linear_loss(rule, hidden, kernel_VD, weights, args, shared)
 
 
-def choose_chunk(tokens: int, vocab: int) -> int:
-    """Tokens per step, measured by benchmarks/head_loss.py.
-
-    A small chunk keeps logits in cache (CPU) or memory low (GPU); a large one passes over the kernel's gradient fewer
-    times. The logits of a chunk take 8 MiB on CPU and 512 MiB on GPU.
-    """
-    budget = (8 if platform() == 'cpu' else 512) * 2**20 // 4
-    chunk = max(128, 2 ** int(math.log2(max(budget // vocab, 1))))
-    return min(chunk, tokens)
-
-
-class _Layout(NamedTuple):
-    """How operands are split over the automatic axes: specs and the axes that tokens and columns go over."""
-
-    tokens: P
-    kernel: P
-    dkernel: P
-    token_axes: tuple[str, ...]
-    vocab_axes: tuple[str, ...]
-    scatter: str | None  # the axis over which the kernel's gradient comes out cut by width
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return (*self.token_axes, *self.vocab_axes)
-
-
-def _layout(rule: _Rule, hidden) -> _Layout:
-    rows = auto(ROWS) if hidden.shape[0] % auto_size(ROWS) == 0 else ()
-    sequence = auto([SEQUENCE]) if hidden.ndim == 3 and hidden.shape[1] % auto_size([SEQUENCE]) == 0 else ()
-    vocab = auto(rule.vocab_axes)
-    # Parameters lie cut over fsdp: sum straight into that layout (half of what an all-reduce moves).
-    scatter = 'fsdp' if 'fsdp' in rows and hidden.shape[-1] % auto_size(['fsdp']) == 0 else None
-    return _Layout(
-        tokens=P(rows, sequence) if hidden.ndim == 3 else P(rows),
-        kernel=P(vocab, None),
-        dkernel=P(vocab, scatter),
-        token_axes=(*rows, *sequence),
-        vocab_axes=vocab,
-        scatter=scatter,
-    )
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_loss(rule: _Rule, hidden, kernel_VD, weights, args, shared):
-    layout = _layout(rule, hidden)
+    layout = layout_of(rule.vocab_axes, hidden)
 
     def shard(hidden, kernel, weights, args, shared):
         total, sums, _ = _scan(rule, hidden, kernel, weights, args, shared, with_gradients=False)
@@ -139,7 +90,7 @@ def _linear_loss(rule: _Rule, hidden, kernel_VD, weights, args, shared):
 
 
 def _linear_loss_fwd(rule: _Rule, hidden, kernel_VD, weights, args, shared):
-    layout = _layout(rule, hidden)
+    layout = layout_of(rule.vocab_axes, hidden)
 
     def shard(hidden, kernel, weights, args, shared):
         total, sums, (dhidden, dkernel) = _scan(rule, hidden, kernel, weights, args, shared, with_gradients=True)
@@ -170,7 +121,7 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, with_gradien
     shape, width = hidden.shape, hidden.shape[-1]
     stats = jnp.promote_types(hidden.dtype, jnp.float32)
     vocab = VocabShard(rule.vocab_axes, kernel_VD.shape[0], rule.vocab_size)
-    hidden, weights, args = _flat((hidden, weights, args), weights.ndim)
+    hidden, weights, args = flat((hidden, weights, args), weights.ndim)
     tokens = hidden.shape[0]
     chunk = min(rule.chunk or choose_chunk(tokens, kernel_VD.shape[0]), tokens)
     weights = weights.astype(stats)
@@ -178,11 +129,11 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, with_gradien
     # One shard's part of dhidden is rounded to hidden's dtype only after the parts are added.
     part = stats if axis_size(rule.vocab_axes) > 1 else hidden.dtype
 
-    def step(carry, chunked):
+    def step(carry, one):
         """One chunk of tokens: its logits, loss and metrics, and both gradients."""
         total, sums, dkernel = carry
-        h_CD, weight_C, args_C = chunked
-        logits_CV, slope = _logits(h_CD, kernel, vocab, rule.soft_cap, stats)
+        h_CD, weight_C, args_C = one
+        logits_CV, slope = capped_logits(h_CD, kernel, vocab, rule.soft_cap, stats)
         loss_C, dlogits_CV, metrics = rule.token_loss(logits_CV, args_C, shared, vocab)
         used = weight_C != 0
         weigh = partial(_weighted_sum, weight_C, used)
@@ -200,35 +151,12 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, with_gradien
     zero = jnp.zeros((), stats)
     sums = dict.fromkeys(rule.token_loss.metrics, zero)
     start = zero, sums, jnp.zeros((kernel.shape[0], width), stats) if with_gradients else None
-    (total, sums, dkernel), dh = lax.scan(step, start, jax.tree.map(partial(_chunked, chunk), (hidden, weights, args)))
+    (total, sums, dkernel), dh = lax.scan(step, start, jax.tree.map(partial(chunked, chunk), (hidden, weights, args)))
     metrics = {name: (value, jnp.sum(weights)) for name, value in sums.items()}
     if not with_gradients:
         return total, metrics, None
     return total, metrics, (dh.reshape(-1, width)[:tokens].reshape(shape), dkernel)
 
 
-def _flat(tree, leading: int):
-    """Every leaf with its first `leading` axes made one."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), tree)
-
-
-def _chunked(chunk: int, x):
-    """[N, ...] -> [chunks, chunk, ...], padded with zeros (so with weight 0)."""
-    missing = -x.shape[0] % chunk
-    if missing:
-        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, chunk, *x.shape[1:])
-
-
 def _weighted_sum(weight_C, used_C, value_C):
     return jnp.sum(jnp.where(used_C, weight_C * value_C, 0))
-
-
-def _logits(h_CD, kernel_VD, vocab: VocabShard, soft_cap: float | None, stats):
-    """Logits [C, V] of the local columns, padding masked, and the slope of the soft cap (None without one)."""
-    logits = lax.dot_general(h_CD, kernel_VD, (((1,), (1,)), ((), ())), preferred_element_type=stats)
-    slope = None
-    if soft_cap is not None:
-        capped = jnp.tanh(logits / soft_cap)
-        logits, slope = soft_cap * capped, 1 - capped * capped
-    return vocab.mask(logits), slope
