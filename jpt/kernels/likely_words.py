@@ -30,7 +30,7 @@ class Likely(NamedTuple):
 class _Rule(NamedTuple):
     """What is fixed when the program is traced."""
 
-    count: int
+    words: int
     top_p: float | None
     at_least: int
     temperature: float
@@ -98,11 +98,11 @@ def _of_chunk(rule: _Rule, logits_CV, next_C, vocab: VocabShard) -> Likely:
     peak = vocab.max(logits_CV) / rule.temperature
     cooled_CV = logits_CV / rule.temperature
     lse = vocab.log_normalizer(cooled_CV, peak)
-    values_CJ, ids_CJ = _top(rule.count, cooled_CV, vocab)
+    values_CJ, ids_CJ = _top(rule.words, cooled_CV, vocab)
     logp_CJ = values_CJ - lse[:, None]
     if rule.top_p is not None:
         mass_before = jnp.cumsum(jnp.exp(logp_CJ), axis=-1) - jnp.exp(logp_CJ)
-        kept = (mass_before < rule.top_p) | (jnp.arange(rule.count) < rule.at_least)[None]
+        kept = (mass_before < rule.top_p) | (jnp.arange(rule.words) < rule.at_least)[None]
         logp_CJ, ids_CJ = jnp.where(kept, logp_CJ, -jnp.inf), jnp.where(kept, ids_CJ, -1)
     log_tail = _log_sum_of_others(cooled_CV, ids_CJ, vocab) - lse
     sampled = vocab.sum(vocab.pick(cooled_CV, next_C)) - lse

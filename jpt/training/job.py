@@ -14,7 +14,9 @@ from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
 from jpt.data.batch import Batch, empty_batch
+from jpt.data.recorded import RecordedTargets
 from jpt.distill.objective import logit_distillation
+from jpt.kernels.distillation_loss import distillation
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
@@ -58,6 +60,7 @@ class Job(NamedTuple):
     batch_shardings: Batch
     step: Any  # jitted (state, batch) -> (state, metrics), the state donated
     eval_step: Any  # jitted (state, batch) -> metrics
+    targets: RecordedTargets | None = None  # what a teacher said, where it was recorded
 
 
 def open_weights(given: ModelSource, dtype: str | None) -> Weights:
@@ -106,14 +109,15 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'config.mtp_loss={config.mtp_loss}: config.model has no modules that predict further tokens '
             '(num_nextn_predict_layers): expected 0'
         )
+    targets = _targets(config, models['model'].cfg)
     objective = _objective(config, models, compute)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(config.batch.size, config.batch.length)))
+    batch = _abstract_batch((config.batch.size, config.batch.length), targets)
     correct = make_correction(models['model'].cfg, plan.layouts['model'], config.router.correction_rate)
     step = make_step(objective, optimizer, plan, config.ema, correct if config.router.correction_rate else None)
     placed = batch_shardings(mesh, batch)
-    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None)
+    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, targets)
     state = _abstract_state(job)
     where = places_of(state)
     return job._replace(
@@ -128,15 +132,57 @@ def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute
     if cfg.experts is not None:
         cfg = dataclasses.replace(cfg, experts=dataclasses.replace(cfg.experts, capacity=config.router.capacity))
     auxiliary = Auxiliary(config.router, config.mtp_loss)
+    distill = config.distill
+    if distill.targets is not None:
+        loss = distillation(
+            *distill.terms(),
+            alpha=distill.alpha,
+            temperature=distill.temperature,
+            squared=distill.temperature_squared,
+            form=distill.form,
+        )
+        return language_modeling(cfg, compute, auxiliary, loss)
     if config.task == 'distill':
         return logit_distillation(
             cfg,
             models['teacher'].cfg,
             compute,
-            config.distill,
+            distill,
             auxiliary,
         )
     return language_modeling(cfg, compute, auxiliary)
+
+
+def _targets(config: TrainConfig, student: ModelConfig) -> RecordedTargets | None:
+    """What a teacher said, where the job learns from that.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing was recorded, for another vocabulary, or at another temperature.
+    """
+    distill = config.distill
+    if distill.targets is None:
+        return None
+    found = RecordedTargets(distill.targets, more_context=distill.more_context)
+    about = found.manifest
+    if about.temperature != distill.temperature:
+        raise ValueError(
+            f'config.distill.temperature={distill.temperature}: {distill.targets} was recorded at {about.temperature}, '
+            'and words that were left out cannot be weighed anew: expected that one, or record again'
+        )
+    if about.vocab_size != student.vocab_size:
+        raise ValueError(
+            f'config.distill.targets={distill.targets}: of a teacher with vocab_size={about.vocab_size}: expected the '
+            f'vocabulary of the student, {student.vocab_size}'
+        )
+    return found
+
+
+def _abstract_batch(shape: tuple[int, int], targets: RecordedTargets | None) -> Batch:
+    """Shapes of a batch."""
+    batch = empty_batch(*shape)
+    if targets is not None:
+        batch = batch._replace(sparse_target=targets.empty(shape))
+    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))
 
 
 def _drawn(config: TrainConfig, name: str, weights: Weights, key: jax.Array) -> Any:
@@ -249,6 +295,11 @@ def _load(job: Job, name: str) -> Any:
     return load_tree(source, shardings(job.mesh, storage_specs(specs, shapes, job.mesh.shape)))
 
 
+def load_placed(job: Job, name: str, shapes: Any) -> Any:
+    """A model's weights as its source has them, in the device layout; `shapes` says where each leaf lies."""
+    return laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), shapes)
+
+
 def _kept(state: TrainState) -> TrainState:
     """What a checkpoint holds of a state: all but the teacher, whose own checkpoint has it."""
     return state._replace(frozen={'model': state.frozen['model']})
@@ -278,11 +329,7 @@ def canonical(job: Job, state: TrainState) -> TrainState:
 def from_canonical(job: Job, kept: TrainState) -> TrainState:
     """The state on its devices, from what a checkpoint held; a teacher is read from its own source."""
     state = laid_out(to_device_layout, job.plan.layouts['model'], kept, _kept(job.state))
-    teachers = {
-        name: laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), job.state.frozen[name])
-        for name in job.models
-        if name != 'model'
-    }
+    teachers = {name: load_placed(job, name, job.state.frozen[name]) for name in job.models if name != 'model'}
     return state._replace(frozen=state.frozen | teachers)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jpt.data.batch import Batch
 from jpt.kernels.head_loss import linear_loss
-from jpt.kernels.token_losses import cross_entropy
+from jpt.kernels.token_losses import TokenLoss, cross_entropy
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.routing import RouterSums, no_sums
 from jpt.models.transformer import embed, final_norm, head_kernel, locate
@@ -72,8 +72,22 @@ def in_tokens(result: tuple[jax.Array, Sums], counts: Counts) -> tuple[jax.Array
     return total, {name: (part * counts['tokens'], weight * counts['tokens']) for name, (part, weight) in sums.items()}
 
 
-def language_modeling(cfg: ModelConfig, compute: Compute, auxiliary: Auxiliary = Auxiliary()) -> Objective:  # noqa: B008 (frozen)
-    """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
+def loss_args(micro: Batch) -> dict[str, Any]:
+    """What a token loss reads of a batch."""
+    recorded = {} if micro.sparse_target is None else {'sparse_target': micro.sparse_target}
+    return {'targets': micro.targets, **recorded}
+
+
+def language_modeling(
+    cfg: ModelConfig,
+    compute: Compute,
+    auxiliary: Auxiliary = Auxiliary(),  # noqa: B008 (frozen)
+    token_loss: TokenLoss = cross_entropy(),  # noqa: B008 (frozen)
+) -> Objective:
+    """The mean over the tokens of the loss mask of a loss on next tokens: cross-entropy for pretraining and tuning.
+
+    token_loss: reads the batch's targets, and its sparse_target where there is one (recorded distillation).
+    """
 
     def counts(batch: Batch) -> Counts:
         return token_counts(batch) | auxiliary.counts(cfg, batch)
@@ -86,15 +100,15 @@ def language_modeling(cfg: ModelConfig, compute: Compute, auxiliary: Auxiliary =
         return Carry(*run_layers(cfg, merge(layers, frozen_layers['model']), *carry, where, compute))
 
     def last(params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
-        """Cross-entropy from the hidden states after the last layer."""
+        """The token loss from the hidden states after the last layer."""
         model = merge(params, frozen['model'])
         hidden_BTD = final_norm(cfg, model, carry.hidden_BTD)
         result = linear_loss(
             hidden_BTD,
             head_kernel(cfg, model),
             token_weights(micro, counts),
-            {'targets': micro.targets},
-            cross_entropy(),
+            loss_args(micro),
+            token_loss,
             vocab_size=cfg.vocab_size,
             soft_cap=cfg.logit_soft_cap,
         )

@@ -58,6 +58,9 @@ def overview(job: Job) -> str:
     if 'teacher' in job.models and config.teacher is not None:
         count = count_parameters(job.state.frozen['teacher'])
         lines.append(f'teacher  {job.models["teacher"].cfg.family}, {count:,} parameters, from {config.teacher.path}')
+    if job.targets is not None:
+        about = job.targets.manifest
+        lines.append(f'targets  {about.words()} of {about.teacher["path"]}, {about.dtype}, in {job.targets.directory}')
     lines.append(f'data     {describe_data(config.data)}')
     lines.append(f'held out {"none" if config.eval.data is None else describe_data(config.eval.data)}')
     tokens = config.batch.size * config.batch.length

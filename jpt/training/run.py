@@ -56,6 +56,7 @@ def train_model(config: TrainConfig, workdir: Path) -> Model:
     with make_watchdog(config, workdir) as dog:
         job = make_job(config)
         check_vocabulary(job, tokenizer)
+        check_targets(job, tokenizer)
         say(overview(job))
         state = train(job, workdir, tokenizer, assets, dog)
         dog.beat(config.steps, 'export')
@@ -171,6 +172,16 @@ def open_assets(config: TrainConfig) -> tuple[Tokenizer, Path]:
         if tokenizer is not None and assets is not None:
             return tokenizer, assets
     raise ValueError('config.tokenizer=None: expected a directory with tokenizer.json, since no model here has one')
+
+
+def check_targets(job: Job, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a teacher's recorded words are of another tokenizer."""
+    if job.targets is None or job.targets.manifest.tokenizer == tokenizer.fingerprint():
+        return
+    raise ValueError(
+        f'config.distill.targets={job.targets.directory}: recorded with another tokenizer '
+        f'({job.targets.manifest.tokenizer[:12]}): expected that in {tokenizer.source} ({tokenizer.fingerprint()[:12]})'
+    )
 
 
 def check_vocabulary(job: Job, tokenizer: Tokenizer) -> None:

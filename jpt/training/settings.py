@@ -46,6 +46,9 @@ class DistillConfig:
     temperature: float = 1.0  # of both sides
     temperature_squared: bool = True  # divergences times temperature^2, so that their gradients keep their size
     alpha: float = 1.0  # weight of all divergences together; the rest is cross-entropy
+    targets: str | None = None  # a directory of jpt.distill.record, in place of config.teacher
+    form: Literal['tail', 'truncated', 'renormalized'] = 'tail'  # targets: what becomes of words that were left out
+    more_context: bool = False  # targets: also those whose teacher saw more of a document to the left than a row shows
 
     def __post_init__(self) -> None:
         require(self, 'temperature', self.temperature > 0, 'a positive number')
@@ -66,6 +69,21 @@ class DistillConfig:
             for name, weight in weights.items()
             if weight
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordConfig:
+    """What `python -m jpt.distill.record` keeps of a teacher's distribution at every position."""
+
+    likely: int = 64  # words, at most
+    top_p: float | None = None  # the fewest words that hold this mass instead, if that is fewer
+    at_least: int = 1  # words, whatever top_p says
+    dtype: Literal['bfloat16', 'float16', 'float8_e4m3fn'] = 'float16'  # of log-probabilities
+
+    def __post_init__(self) -> None:
+        require(self, 'likely', 0 < self.likely < 2**16, 'an integer from 1 to 65,535')
+        require(self, 'top_p', self.top_p is None or 0 < self.top_p < 1, 'a number between 0 and 1, or None')
+        require(self, 'at_least', 0 < self.at_least <= self.likely, f'an integer from 1 to likely={self.likely}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +212,7 @@ class TrainConfig:
     teacher: ModelSource | None = None
     tokenizer: str | None = None  # a directory; None: the model's own, or else the teacher's
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     mtp_loss: float = (
         0.0  # weight of the losses of modules that predict further tokens; 0 keeps such modules as they are
@@ -220,9 +239,13 @@ class TrainConfig:
         trains_mtp = self.lora is None or not self.mtp_loss
         require(self, 'mtp_loss', trains_mtp, '0 where lora is given: no adapter reaches modules for further tokens')
         require(self, 'ema', self.ema is None or 0 < self.ema < 1, 'a number between 0 and 1, or None')
-        has_teacher = self.teacher is not None
-        require(self, 'teacher', has_teacher == (self.task == 'distill'), 'a model where task is distill, else None')
-        require(self, 'compare', self.compare is None or self.task == 'distill', "None, unless task is 'distill'")
+        has_teacher, recorded = self.teacher is not None, self.distill.targets is not None
+        learns = self.task == 'distill'
+        require(self, 'teacher', has_teacher <= learns, "None, unless task is 'distill'")
+        require(self, 'teacher', not (has_teacher and recorded), 'None where distill.targets names what it said')
+        require(self, 'teacher', has_teacher or recorded or not learns, 'a model, or distill.targets a directory')
+        require(self, 'task', learns or not recorded, "'distill' where distill.targets is given")
+        require(self, 'compare', self.compare is None or has_teacher, 'None where there is no teacher to compare with')
         has_text = self.compare is None or self.eval.data is not None
         require(self, 'compare', has_text, 'None, unless eval.data.paths names held-out text to compare on')
         traced = self.log.profile[1] if self.log.profile else 1
