@@ -2,8 +2,8 @@
 
 The config is that of the distillation (jpt.train), with its teacher, data, mesh and `config.record`. Every document of
 config.data and config.eval.data is read once, in pieces of at most config.batch.length positions. The same command goes
-on where it was stopped. `--config.distill.targets=out/recorded --config.teacher=None` then trains without the teacher;
-see docs/record.md.
+on where it was stopped. `python -m jpt.train --config=configs/x.py --config.distill.targets=out/recorded` then trains
+without running the teacher; see docs/record.md.
 """
 
 import sys

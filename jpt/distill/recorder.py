@@ -66,7 +66,7 @@ def as_teacher(config: TrainConfig) -> TrainConfig:
     """The job of a teacher alone, on the mesh of a distillation; nothing of it is trained.
 
     Raises:
-        ValueError: the task is another, its targets are recorded already, or the mesh has a pipeline.
+        ValueError: the job has no teacher, or its mesh a pipeline.
     """
     if config.teacher is None:
         raise ValueError('config.teacher=None: expected the model whose words are to be recorded')
@@ -80,6 +80,7 @@ def as_teacher(config: TrainConfig) -> TrainConfig:
         task='pretrain',
         model=ModelSource(config.teacher.path, config.teacher.architecture, config.teacher.layers, mtp=False),
         teacher=None,
+        distill=dataclasses.replace(config.distill, targets=None),
         compare=None,
         lora=None,
         freeze=(),

@@ -88,7 +88,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'program opens: expected a model; python -m jpt.convert --input={path} --to=hf merges the adapter into one'
         )
     models = {'model': open_weights(config.model, config.compute.param_dtype)}
-    if config.teacher is not None:
+    if config.teacher is not None and config.distill.targets is None:
         models['teacher'] = open_weights(dataclasses.replace(config.teacher, mtp=False), config.compute.dtype)
         if models['teacher'].source is None:
             raise ValueError(
@@ -157,13 +157,18 @@ def _targets(config: TrainConfig, student: ModelConfig) -> RecordedTargets | Non
     """What a teacher said, where the job learns from that.
 
     Raises:
-        FileNotFoundError, ValueError: nothing was recorded, for another vocabulary, or at another temperature.
+        FileNotFoundError, ValueError: nothing was recorded, or of another teacher, vocabulary or temperature.
     """
     distill = config.distill
     if distill.targets is None:
         return None
     found = RecordedTargets(distill.targets, more_context=distill.more_context)
     about = found.manifest
+    if config.teacher is not None and config.teacher.path != about.teacher['path']:
+        raise ValueError(
+            f'config.teacher.path={config.teacher.path}: {distill.targets} was recorded of {about.teacher["path"]}: '
+            'expected that one, or config.teacher=None'
+        )
     if about.temperature != distill.temperature:
         raise ValueError(
             f'config.distill.temperature={distill.temperature}: {distill.targets} was recorded at {about.temperature}, '

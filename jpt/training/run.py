@@ -38,7 +38,8 @@ def run_job(config: TrainConfig, workdir: Path) -> Model:
     if config.compare is not None:
         say('')
         say('The same student on the same tokens, without the teacher:')
-        alone = dataclasses.replace(config, task='pretrain', teacher=None, compare=None)
+        own = dataclasses.replace(config.distill, targets=None)
+        alone = dataclasses.replace(config, task='pretrain', teacher=None, compare=None, distill=own)
         if alone.tokenizer is None:
             alone = dataclasses.replace(alone, tokenizer=str(model.assets))
         scratch = train_model(alone, workdir / 'scratch')

@@ -46,7 +46,7 @@ class DistillConfig:
     temperature: float = 1.0  # of both sides
     temperature_squared: bool = True  # divergences times temperature^2, so that their gradients keep their size
     alpha: float = 1.0  # weight of all divergences together; the rest is cross-entropy
-    targets: str | None = None  # a directory of jpt.distill.record, in place of config.teacher
+    targets: str | None = None  # a directory of jpt.distill.record: the teacher itself is not run
     form: Literal['tail', 'truncated', 'renormalized'] = 'tail'  # targets: what becomes of words that were left out
     more_context: bool = False  # targets: also those whose teacher saw more of a document to the left than a row shows
 
@@ -242,7 +242,6 @@ class TrainConfig:
         has_teacher, recorded = self.teacher is not None, self.distill.targets is not None
         learns = self.task == 'distill'
         require(self, 'teacher', has_teacher <= learns, "None, unless task is 'distill'")
-        require(self, 'teacher', not (has_teacher and recorded), 'None where distill.targets names what it said')
         require(self, 'teacher', has_teacher or recorded or not learns, 'a model, or distill.targets a directory')
         require(self, 'task', learns or not recorded, "'distill' where distill.targets is given")
         require(self, 'compare', self.compare is None or has_teacher, 'None where there is no teacher to compare with')

@@ -1,11 +1,15 @@
-"""A teacher, a data set and jobs that learn from what it said, all tiny."""
+"""A teacher, a data set and jobs that learn from what it said, all tiny.
+
+As a config file: `--config=tests/distill/recorded.py:FOLDER`, once teacher and texts are written to FOLDER.
+"""
 
 import pathlib
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from jpt.config import from_config_dict
+from jpt.config import config_dict, from_config_dict
 from jpt.data.pipeline import make_pipeline
 from jpt.model import Model
 from jpt.models.families import config_from_hf
@@ -46,8 +50,9 @@ def write_texts(path: pathlib.Path, texts=TEXTS) -> str:
     return str(path)
 
 
-def settings(folder: pathlib.Path, **changes) -> TrainConfig:
+def get_config(folder: str, **changes) -> ConfigDict:
     """A distillation of folder/teacher into a random student on folder/text.txt; record it, or train."""
+    folder = pathlib.Path(folder)
     data = {'paths': (str(folder / 'text.txt'),), 'separator': '<|cut|>', 'least_fill': 0.0, 'prefetch': 0}
     values = {
         'task': 'distill',
@@ -65,13 +70,18 @@ def settings(folder: pathlib.Path, **changes) -> TrainConfig:
     }
     for name, value in changes.items():
         values[name] = {**values[name], **value} if isinstance(values.get(name), dict) and value else value
-    return from_config_dict(TrainConfig, values, 'config')
+    return config_dict(TrainConfig, values)
+
+
+def settings(folder: pathlib.Path, **changes) -> TrainConfig:
+    """The same as the dataclass that programs take."""
+    return from_config_dict(TrainConfig, get_config(str(folder), **changes), 'config')
 
 
 def learning(folder: pathlib.Path, targets: pathlib.Path, **changes) -> TrainConfig:
     """The same distillation from recorded targets."""
     distill = {'targets': str(targets), **changes.pop('distill', {})}
-    return settings(folder, teacher=None, distill=distill, **changes)
+    return settings(folder, **{'teacher': None, 'distill': distill, **changes})
 
 
 def batches(config: TrainConfig, tokenizer, targets=None, **options):
