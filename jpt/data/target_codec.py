@@ -25,8 +25,9 @@ class Rounding(NamedTuple):
 ROUNDINGS = {
     'bfloat16': Rounding(np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.bfloat16), 2.0**-8),
     'float16': Rounding(np.dtype(np.float16), np.dtype(np.float16), 2.0**-11),
-    # Times a scale per position, so that the least likely word takes the largest number, 448.
-    'float8_e4m3fn': Rounding(np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16), 2.0**-4 + 2.0**-8),
+    # What a word has less than the likeliest one, times a scale per position that makes 448 of the largest: the error
+    # is 2^-4 of that difference, and the likeliest word has its log-probability whole.
+    'float8_e4m3fn': Rounding(np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.float16), 2.0**-4 + 2.0**-11),
 }
 _LARGEST_FP8 = 448.0
 _HEAD = struct.Struct('<IHBB')  # positions, words of a position, bits of an id, whether some positions have fewer
@@ -48,12 +49,12 @@ def encode_targets(piece: PieceTargets, dtype: str, vocab_size: int) -> bytes:
     assert piece.target.log_tail is not None
     used = ids >= 0
     ragged, bits = not used.all(), max(int(vocab_size - 1).bit_length(), 1)
-    codes, scale = _codes(np.where(used, -np.minimum(logp, 0), 0), dtype)
+    codes, scaling = _codes(np.where(used, -np.minimum(logp, 0), 0), dtype)
     steps = np.diff(codes, axis=-1, prepend=codes.dtype.type(0))
     parts = [_HEAD.pack(*ids.shape, bits, ragged)]
     if ragged:
         parts.append(used.sum(axis=-1).astype('<u2').tobytes())
-    parts += [np.asarray(x, '<f4').tobytes() for x in (piece.target.log_tail, piece.sampled_logp, *scale)]
+    parts += [np.asarray(x, '<f4').tobytes() for x in (piece.target.log_tail, piece.sampled_logp, *scaling)]
     parts += [_id_planes(ids[used], bits), _byte_planes(steps[used])]
     return b''.join(parts)
 
@@ -73,7 +74,7 @@ def decode_targets(data: bytes, dtype: str) -> PieceTargets:
         used = np.arange(words)[None] < take('<u2', n)[:, None]
     log_tail, sampled = take('<f4', n), take('<f4', n)
     rounding = ROUNDINGS[dtype]
-    scale = take('<f4', n) if rounding.stored.itemsize == 1 else None
+    scaling = (take('<f4', n), take('<f4', n)) if rounding.stored.itemsize == 1 else None
     count = int(used.sum())
     found = np.zeros(count, np.int32)
     for k in range(bits // 8):
@@ -85,8 +86,9 @@ def decode_targets(data: bytes, dtype: str) -> PieceTargets:
     steps = np.zeros((n, words), f'u{size}')
     steps[used] = sum(take('u1', count).astype(f'u{size}') << (8 * k) for k in range(size))
     magnitudes = np.cumsum(steps, axis=-1, dtype=f'u{size}').view(rounding.stored)
-    if scale is not None:
-        magnitudes = (magnitudes.astype(np.float32) * scale[:, None]).astype(rounding.read)
+    if scaling is not None:
+        first, scale = (x[:, None] for x in scaling)
+        magnitudes = (first + magnitudes.astype(np.float32) * scale).astype(rounding.read)
     ids = np.full((n, words), -1, np.int32)
     ids[used] = found
     logp = np.where(used, -magnitudes, np.array(-np.inf, rounding.read))
@@ -94,13 +96,14 @@ def decode_targets(data: bytes, dtype: str) -> PieceTargets:
 
 
 def _codes(magnitudes: np.ndarray, dtype: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Unsigned integers whose order is that of the magnitudes, and the scales of the positions where there are any."""
+    """Unsigned integers that rise as the magnitudes do, and what they are scaled by: first and scale [n], or none."""
     stored = ROUNDINGS[dtype].stored
     if stored.itemsize == 1:
-        largest = magnitudes.max(axis=-1, initial=0).astype(np.float32)
+        first = magnitudes[:, 0].astype(np.float32)
+        more = np.maximum(magnitudes - first[:, None], 0)
+        largest = more.max(axis=-1).astype(np.float32)
         scale = np.where(largest > 0, largest / np.float32(_LARGEST_FP8), 1).astype(np.float32)
-        rounded = np.minimum(magnitudes / scale[:, None], _LARGEST_FP8).astype(stored)
-        return rounded.view('u1'), [scale]
+        return np.minimum(more / scale[:, None], _LARGEST_FP8).astype(stored).view('u1'), [first, scale]
     return np.minimum(magnitudes, float(ml_dtypes.finfo(stored).max)).astype(stored).view('u2'), []
 
 
