@@ -50,9 +50,9 @@ class RecordedTargets:
         rows = [read_part(path).rows for path in self._paths]
         self._part = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
         self._rows = np.concatenate(rows)
-        self._keys = _keys(self._rows['document'])
-        order = np.lexsort((self._rows['start'], self._keys))
-        self._part, self._rows, self._keys = self._part[order], self._rows[order], self._keys[order]
+        halves = _halves(self._rows['document'])
+        order = np.lexsort((self._rows['start'], halves[1], halves[0]))
+        self._part, self._rows, self._halves = self._part[order], self._rows[order], halves[:, order]
 
     def _splits(self) -> dict[str, Any]:
         assert self.manifest.parts is not None
@@ -146,11 +146,10 @@ class RecordedTargets:
 
     def _of_document(self, ids: Any, place: str) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the index that are of this document, with their parts."""
-        key = self._hash(ids)
-        number = _keys(np.array([key], 'V16'))[0]
-        first, last = (int(np.searchsorted(self._keys, number, side)) for side in ('left', 'right'))
-        same = [i for i in range(first, last) if self._rows['document'][i].tobytes() == key]
-        if not same:
+        begin, rest = _halves(np.array([self._hash(ids)], 'V16'))[:, 0]
+        first, last = (int(np.searchsorted(self._halves[0], begin, side)) for side in ('left', 'right'))
+        same = first + np.flatnonzero(self._halves[1, first:last] == rest)
+        if not len(same):
             raise DataError(
                 place,
                 f'no targets in {self.directory} for a document of these {len(ids)} tokens: what was recorded is of '
@@ -207,6 +206,6 @@ def open_manifest(directory: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
-def _keys(documents: np.ndarray) -> np.ndarray:
-    """The first 8 of 16 bytes of hashes as numbers, to search among."""
-    return np.frombuffer(np.ascontiguousarray(documents).tobytes(), '<u8')[::2].copy()
+def _halves(documents: np.ndarray) -> np.ndarray:
+    """Hashes [n] of 16 bytes as two numbers each, [2, n], to search among."""
+    return np.frombuffer(np.ascontiguousarray(documents).tobytes(), '<u8').reshape(-1, 2).T.copy()

@@ -1,6 +1,6 @@
 """Recording a data set: windows of documents, the teacher's words of each piece, and parts of a folder that hold them.
 
-A window gives one part. Windows do not depend on the batch or the mesh, so a run that is stopped goes on behind the
+A window gives one part, and windows do not depend on the batch or the mesh: a run that is stopped goes on behind the
 last part that is there, and the folder is the same in the end.
 """
 

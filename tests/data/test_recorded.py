@@ -11,7 +11,7 @@ from jpt.data.config import DataConfig
 from jpt.data.packing import cut
 from jpt.data.pipeline import make_pipeline
 from jpt.data.recorded import RecordedTargets
-from jpt.data.records import DataError
+from jpt.data.records import Chat, DataError
 from jpt.data.sources import MemorySource
 from jpt.data.target_codec import PieceTargets, encode_targets
 from jpt.data.target_store import Manifest, Piece, hash_of, part_path, write_manifest, write_part
@@ -169,6 +169,22 @@ def test_pieces_cut_elsewhere(folder, tmp_path):
         for b, segments in enumerate(batch.segment_ids):
             got = batch.sparse_target.log_tail[b, segments > 0]
             np.testing.assert_array_equal(got, (-batch.tokens[b, segments > 0] / 512).astype(np.float32))
+
+
+def test_a_conversation_has_targets_at_every_position_with_loss_or_without(tmp_path):
+    turns = [{'role': 'user', 'content': 'What is 1 + 1?'}, {'role': 'assistant', 'content': 'It is 2.'}]
+    config = dataclasses.replace(PLAIN, kind='chat')
+    plain = pipeline(None, [Chat(turns)], length=64, config=config)
+    batch = next(plain)
+    own = batch.segment_ids[0] > 0
+    ids = np.append(batch.tokens[0, own], batch.targets[0, own][-1])
+    targets = RecordedTargets(write(tmp_path / 'chat', [ids], length=64))
+    found = next(pipeline(targets, [Chat(turns)], length=64, config=config))
+    assert 0 < found.loss_mask.sum() < own.sum()
+    np.testing.assert_array_equal(found.sparse_target.ids[0, own], said(ids, 0, own.sum()).target.ids)
+    changed = [turns[0], {'role': 'assistant', 'content': 'It is 3.'}]
+    with pytest.raises(DataError, match=r'of another text, or was tokenized in another way .*chat template'):
+        next(pipeline(targets, [Chat(changed)], length=64, config=config))
 
 
 def test_documents_that_were_not_recorded(folder, tmp_path):

@@ -123,6 +123,14 @@ def test_rows_and_sequence_over_a_mesh_inside_and_outside_of_a_shard_map():
             np.testing.assert_allclose(np.reshape(one, wanted.shape), wanted, atol=1e-12)
 
 
+def test_logits_exist_for_one_chunk_of_tokens():
+    """2,048 tokens and 8,192 words in float32 are 64 MiB; a chunk of 128 is 4, and the copies that find its words."""
+    shapes = ((2048, 16), jnp.float32), ((8192, 16), jnp.float32), ((2048,), jnp.int32)
+    run = functools.partial(likely_words, count=64, vocab_size=8192, chunk=128)
+    compiled = jax.jit(run).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
+
+
 def test_counts_that_no_vocabulary_has():
     hidden, kernel, next_ids = np.zeros((2, 3)), np.zeros((8, 3)), np.zeros(2, np.int32)
     for count in (0, 8):
