@@ -38,7 +38,7 @@ def main(argv: list[str], config: Any) -> None:
         from jpt.distill.recording import record  # after the processes have met: importing models may ask for devices
 
         record(given, Path(flags.FLAGS.output))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f'jpt.distill.record: {error}')
 
 

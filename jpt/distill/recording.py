@@ -157,14 +157,24 @@ def record_split(recorder: Recorder, reader: WindowReader, output: Path, split: 
 def record_window(
     recorder: Recorder, reader: WindowReader, window: Window, config: TrainConfig
 ) -> tuple[list[Piece], dict[str, float]]:
-    """The pieces of a window in the order of its documents, and what is counted of them."""
-    sums: dict[str, float] = {}
+    """The pieces of a window in the order of its documents, and what is counted of them.
+
+    Raises:
+        FloatingPointError: the teacher gives numbers that are not finite, by the name of the document.
+    """
+    sums: dict[str, float] = {'tokens': 0}
     pieces: list[tuple[Span, Piece]] = []
+    hashes: dict[int, bytes] = {}
     for span, said in targets_of(recorder, reader, window, config):
         ids, (source, place) = window.documents[span.document].ids, window.places[span.document]
+        if not np.isfinite(said.sampled_logp).all() or np.isnan(said.target.logp).any():
+            where = reader.sources[source].place(place)
+            raise FloatingPointError(f'{where}: the teacher gives log-probabilities that are not finite')
         data = encode_targets(said, config.record.dtype, recorder.job.models['model'].cfg.vocab_size)
         own = hash_of(ids[span.start : span.start + span.length + 1])
-        pieces.append((span, Piece(hash_of(ids), own, span.start, span.length, 0, source, place, data)))
+        if span.document not in hashes:
+            hashes[span.document] = hash_of(ids)
+        pieces.append((span, Piece(hashes[span.document], own, span.start, span.length, 0, source, place, data)))
         counts = {
             'documents': int(span.start == 0),
             'tokens': span.length,

@@ -36,11 +36,11 @@ TEXTS = [f'def f_{i}(x):\n    return {i} + x\n' * (1 + i % 5) for i in range(14)
 LENGTH = 24
 
 
-def export_teacher(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """A Hugging Face directory of a random teacher that is far from uniform."""
+def export_teacher(folder: pathlib.Path, scale: float = 8.0) -> pathlib.Path:
+    """A Hugging Face directory of a random teacher; its head is scaled, so that it is far from uniform."""
     cfg = config_from_hf(TEACHER)
-    params = jax.jit(init, static_argnums=0)(cfg, jax.random.key(seed))
-    params['lm_head']['kernel'] = 8 * params['lm_head']['kernel']
+    params = jax.jit(init, static_argnums=0)(cfg, jax.random.key(0))
+    params['lm_head']['kernel'] = scale * params['lm_head']['kernel']
     Model(cfg, params, None, TOKENIZER).export(folder)
     return folder
 

@@ -226,3 +226,13 @@ def test_what_cannot_be_recorded(folder, tmp_path):
         config = recorded.settings(folder, **changes)
         with pytest.raises(ValueError, match=message):
             record(config, folder / 'float16')
+
+
+def test_a_teacher_that_overflows_is_not_recorded(folder, tmp_path):
+    broken = recorded.export_teacher(tmp_path / 'teacher', scale=float('nan'))
+    config = recorded.settings(folder, teacher={'path': str(broken)})
+    with pytest.raises(
+        FloatingPointError, match=r'text.txt: byte \d+: the teacher gives log-probabilities that are not'
+    ):
+        record(config, tmp_path / 'targets')
+    assert [path.name for path in (tmp_path / 'targets').iterdir()] == ['manifest.json']
