@@ -2,6 +2,7 @@
 python -m jpt.train on what it wrote."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -101,17 +102,29 @@ def test_two_processes_write_what_one_writes(folder, whole):
     assert one == other
 
 
-def test_training_reads_what_was_recorded(folder, whole):
-    flags = [f'--config.distill.targets={whole}', f'--workdir={folder / "run"}', '--config.batch.size=4']
-    done = run(['-m', 'jpt.train', command(folder, whole)[2], '--config.distill.alpha=0.5', *flags])
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == [1, 2]
+    assert all(0 < row['tail'] < 1 and 0 < row['student_tail'] < 1 and row['kl'] > 0 for row in rows)
+    return [row['loss'] for row in rows]
+
+
+def test_training_reads_what_was_recorded_on_one_host_and_on_two(folder, whole):
+    config = command(folder, whole)[2]
+    flags = [f'--config.distill.targets={whole}', '--config.batch.size=4', '--config.distill.alpha=0.5']
+    done = run(['-m', 'jpt.train', config, f'--workdir={folder / "run"}', *flags])
     assert done.returncode == 0, done.stderr
     assert f'targets  the 8 likeliest words of {folder / "teacher"}, float16, in {whole}' in done.stdout
     assert 'teacher ' not in done.stdout.replace(str(folder), '')
-    rows = [json.loads(line) for line in (folder / 'run' / 'metrics.jsonl').read_text().splitlines()]
-    assert [row['step'] for row in rows] == [1, 2]
-    assert all(0 < row['tail'] < 1 and 0 < row['student_tail'] < 1 and row['kl'] > 0 for row in rows)
-    elsewhere = ['--config.data.packing=concat', f'--config.distill.targets={whole}', f'--workdir={folder / "other"}']
-    refused = run(['-m', 'jpt.train', command(folder, whole)[2], *elsewhere])
+    job = processes.start_training(config.removeprefix('--config='), folder / 'run2', *flags)
+    for index in range(2):
+        code, _, err = job.result(index)
+        assert code == 0, err
+    assert losses(folder / 'run2') == pytest.approx(losses(folder / 'run'), rel=1e-5)
+
+
+def test_rows_that_are_cut_elsewhere_end_the_run_with_the_document(folder, whole):
+    flags = ['--config.data.packing=concat', f'--config.distill.targets={whole}', f'--workdir={folder / "other"}']
+    refused = run(['-m', 'jpt.train', command(folder, whole)[2], *flags])
     assert refused.returncode == 1
-    assert 'positions' in refused.stderr
-    assert 'student sees' in refused.stderr
+    assert re.search(r'jpt.train: .*text.txt: byte \d+: positions .* student sees', refused.stderr)
