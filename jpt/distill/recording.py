@@ -240,11 +240,18 @@ def summary(parts: list[Part]) -> dict[str, Any]:
 
 
 def describe(config: TrainConfig, recorder: Recorder, manifest: Manifest) -> str:
-    """What is about to be recorded, in a few lines."""
+    """What is about to be recorded, in a few lines, and whether rows of training would be cut elsewhere."""
     mesh = recorder.job.mesh
     axes = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
+    notes = []
+    if config.data.packing == 'concat' or config.data.cut_until > 0:
+        notes = [
+            f'note     config.data.packing={config.data.packing}, least_fill={config.data.least_fill} cuts documents '
+            'elsewhere than this does: train with best_fit and least_fill=0, see docs/record.md'
+        ]
     return '\n'.join(
         [
+            *notes,
             f'teacher  {manifest.teacher["path"]}, {manifest.teacher["family"]}, {manifest.teacher["dtype"]}',
             f'keeps    {manifest.words()} of {manifest.vocab_size:,}, {manifest.dtype}, at temperature '
             f'{manifest.temperature:g}',

@@ -22,6 +22,7 @@ from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout
 from jpt.training.feed import Feed
 from jpt.training.job import first_state, make_job
+from jpt.training.loop import check_finite
 from jpt.training.run import run_job
 
 TEMPERATURE = 1.5
@@ -226,6 +227,23 @@ def test_what_cannot_be_recorded(folder, tmp_path):
         config = recorded.settings(folder, **changes)
         with pytest.raises(ValueError, match=message):
             record(config, folder / 'float16')
+
+
+def test_a_refused_batch_is_saved_with_its_targets(folder, tmp_path):
+    batch = jax.tree.map(jnp.asarray, learned(folder, 'bfloat16')[3])
+    values = {'accepted': 0.0, 'loss': float('nan'), 'grad_norm': float('nan')}
+    with pytest.raises(FloatingPointError, match='step 3'):
+        check_finite(values, (3, batch), tmp_path)
+    saved = np.load(tmp_path / 'refused_batch_3_process_0.npz')
+    assert saved['logp'].dtype == np.float32
+    np.testing.assert_array_equal(saved['ids'], batch.sparse_target.ids)
+    np.testing.assert_array_equal(saved['tokens'], batch.tokens)
+
+
+def test_a_recording_says_where_rows_of_training_will_not_fit(folder, tmp_path, capsys):
+    changes = {'data': {'paths': (recorded.write_texts(tmp_path / 'text.txt', ['def f():']),), 'packing': 'concat'}}
+    record(recorded.settings(folder, **changes), tmp_path / 'targets')
+    assert 'note     config.data.packing=concat' in capsys.readouterr().out
 
 
 def test_a_teacher_that_overflows_is_not_recorded(folder, tmp_path):
