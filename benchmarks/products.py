@@ -18,7 +18,7 @@ import numpy as np
 from decode import shapes
 from timing import in_turn, machine
 
-from jpt.kernels.head_loss import choose_chunk
+from jpt.kernels.head_chunks import choose_chunk
 from jpt.quant.dot import dot
 
 TOKENS = 2048

@@ -52,9 +52,8 @@ def plan_step(config: TrainConfig, devices: list[Any], *, with_buffers: bool = F
 
 def compile_step(job: Job, *, with_buffers: bool = False) -> Planned:
     """Compiles the step of a job; `with_buffers` has the compiler say what fills its temporary memory."""
-    shape = (job.config.batch.size, job.config.batch.length)
     batch = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=where), job.batch, job.batch_shardings
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), job.batch, job.batch_shardings
     )
     lowered = job.step.lower(job.state, batch)
     with tempfile.TemporaryDirectory() as folder:

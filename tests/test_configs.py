@@ -1,5 +1,6 @@
 """Every file of configs/ makes a job that trains; sizes are cut so that two steps take seconds."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jpt.config import from_config_dict
+from jpt.distill.recording import record
 from jpt.model import Model
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
@@ -92,6 +94,32 @@ def test_config_trains(name, option, tmp_path, monkeypatch, checkpoint):
         assert [row['model'] for row in scores] == ['teacher', 'distilled', 'from scratch']
         assert scores[0]['kl'] == pytest.approx(0, abs=1e-5)
         assert (tmp_path / 'run' / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_config_that_is_recorded_first(tmp_path, monkeypatch):
+    """Both commands of configs/distill_recorded.py, on a few texts; trained online too, which starts alike."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
+    given = get('distill_recorded')
+    for name, place in (('train', given.data), ('held_out', given.eval.data)):
+        (tmp_path / f'{name}.jsonl').write_text(
+            ''.join(json.dumps({'text': f'{name} {i} ' * i}) + '\n' for i in range(9))
+        )
+        place.paths = (str(tmp_path / f'{name}.jsonl'),)
+    given.record.likely = 4000  # of 4,096: next to nothing is left out
+    config = made_small(given, tmp_path)
+    record(config, tmp_path / 'recorded')
+    recorded = dataclasses.replace(config.distill, targets=str(tmp_path / 'recorded'))
+    run_job(dataclasses.replace(config, distill=recorded), tmp_path / 'offline')
+    run_job(config, tmp_path / 'online')
+    offline, online = (
+        [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
+        for name in ('offline', 'online')
+    )
+    assert [row['kl'] for row in offline if 'kl' in row] == pytest.approx(
+        [row['kl'] for row in online if 'kl' in row], rel=1e-3
+    )
+    assert offline[-1]['eval_kl'] == pytest.approx(online[-1]['eval_kl'], rel=1e-3)
 
 
 def test_what_a_config_may_be_given():

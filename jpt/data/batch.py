@@ -1,4 +1,4 @@
-"""What a training step eats: one NamedTuple of five [B, T] arrays, and how rows of tokens become it."""
+"""What a training step eats: a NamedTuple of [B, T] arrays, and how rows of tokens become it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """A batch of packed rows; a pytree of numpy or jax arrays, all of shape [B, T].
+    """A batch of packed rows; a pytree of numpy or jax arrays of shape [B, T], those of a sparse target [B, T, J].
 
     A position whose loss_mask is 0 may hold any valid id in targets; padding has segment 0, position 0 and loss_mask 0.
     """
@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     loss_mask: Any  # float32, the weight of each target: 0, 1, or anything not negative
     positions: Any  # int32, restart at 0 with every segment
     segment_ids: Any  # int32, 1.. per document in a row, 0 where there is padding
+    sparse_target: Any = None  # a SparseTarget, what a teacher said of each target, where it was recorded
 
 
 def make_targets(ids: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

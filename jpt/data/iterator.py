@@ -10,9 +10,11 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from jpt.data.batch import Batch, pack_rows
-from jpt.data.packing import Row
+from jpt.data.packing import Piece, Row
+from jpt.data.recorded import RecordedTargets
 from jpt.data.records import DataError
 from jpt.data.windows import COUNTS, Window, WindowReader
+from jpt.kernels.sparse_target import SparseTarget
 
 _TOTALS = ('batches', 'rows', 'documents', 'tokens', *COUNTS)
 
@@ -65,22 +67,37 @@ def ahead(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
 class Batches(grain.IterDataset):
     """Batches of batch_size rows, of which each host makes its own share; the last one is filled with empty rows."""
 
-    def __init__(self, reader: WindowReader, epochs: int | None, batch_size: int, local: slice, prefetch: int):
-        """local: which of the batch_size rows this host makes."""
+    def __init__(
+        self,
+        reader: WindowReader,
+        epochs: int | None,
+        batch_size: int,
+        local: slice,
+        prefetch: int,
+        targets: RecordedTargets | None = None,
+    ):
+        """local: which of the batch_size rows this host makes. targets: what stands beside each row of tokens."""
         super().__init__(ahead(Windows(reader, epochs), min(prefetch, 1)))
-        self._reader, self._batch_size, self._local = reader, batch_size, local
+        self._reader, self._batch_size, self._local, self._targets = reader, batch_size, local, targets
 
     def __iter__(self) -> 'BatchIterator':
-        return BatchIterator(self._parent.__iter__(), self._reader, self._batch_size, self._local)
+        return BatchIterator(self._parent.__iter__(), self._reader, self._batch_size, self._local, self._targets)
 
 
 class BatchIterator(grain.DatasetIterator):
     """State: the state of the windows, the row in the current one, totals, and a fingerprint of the data."""
 
-    def __init__(self, windows: grain.DatasetIterator, reader: WindowReader, batch_size: int, local: slice):
+    def __init__(
+        self,
+        windows: grain.DatasetIterator,
+        reader: WindowReader,
+        batch_size: int,
+        local: slice,
+        targets: RecordedTargets | None,
+    ):
         super().__init__(windows)
-        self._reader, self._batch_size, self._local = reader, batch_size, local
-        self._fingerprint = reader.fingerprint()
+        self._reader, self._batch_size, self._local, self._targets = reader, batch_size, local, targets
+        self._fingerprint = reader.fingerprint() | ({'targets': targets.fingerprint()} if targets else {})
         self._totals = dict.fromkeys(_TOTALS, 0)
         self._window: Window | None = None
         self._window_state = windows.get_state()
@@ -161,7 +178,21 @@ class BatchIterator(grain.DatasetIterator):
         for array in (batch.tokens, batch.targets):
             if array.size and not 0 <= array.min() <= array.max() < tokenizer.vocab_size:
                 self._refuse(rows)
-        return batch
+        return batch if self._targets is None else batch._replace(sparse_target=self._recorded(rows, size))
+
+    def _recorded(self, rows: list[tuple[Window, Row]], size: int) -> SparseTarget:
+        """Targets [size, T, J] of packed rows, and of empty rows behind them."""
+        assert self._targets is not None
+        found = [
+            self._targets.of_row([self._named(window, piece) for piece in row], self._reader.seq_len)
+            for window, row in rows
+        ]
+        found += [self._targets.empty((self._reader.seq_len,))] * (size - len(rows))
+        return SparseTarget(*(np.stack(column) for column in zip(*found, strict=True)))
+
+    def _named(self, window: Window, piece: Piece) -> tuple[Any, Piece, str]:
+        source, index = window.places[piece.document]
+        return window.documents[piece.document].ids, piece, self._reader.sources[source].place(index)
 
     def _refuse(self, rows: list[tuple[Window, Row]]) -> None:
         size = self._reader.tokenizer.vocab_size

@@ -17,6 +17,8 @@ from jpt.data.windows import COUNTS, WindowReader
 if TYPE_CHECKING:
     import grain
 
+    from jpt.data.recorded import RecordedTargets
+
 __all__ = ['Batch', 'DataConfig', 'Pipeline', 'make_pipeline']
 
 
@@ -99,6 +101,7 @@ def make_pipeline(
     num_epochs: int | None = None,
     evaluate: bool = False,
     sources: Sequence[Source] | None = None,
+    targets: 'RecordedTargets | None' = None,
 ) -> Pipeline:
     """An iterator of Batch [batch_size / process_count, seq_len].
 
@@ -106,6 +109,7 @@ def make_pipeline(
     num_epochs: passes over the data, the last batch filled with empty rows; None means without end.
     evaluate: one pass in the order of the files, without weights; every host gets the same number of batches.
     sources: what to read instead of config.paths, such as MemorySource(texts).
+    targets: what a teacher said of these documents; batches then have it as sparse_target.
     Raises ValueError naming the argument, and what the parts raise: DataError, FileNotFoundError.
     """
     for name, value in (('batch_size', batch_size), ('seq_len', seq_len), ('process_count', process_count)):
@@ -128,5 +132,5 @@ def make_pipeline(
     reader = WindowReader(config, tokenizer, sources, seq_len=seq_len, seed=seed, evaluate=evaluate)
     share = batch_size // process_count
     local = slice(process_index * share, (process_index + 1) * share)
-    batches = Batches(reader, num_epochs, batch_size, local, config.prefetch)
+    batches = Batches(reader, num_epochs, batch_size, local, config.prefetch, targets)
     return Pipeline(iter(ahead(batches, config.prefetch)), reader)

@@ -1,10 +1,13 @@
 """The weights of what a distillation minimizes, which may change from step to step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jpt.kernels.divergences import NAMES
+from jpt.training.objective import Mixture
 from jpt.training.settings import DistillConfig
 
 
@@ -29,3 +32,8 @@ def mixture(config: DistillConfig, step: jax.Array | int, dtype: DTypeLike = 'fl
     alpha = now('alpha')
     used = {divergence.name for _, divergence in config.terms()}
     return jnp.stack([*(alpha * now(name) for name in NAMES if name in used), 1 - alpha])
+
+
+def changing(config: DistillConfig) -> Mixture | None:
+    """`mixture` of a config whose weights follow a schedule; None where they stay."""
+    return None if config.schedule is None else functools.partial(mixture, config)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jpt.data.batch import Batch
-from jpt.distill.mixture import mixture
+from jpt.distill.mixture import changing
 from jpt.distill.pairs import add_pairs, check_pairs, taps_of
 from jpt.kernels.distillation_loss import Teacher, distillation, own_name
 from jpt.kernels.head_loss import linear_loss
@@ -22,9 +22,12 @@ from jpt.training.objective import (
     Objective,
     Tree,
     first_carry,
+    for_all_tokens,
     in_tokens,
+    loss_args,
     token_counts,
     token_weights,
+    weights_at,
 )
 from jpt.training.settings import DistillConfig
 
@@ -61,10 +64,7 @@ def logit_distillation(
         return {'student': merge(params, frozen['model']), **{name: frozen[name] for name in teachers}}
 
     def counts(batch: Batch, step: Any = 0) -> Counts:
-        found = token_counts(batch) | auxiliary.counts(student, batch)
-        if distill.schedule is not None:
-            found['mixture'] = mixture(distill, step, found['tokens'].dtype)
-        return found
+        return token_counts(batch) | auxiliary.counts(student, batch) | weights_at(changing(distill), step, batch)
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
@@ -87,11 +87,9 @@ def logit_distillation(
         both = models(params, frozen)
         hidden = {name: final_norm(cfg, both[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
         weights = token_weights(micro, counts)
-        args = {'targets': micro.targets, 'teacher_hidden': tuple(hidden[name] for name in teachers)}
-        given = {'mixture': counts['mixture']} if distill.schedule is not None else {}
+        args = loss_args(micro, counts) | {'teacher_hidden': tuple(hidden[name] for name in teachers)}
         if len(teachers) > 1:
-            given['share'] = jnp.asarray(shares, counts['tokens'].dtype)
-        args |= {name: jnp.broadcast_to(x, (*micro.targets.shape, *x.shape)) for name, x in given.items()}
+            args['share'] = for_all_tokens(jnp.asarray(shares, weights.dtype), micro)
         result = linear_loss(
             hidden['student'],
             head_kernel(student, both['student']),

@@ -117,7 +117,8 @@ class Distillation:
         """The same against the likeliest words of a teacher."""
         del shared
         assert self.form is not None
-        target = args['sparse_target']
+        target, vocab = args['sparse_target'], _common(vocab, self.teachers[0])
+        logits_CV = vocab.mask(logits_CV)
         peak, logq_CV = self._cooled(logits_CV, vocab)
         found = [sparse_divergence(divergence, self.form, target, logq_CV, vocab) for _, divergence in self.terms]
         values = [value for value, _, _ in found]

@@ -10,7 +10,6 @@ from a chunk of logits is a token loss (token_losses.py).
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jpt.kernels.local import auto, auto_size, axis_size, local, platform, psum
-from jpt.kernels.parallel_attention import ROWS, SEQUENCE
+from jpt.kernels.head_chunks import capped_logits, check_vocabulary, choose_chunk, chunked, flat, layout_of
+from jpt.kernels.local import axis_size, local, platform, psum
 from jpt.kernels.token_losses import TokenLoss
 from jpt.kernels.vocab import VOCAB
 from jpt.kernels.vocab_shard import VocabShard
@@ -77,27 +76,9 @@ def linear_loss(
     Raises:
       ValueError: a vocabulary that does not divide over its axes or is smaller than `vocab_size`.
     """
-    rows = kernel_VD.shape[0]
-    if rows % auto_size(vocab_axes):
-        sizes = ' x '.join(f'{name}={auto_size([name])}' for name in vocab_axes)
-        raise ValueError(f'linear_loss: a vocabulary of {rows} rows does not divide over {sizes}: pad it')
-    if rows * axis_size(vocab_axes) < vocab_size:
-        raise ValueError(
-            f'linear_loss: vocab_size={vocab_size}: the kernel has {rows * axis_size(vocab_axes)} rows in all'
-        )
+    check_vocabulary('linear_loss', kernel_VD.shape[0], vocab_size, vocab_axes)
     rule = _Rule(token_loss, vocab_size, soft_cap, chunk, block, tuple(vocab_axes))
     return _linear_loss(rule, hidden, kernel_VD, weights, args, shared)
-
-
-def choose_chunk(tokens: int, vocab: int) -> int:
-    """Tokens per step, measured by benchmarks/head_loss.py.
-
-    A small chunk keeps logits in cache (CPU) or memory low (GPU); a large one reads the kernel fewer times. The logits
-    of a chunk take 8 MiB on CPU and 128 MiB on GPU.
-    """
-    budget = (8 if platform() == 'cpu' else 128) * 2**20 // 4
-    chunk = max(128, 2 ** int(math.log2(max(budget // vocab, 1))))
-    return min(chunk, tokens)
 
 
 def choose_block(tokens: int, chunk: int, width: int, itemsize: int, *, wide: bool) -> int:
@@ -117,40 +98,9 @@ def choose_block(tokens: int, chunk: int, width: int, itemsize: int, *, wide: bo
     return -(-chunks // -(-chunks // most))
 
 
-class _Layout(NamedTuple):
-    """How operands are split over the automatic axes: specs and the axes that tokens and columns go over."""
-
-    tokens: P
-    kernel: P
-    dkernel: P
-    token_axes: tuple[str, ...]
-    vocab_axes: tuple[str, ...]
-    scatter: str | None  # the axis over which the kernel's gradient comes out cut by width
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return (*self.token_axes, *self.vocab_axes)
-
-
-def _layout(rule: _Rule, hidden) -> _Layout:
-    rows = auto(ROWS) if hidden.shape[0] % auto_size(ROWS) == 0 else ()
-    sequence = auto([SEQUENCE]) if hidden.ndim == 3 and hidden.shape[1] % auto_size([SEQUENCE]) == 0 else ()
-    vocab = auto(rule.vocab_axes)
-    # Parameters lie cut over fsdp: sum straight into that layout (half of what an all-reduce moves).
-    scatter = 'fsdp' if 'fsdp' in rows and hidden.shape[-1] % auto_size(['fsdp']) == 0 else None
-    return _Layout(
-        tokens=P(rows, sequence) if hidden.ndim == 3 else P(rows),
-        kernel=P(vocab, None),
-        dkernel=P(vocab, scatter),
-        token_axes=(*rows, *sequence),
-        vocab_axes=vocab,
-        scatter=scatter,
-    )
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_loss(rule: _Rule, hidden, kernel_VD, weights, args, shared):
-    layout = _layout(rule, hidden)
+    layout = layout_of(rule.vocab_axes, hidden)
 
     def shard(hidden, kernel, weights, args, shared):
         total, sums, _ = _scan(rule, hidden, kernel, weights, args, shared)
@@ -161,7 +111,7 @@ def _linear_loss(rule: _Rule, hidden, kernel_VD, weights, args, shared):
 
 
 def _linear_loss_fwd(rule: _Rule, hidden, kernel_VD, weights, args, shared):
-    layout = _layout(rule, hidden)
+    layout = layout_of(rule.vocab_axes, hidden)
 
     def shard(hidden, kernel, weights, args, shared):
         stats = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -196,10 +146,10 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, dtype=None):
     """
     shape, width = hidden.shape, hidden.shape[-1]
     stats = jnp.promote_types(hidden.dtype, jnp.float32)
-    tree = _flat((hidden, weights.astype(stats), args), weights.ndim)
+    tree = flat((hidden, weights.astype(stats), args), weights.ndim)
     tokens = tree[1].shape[0]
     chunk = min(rule.chunk or choose_chunk(tokens, kernel_VD.shape[0]), tokens)
-    chunks = jax.tree.map(partial(_cut, chunk), tree)
+    chunks = jax.tree.map(partial(chunked, chunk), tree)
     step = _step(rule, kernel_VD.astype(hidden.dtype), shared, stats, with_gradients=dtype is not None)
     zero = jnp.zeros((), stats)
     start = zero, dict.fromkeys(rule.token_loss.metrics, zero)
@@ -208,12 +158,12 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, dtype=None):
         return total, _averages(sums, tree[1]), None
 
     block = rule.block or choose_block(tokens, chunk, width, hidden.dtype.itemsize, wide=jnp.dtype(dtype) == stats)
-    blocks = jax.tree.map(partial(_cut, block), chunks)
+    blocks = jax.tree.map(partial(chunked, block), chunks)
 
     def add_block(before, chunks, dtype=stats):
         """A block: its chunks one after the other, and its part of the kernel's gradient."""
         after, (dlogits, dh) = lax.scan(step, before, chunks)
-        dlogits_NV, h_ND = _flat((dlogits, chunks[0]), 2)
+        dlogits_NV, h_ND = flat((dlogits, chunks[0]), 2)
         dkernel = lax.dot_general(dlogits_NV, h_ND, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
         return after, dkernel, dh
 
@@ -236,11 +186,11 @@ def _step(rule: _Rule, kernel_VD, shared, stats, *, with_gradients: bool):
     # One shard's part of dhidden is rounded to hidden's dtype only after the parts are added.
     part = stats if axis_size(rule.vocab_axes) > 1 else kernel_VD.dtype
 
-    def step(carry, chunked):
+    def step(carry, one):
         """One chunk of tokens: its logits, loss and metrics, and the gradients of logits and hidden states."""
         total, sums = carry
-        h_CD, weight_C, args_C = chunked
-        logits_CV, slope = _logits(h_CD, kernel_VD, vocab, rule.soft_cap, stats)
+        h_CD, weight_C, args_C = one
+        logits_CV, slope = capped_logits(h_CD, kernel_VD, vocab, rule.soft_cap, stats)
         loss_C, dlogits_CV, metrics = rule.token_loss(logits_CV, args_C, shared, vocab)
         used = weight_C != 0
         weigh = partial(_weighted_sum, weight_C, used)
@@ -260,28 +210,5 @@ def _averages(sums, weights_N):
     return {name: (value, jnp.sum(weights_N)) for name, value in sums.items()}
 
 
-def _flat(tree, leading: int):
-    """Every leaf with its first `leading` axes made one."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[leading:]), tree)
-
-
-def _cut(size: int, x):
-    """[N, ...] -> [parts, size, ...], padded with zeros (so with weight 0)."""
-    missing = -x.shape[0] % size
-    if missing:
-        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, size, *x.shape[1:])
-
-
 def _weighted_sum(weight_C, used_C, value_C):
     return jnp.sum(jnp.where(used_C, weight_C * value_C, 0))
-
-
-def _logits(h_CD, kernel_VD, vocab: VocabShard, soft_cap: float | None, stats):
-    """Logits [C, V] of the local columns, padding masked, and the slope of the soft cap (None without one)."""
-    logits = lax.dot_general(h_CD, kernel_VD, (((1,), (1,)), ((), ())), preferred_element_type=stats)
-    slope = None
-    if soft_cap is not None:
-        capped = jnp.tanh(logits / soft_cap)
-        logits, slope = soft_cap * capped, 1 - capped * capped
-    return vocab.mask(logits), slope

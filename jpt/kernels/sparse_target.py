@@ -8,7 +8,7 @@ mass onto the words, the second leaves the mass outside of them free.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,15 @@ LEAST_TAIL = 1e-7
 
 
 class SparseTarget(NamedTuple):
-    """Of N tokens the J words that a teacher finds likeliest; a pytree of arrays [N, J] and [N].
+    """Of N tokens the J words that a teacher finds likeliest; a pytree of jax or numpy arrays [N, J] and [N].
 
     ids: int32, -1 where there are fewer than J words (top-p). logp: log-probabilities in the whole vocabulary, at the
     temperature of the loss. log_tail: log of the mass of all other words; None takes what the words leave.
     """
 
-    ids: jax.Array
-    logp: jax.Array
-    log_tail: jax.Array | None = None
+    ids: Any
+    logp: Any
+    log_tail: Any = None
 
     def tail(self) -> jax.Array:
         """Log of the mass of all other words [N], at least LEAST_TAIL."""

@@ -77,6 +77,17 @@ def loss_and_sums(
     return _sums(objective, params, frozen, batch, _counts(objective, params, frozen, batch, plan, step), plan)
 
 
+def outputs(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan) -> Tree:
+    """What `last` gives beside a loss, as arrays [B, T, ...] of a whole batch; for a plan without a pipeline."""
+
+    def body(params: Tree, frozen: Tree, batch: Tree, counts: Tree) -> Tree:
+        micros = _microbatches(plan, batch)
+        each = jax.lax.map(lambda micro: _composed(objective, plan, params, frozen, micro, counts)[1], micros)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
+
+    return _on_mesh(body, plan, params, frozen, batch, objective.counts(batch, 0), batch_spec())
+
+
 def _counts(objective: Objective, params: Tree, frozen: Tree, batch: Tree, plan: Plan, step: jax.Array | int) -> Tree:
     """What an objective knows of the whole batch before its first microbatch.
 

@@ -8,11 +8,12 @@ import numpy as np
 from jpt.data.batch import Batch
 from jpt.data.config import DataConfig
 from jpt.data.pipeline import Pipeline, make_pipeline
+from jpt.data.recorded import RecordedTargets
 from jpt.data.tokenizer import Tokenizer
 
 
 class Feed:
-    """An iterator of global batches [B, T] on devices.
+    """An iterator of global batches [B, T] on devices, with `targets` those beside the tokens.
 
     Each process makes only its own rows where rows are divided evenly over processes, and all rows where several
     processes hold the same ones (tensor or pipeline parallelism across hosts).
@@ -27,6 +28,7 @@ class Feed:
         *,
         seed: int = 0,
         evaluate: bool = False,
+        targets: RecordedTargets | None = None,
     ) -> None:
         self._shardings, self._shape = shardings, shape
         rows = rows_of_process(shardings.tokens, shape)
@@ -41,20 +43,20 @@ class Feed:
             process_index=jax.process_index() if self._own else 0,
             process_count=count if self._own else 1,
             evaluate=evaluate,
+            targets=targets,
         )
 
     def __iter__(self) -> 'Feed':
         return self
 
     def __next__(self) -> Batch:
-        return Batch(
-            *(self._place(leaf, where) for leaf, where in zip(next(self.pipeline), self._shardings, strict=True))
-        )
+        return jax.tree.map(self._place, next(self.pipeline), self._shardings)
 
     def _place(self, leaf: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+        shape = (*self._shape, *leaf.shape[2:])
         if self._own:
-            return jax.make_array_from_process_local_data(where, leaf, self._shape)
-        return jax.make_array_from_callback(self._shape, where, lambda index: leaf[index])
+            return jax.make_array_from_process_local_data(where, leaf, shape)
+        return jax.make_array_from_callback(shape, where, lambda index: leaf[index])
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch comes from; the same on every process."""

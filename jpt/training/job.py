@@ -14,8 +14,11 @@ from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
 from jpt.data.batch import Batch, empty_batch
+from jpt.data.recorded import RecordedTargets
+from jpt.distill.mixture import changing
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import new_projections
+from jpt.kernels.distillation_loss import Teacher, distillation
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.names import BESIDE
@@ -60,6 +63,7 @@ class Job(NamedTuple):
     batch_shardings: Batch
     step: Any  # jitted (state, batch) -> (state, metrics), the state donated
     eval_step: Any  # jitted (state, batch) -> metrics
+    targets: RecordedTargets | None = None  # what a teacher said, where it was recorded
 
 
 def open_weights(given: ModelSource, dtype: str | None) -> Weights:
@@ -87,7 +91,8 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'program opens: expected a model; python -m jpt.convert --input={path} --to=hf merges the adapter into one'
         )
     models = {'model': open_weights(config.model, config.compute.param_dtype)}
-    for name, teacher in config.named_teachers().items():
+    teachers = {} if config.distill.targets is not None else config.named_teachers()
+    for name, teacher in teachers.items():
         models[name] = open_weights(dataclasses.replace(teacher, mtp=False), config.compute.dtype)
     compute = Compute(
         dtype=config.compute.dtype,
@@ -104,14 +109,15 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'config.mtp_loss={config.mtp_loss}: config.model has no modules that predict further tokens '
             '(num_nextn_predict_layers): expected 0'
         )
-    objective = _objective(config, models, compute)
+    targets = _targets(config)
+    objective = _objective(config, models, compute, targets)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty_batch(config.batch.size, config.batch.length)))
+    batch = _abstract_batch((config.batch.size, config.batch.length), targets)
     correct = make_correction(models['model'].cfg, plan.layouts['model'], config.router.correction_rate)
     step = make_step(objective, optimizer, plan, config.ema, correct if config.router.correction_rate else None)
     placed = batch_shardings(mesh, batch)
-    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None)
+    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, targets)
     state = _abstract_state(job)
     where = places_of(state)
     return job._replace(
@@ -121,15 +127,60 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     )
 
 
-def _objective(config: TrainConfig, models: dict[str, Weights], compute: Compute) -> Objective:
+def _objective(
+    config: TrainConfig, models: dict[str, Weights], compute: Compute, targets: RecordedTargets | None
+) -> Objective:
     cfg = models['model'].cfg
     if cfg.experts is not None:
         cfg = dataclasses.replace(cfg, experts=dataclasses.replace(cfg.experts, capacity=config.router.capacity))
     auxiliary = Auxiliary(config.router, config.mtp_loss)
+    distill = config.distill
+    if targets is not None:
+        loss = distillation(
+            *distill.terms(),
+            alpha=distill.alpha,
+            temperature=distill.temperature,
+            squared=distill.temperature_squared,
+            teachers=(Teacher(targets.manifest.vocab_size),),
+            form=distill.form,
+        )
+        return language_modeling(cfg, compute, auxiliary, loss, changing(distill))
     if config.task == 'distill':
         teachers = {name: models[name].cfg for name in config.named_teachers()}
-        return logit_distillation(cfg, teachers, compute, config.distill, auxiliary, config.teacher_shares())
+        return logit_distillation(cfg, teachers, compute, distill, auxiliary, config.teacher_shares())
     return language_modeling(cfg, compute, auxiliary)
+
+
+def _targets(config: TrainConfig) -> RecordedTargets | None:
+    """What a teacher said, where the job learns from that.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing was recorded, or of another teacher or temperature.
+    """
+    distill = config.distill
+    if distill.targets is None:
+        return None
+    found = RecordedTargets(distill.targets, more_context=distill.more_context)
+    about = found.manifest
+    if config.teacher is not None and config.teacher.path != about.teacher['path']:
+        raise ValueError(
+            f'config.teacher.path={config.teacher.path}: {distill.targets} was recorded of {about.teacher["path"]}: '
+            'expected that one, or config.teacher=None'
+        )
+    if about.temperature != distill.temperature:
+        raise ValueError(
+            f'config.distill.temperature={distill.temperature}: {distill.targets} was recorded at {about.temperature}, '
+            'and words that were left out cannot be weighed anew: expected that one, or record again'
+        )
+    return found
+
+
+def _abstract_batch(shape: tuple[int, int], targets: RecordedTargets | None) -> Batch:
+    """Shapes of a batch."""
+    batch = empty_batch(*shape)
+    if targets is not None:
+        batch = batch._replace(sparse_target=targets.empty(shape))
+    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))
 
 
 def _drawn(config: TrainConfig, name: str, weights: Weights, key: jax.Array) -> Any:
@@ -154,7 +205,7 @@ def _extended(
         )
     if config.task == 'distill':
         pairs, own_key, dtype = config.distill.pairs, jax.random.fold_in(key, 1), config.compute.param_dtype
-        teachers = {name: weights[name].cfg for name in config.named_teachers()}
+        teachers = {name: weights[name].cfg for name in config.named_teachers() if name in weights}
         drawn = new_projections(pairs, weights['model'].cfg, teachers, own_key, dtype)
         model = model | {BESIDE: drawn} if drawn else model
     return models | {'model': model}
@@ -256,6 +307,11 @@ def _load(job: Job, name: str) -> Any:
     return load_tree(source, shardings(job.mesh, storage_specs(specs, shapes, job.mesh.shape)))
 
 
+def load_placed(job: Job, name: str, shapes: Any) -> Any:
+    """A model's weights as its source has them, in the device layout; `shapes` says where each leaf lies."""
+    return laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), shapes)
+
+
 def _kept(state: TrainState) -> TrainState:
     """What a checkpoint holds of a state: all but teachers, whose own checkpoints have them."""
     return state._replace(frozen={'model': state.frozen['model']})
@@ -285,11 +341,7 @@ def canonical(job: Job, state: TrainState) -> TrainState:
 def from_canonical(job: Job, kept: TrainState) -> TrainState:
     """The state on its devices, from what a checkpoint held; teachers are read from their own sources."""
     state = laid_out(to_device_layout, job.plan.layouts['model'], kept, _kept(job.state))
-    teachers = {
-        name: laid_out(to_device_layout, job.plan.layouts[name], _load(job, name), job.state.frozen[name])
-        for name in job.models
-        if name != 'model'
-    }
+    teachers = {name: load_placed(job, name, job.state.frozen[name]) for name in job.models if name != 'model'}
     return state._replace(frozen=state.frozen | teachers)
 
 

@@ -48,7 +48,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
     """
     config = job.config
     shape = (config.batch.size, config.batch.length)
-    feed = Feed(config.data, tokenizer, job.batch_shardings, shape, seed=config.seed)
+    feed = Feed(config.data, tokenizer, job.batch_shardings, shape, seed=config.seed, targets=job.targets)
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
         manager = stack.enter_context(open_manager(job, workdir, assets))
@@ -139,12 +139,20 @@ def check_finite(values: dict[str, float] | None, batch: tuple[int, Batch] | Non
         return
     step, arrays = batch
     path = workdir / f'refused_batch_{step}_process_{jax.process_index()}.npz'
-    local: dict[str, Any] = {name: _local_rows(leaf) for name, leaf in arrays._asdict().items()}
+    local: dict[str, Any] = {name: _local_rows(leaf) for name, leaf in _named(arrays)}
     np.savez(path, **local)
     raise NotFiniteError(
         f'step {step}: loss {values["loss"]}, gradient norm {values["grad_norm"]}: not finite. The update was refused; '
         f'the batch is in {path}, and the newest checkpoint is from before this step.'
     )
+
+
+def _named(batch: Batch) -> list[tuple[str, jax.Array]]:
+    """The arrays of a batch by name; numpy has no file format for bfloat16, so such values are widened."""
+    target = batch.sparse_target
+    parts = batch._replace(sparse_target=None)._asdict() | ({} if target is None else target._asdict())
+    found = {name: leaf for name, leaf in parts.items() if leaf is not None}
+    return [(name, leaf.astype(np.float32) if leaf.dtype.kind == 'V' else leaf) for name, leaf in found.items()]
 
 
 def _local_rows(leaf: jax.Array) -> np.ndarray:
@@ -165,7 +173,7 @@ def evaluate(
     sums: dict[str, tuple[float, float]] = {}
     shape = (config.batch.size, config.batch.length)
     with metrics.timed('eval'):
-        feed = Feed(settings.data, tokenizer, job.batch_shardings, shape, evaluate=True)
+        feed = Feed(settings.data, tokenizer, job.batch_shardings, shape, evaluate=True, targets=job.targets)
         with contextlib.closing(feed):
             for number, batch in enumerate(feed):
                 if settings.batches and number == settings.batches:

@@ -21,10 +21,10 @@ def ahead(batch: Batch, depth: int) -> Iterator[Batch]:
 
     Where a text ends before that, the segment is 0 and the target weighs nothing. Positions stay.
     """
-    later = batch
+    later = batch = batch._replace(sparse_target=None)  # a teacher's words for the next token, not for further ones
     for _ in range(depth):
         # Targets may be anything where they weigh nothing: the tokens themselves move up.
-        later = Batch(*(next_column(x, [SEQUENCE]) for x in later))
+        later = jax.tree.map(lambda x: next_column(x, [SEQUENCE]), later)
         inside = later.segment_ids == batch.segment_ids
         segments, mask = jnp.where(inside, batch.segment_ids, 0), jnp.where(inside, later.loss_mask, 0)
         later = later._replace(loss_mask=mask, positions=batch.positions, segment_ids=segments)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jpt.data.batch import Batch
 from jpt.kernels.head_loss import linear_loss
-from jpt.kernels.token_losses import cross_entropy
+from jpt.kernels.token_losses import TokenLoss, cross_entropy
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.routing import RouterSums, no_sums
 from jpt.models.taps import EMBEDDED, NORMED, Slots, empty_slots
@@ -22,6 +22,7 @@ from jpt.training.auxiliary import After, Auxiliary, Counts, Sums
 from jpt.training.freeze import merge
 
 Tree = Any
+Mixture = Callable[[Any, Any], jax.Array]  # (updates made so far, dtype) -> the weights of a loss's parts
 
 
 class Objective(NamedTuple):
@@ -78,12 +79,42 @@ def in_tokens(result: tuple[jax.Array, Sums], counts: Counts) -> tuple[jax.Array
     return total, {name: (part * counts['tokens'], weight * counts['tokens']) for name, (part, weight) in sums.items()}
 
 
-def language_modeling(cfg: ModelConfig, compute: Compute, auxiliary: Auxiliary = Auxiliary()) -> Objective:  # noqa: B008 (frozen)
-    """Next-token cross-entropy: the mean over the tokens of the loss mask. For pretraining and supervised tuning."""
+def weights_at(mixture: Mixture | None, step: Any, batch: Batch) -> Counts:
+    """The weights of a mixture after so many updates, for the counts."""
+    wide = jnp.promote_types(batch.loss_mask.dtype, jnp.float32)
+    return {} if mixture is None else {'mixture': mixture(step, wide)}
+
+
+def loss_args(micro: Batch, counts: Counts) -> dict[str, Any]:
+    """What a token loss reads of a batch, and the weights of its parts where these change from step to step."""
+    args: dict[str, Any] = {'targets': micro.targets}
+    if micro.sparse_target is not None:
+        args['sparse_target'] = micro.sparse_target
+    if 'mixture' in counts:
+        args['mixture'] = for_all_tokens(counts['mixture'], micro)
+    return args
+
+
+def for_all_tokens(values: jax.Array, micro: Batch) -> jax.Array:
+    """Values [N] that hold for every token, as a token loss takes them: [B, T, N]."""
+    return jnp.broadcast_to(values, (*micro.targets.shape, *values.shape))
+
+
+def language_modeling(
+    cfg: ModelConfig,
+    compute: Compute,
+    auxiliary: Auxiliary = Auxiliary(),  # noqa: B008 (frozen)
+    token_loss: TokenLoss = cross_entropy(),  # noqa: B008 (frozen)
+    mixture: Mixture | None = None,
+) -> Objective:
+    """The mean over the tokens of the loss mask of a loss on next tokens: cross-entropy for pretraining and tuning.
+
+    token_loss: reads the batch's targets, and its sparse_target where there is one (recorded distillation), and what
+    `mixture` gives where the weights of its parts change from step to step.
+    """
 
     def counts(batch: Batch, step: Any = 0) -> Counts:
-        del step
-        return token_counts(batch) | auxiliary.counts(cfg, batch)
+        return token_counts(batch) | auxiliary.counts(cfg, batch) | weights_at(mixture, step, batch)
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> Carry:
         return first_carry(cfg, merge(params, frozen['model']), micro, compute)
@@ -93,15 +124,15 @@ def language_modeling(cfg: ModelConfig, compute: Compute, auxiliary: Auxiliary =
         return Carry(*run_layers(cfg, merge(layers, frozen_layers['model']), *carry, where, compute))
 
     def last(params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
-        """Cross-entropy from the hidden states after the last layer."""
+        """The token loss from the hidden states after the last layer."""
         model = merge(params, frozen['model'])
         hidden_BTD = final_norm(cfg, model, carry.hidden_BTD)
         result = linear_loss(
             hidden_BTD,
             head_kernel(cfg, model),
             token_weights(micro, counts),
-            {'targets': micro.targets},
-            cross_entropy(),
+            loss_args(micro, counts),
+            token_loss,
             vocab_size=cfg.vocab_size,
             soft_cap=cfg.logit_soft_cap,
         )

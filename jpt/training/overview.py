@@ -61,6 +61,8 @@ def overview(job: Job) -> str:
     if frozen:
         lines.append(f'trained  {trained:,} parameters; {frozen:,} are frozen')
     for (name, teacher), share in zip(config.named_teachers().items(), config.teacher_shares(), strict=True):
+        if name not in job.models:  # what it said is recorded
+            continue
         count = count_parameters(job.state.frozen[name])
         which = f' ({name}, {share:.0%} of every divergence)' if config.teachers else ''
         lines.append(f'teacher  {job.models[name].cfg.family}, {count:,} parameters, from {teacher.path}{which}')
@@ -68,6 +70,9 @@ def overview(job: Job) -> str:
         maps = count_parameters(job.state.params.get(BESIDE))
         names = ', '.join(f'{pair.weight:g} {pair.name}' for pair in config.distill.pairs)
         lines.append(f'pairs    {names}' + (f'; {maps:,} parameters of projections' if maps else ''))
+    if job.targets is not None:
+        about = job.targets.manifest
+        lines.append(f'targets  {about.words()} of {about.teacher["path"]}, {about.dtype}, in {job.targets.directory}')
     lines.append(f'data     {describe_data(config.data)}')
     lines.append(f'held out {"none" if config.eval.data is None else describe_data(config.eval.data)}')
     tokens = config.batch.size * config.batch.length

@@ -38,7 +38,8 @@ def run_job(config: TrainConfig, workdir: Path) -> Model:
     if config.compare is not None:
         say('')
         say('The same student on the same tokens, without the teacher:')
-        alone = dataclasses.replace(config, task='pretrain', teacher=None, compare=None)
+        own = dataclasses.replace(config.distill, targets=None)
+        alone = dataclasses.replace(config, task='pretrain', teacher=None, compare=None, distill=own)
         if alone.tokenizer is None:
             alone = dataclasses.replace(alone, tokenizer=str(model.assets))
         scratch = train_model(alone, workdir / 'scratch')
@@ -56,6 +57,7 @@ def train_model(config: TrainConfig, workdir: Path) -> Model:
     with make_watchdog(config, workdir) as dog:
         job = make_job(config)
         check_models(job, tokenizer)
+        check_targets(job, tokenizer)
         say(overview(job))
         state = train(job, workdir, tokenizer, assets, dog)
         dog.beat(config.steps, 'export')
@@ -171,6 +173,16 @@ def open_assets(config: TrainConfig) -> tuple[Tokenizer, Path]:
         if tokenizer is not None and assets is not None:
             return tokenizer, assets
     raise ValueError('config.tokenizer=None: expected a directory with tokenizer.json, since no model here has one')
+
+
+def check_targets(job: Job, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a teacher's recorded words are of another tokenizer."""
+    if job.targets is None or job.targets.manifest.tokenizer == tokenizer.fingerprint():
+        return
+    raise ValueError(
+        f'config.distill.targets={job.targets.directory}: recorded with another tokenizer '
+        f'({job.targets.manifest.tokenizer[:12]}): expected that in {tokenizer.source} ({tokenizer.fingerprint()[:12]})'
+    )
 
 
 def check_models(job: Job, tokenizer: Tokenizer) -> None:

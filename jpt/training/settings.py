@@ -79,6 +79,9 @@ class DistillConfig:
     alpha: float = 1.0  # weight of all divergences together; the rest is cross-entropy
     schedule: MixtureSchedule | None = None  # of the weights above, alpha among them
     pairs: tuple[HiddenPair, ...] = ()  # of hidden states; their losses, by their weights, are added
+    targets: str | None = None  # a directory of jpt.distill.record: the teacher itself is not run
+    form: Literal['tail', 'truncated', 'renormalized'] = 'tail'  # targets: what becomes of words that were left out
+    more_context: bool = False  # targets: also those whose teacher saw more of a document to the left than a row shows
 
     def __post_init__(self) -> None:
         require(self, 'temperature', self.temperature > 0, 'a positive number')
@@ -91,6 +94,8 @@ class DistillConfig:
         inside = 0 < self.beta < 1 or (self.jsd_normalized and self.beta in (0, 1))
         require(self, 'beta', inside, 'a number between 0 and 1, or with jsd_normalized from 0 to 1')
         require(self, 'skew', 0 <= self.skew < 1, 'a number from 0 to below 1')
+        runs = self.targets is None or not self.pairs
+        require(self, 'pairs', runs, 'none where targets is given: a teacher that is not run has no hidden states')
 
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         """The divergences that have a weight at first or in the end, with the first, as `distillation` takes them.
@@ -105,6 +110,21 @@ class DistillConfig:
     def _last(self, name: str) -> float:
         """The weight at the end of the schedule; 0 where that does not name it."""
         return 0.0 if self.schedule is None else self.schedule.to.get(name, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordConfig:
+    """What `python -m jpt.distill.record` keeps of a teacher's distribution at every position."""
+
+    likely: int = 64  # words, at most
+    top_p: float | None = None  # the fewest words that hold this mass instead, if that is fewer
+    at_least: int = 1  # words, whatever top_p says
+    dtype: Literal['bfloat16', 'float16', 'float8_e4m3fn'] = 'float16'  # of log-probabilities
+
+    def __post_init__(self) -> None:
+        require(self, 'likely', 0 < self.likely < 2**16, 'an integer from 1 to 65,535')
+        require(self, 'top_p', self.top_p is None or 0 < self.top_p < 1, 'a number between 0 and 1, or None')
+        require(self, 'at_least', 0 < self.at_least <= self.likely, f'an integer from 1 to likely={self.likely}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +254,7 @@ class TrainConfig:
     teachers: dict[str, TeacherSource] = dataclasses.field(default_factory=dict)  # several, by name, and no `teacher`
     tokenizer: str | None = None  # a directory; None: the model's own, or else the teacher's
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     mtp_loss: float = (
         0.0  # weight of the losses of modules that predict further tokens; 0 keeps such modules as they are
@@ -260,12 +281,17 @@ class TrainConfig:
         trains_mtp = self.lora is None or not self.mtp_loss
         require(self, 'mtp_loss', trains_mtp, '0 where lora is given: no adapter reaches modules for further tokens')
         require(self, 'ema', self.ema is None or 0 < self.ema < 1, 'a number between 0 and 1, or None')
-        given = bool(self.teachers) + (self.teacher is not None)
-        require(self, 'teacher', given == (self.task == 'distill'), 'a model (or else teachers) for distill, else None')
+        given, recorded = bool(self.teachers) + (self.teacher is not None), self.distill.targets is not None
+        learns = self.task == 'distill'
+        require(self, 'teacher', learns or not given, "None, and no teachers, unless task is 'distill'")
+        allowed = 'a model, or else teachers, or distill.targets a directory'
+        require(self, 'teacher', not learns or given == 1 or (recorded and not given), allowed)
+        require(self, 'teachers', not (self.teachers and recorded), 'none where distill.targets is given')
+        require(self, 'task', learns or not recorded, "'distill' where distill.targets is given")
         named = all(name.isidentifier() and name not in ('model', 'student') for name in self.teachers)
         require(self, 'teachers', named, "names of letters, digits and underscores other than 'model' and 'student'")
         compares = self.compare is None or self.teacher is not None
-        require(self, 'compare', compares, "None, unless task is 'distill' with one teacher")
+        require(self, 'compare', compares, 'None where there is no single teacher to compare with')
         has_text = self.compare is None or self.eval.data is not None
         require(self, 'compare', has_text, 'None, unless eval.data.paths names held-out text to compare on')
         traced = self.log.profile[1] if self.log.profile else 1

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -52,7 +53,7 @@ def segments(batches):
 
 
 def equal(one: Batch, two: Batch) -> bool:
-    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one[:5], two[:5], strict=True))
 
 
 @pytest.mark.parametrize('packing', ['best_fit', 'concat', 'none'])
@@ -71,7 +72,7 @@ def test_every_target_is_learned_once(tokenizer, packing, seq_len):
 def test_padding_is_inert_and_the_last_batch_is_filled(tokenizer):
     batches = list(make(tokenizer, batch_size=7, num_epochs=1))
     for batch in batches:
-        assert [a.shape for a in batch] == [(7, 48)] * 5
+        assert [a.shape for a in batch[:5]] == [(7, 48)] * 5
         padding = batch.segment_ids == 0
         assert not batch.loss_mask[padding].any()
         assert not batch.positions[padding].any()
@@ -103,7 +104,7 @@ def test_hosts_share_the_same_global_batches(tokenizer, hosts, records):
     count = 0
     for batch in alone:
         parts = [next(pipeline) for pipeline in together]
-        assert equal(batch, Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
+        assert equal(batch, jax.tree.map(lambda *rows: np.concatenate(rows), *parts))
         states = [json.dumps(pipeline.get_state()) for pipeline in together]
         assert set(states) == {json.dumps(alone.get_state())}
         assert together[0].progress() == alone.progress()

@@ -1,10 +1,13 @@
 """Token losses in closed form, on a vocabulary of five words of which the last is padding."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpt.kernels.distillation_loss import distillation
+from jpt.kernels.distillation_loss import Teacher, distillation
+from jpt.kernels.divergences import Divergence
+from jpt.kernels.sparse_target import SparseTarget
 from jpt.kernels.token_losses import cross_entropy
 from jpt.kernels.vocab_shard import PADDED, VocabShard
 
@@ -89,3 +92,35 @@ def test_mixture_of_divergence_and_cross_entropy(results):
     np.testing.assert_allclose(loss, 0.25 * metrics['kl'] + 0.75 * metrics['ce'], rtol=1e-14)
     kl, ce = results['kl'][1], results['student'][1]
     np.testing.assert_allclose(dlogits, 0.25 * kl + 0.75 * ce, atol=1e-15)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 2.0])
+def test_only_words_of_both_vocabularies_are_compared(temperature):
+    """A teacher of five words and a student of eight: as if the student had five, dense and from likely words."""
+    random = np.random.default_rng(0)
+    student, teacher = random.normal(size=(3, 8)), random.normal(size=(3, 5))
+    logp = teacher / temperature - np.log(np.exp(teacher / temperature).sum(axis=-1, keepdims=True))
+    ids = np.argsort(-logp, axis=-1)[:, :2].astype(np.int32)
+    words = SparseTarget(ids, np.take_along_axis(logp, ids, axis=-1))
+    terms = ((0.7, Divergence()), (0.3, Divergence('reverse_kl')))
+
+    @jax.jit
+    def run(student, teacher, words):
+        found = {}
+        for form in (None, 'tail'):
+            for size in (8, 5):
+                loss = distillation(*terms, temperature=temperature, teachers=(Teacher(5),), form=form)
+                logits = jnp.pad(teacher, [(0, 0), (0, size - 5)], constant_values=9.0)
+                args = {'targets': TARGETS, 'teacher_logits': logits, 'sparse_target': words}
+                found[f'{form} {size}'] = loss(student[:, :size], args, None, VocabShard((), size, size))
+        return found
+
+    with jax.enable_x64(True):
+        found = jax.tree.map(np.asarray, run(student, teacher, words))
+    for form in (None, 'tail'):
+        (value, slope, metrics), (wanted, wanted_slope, wanted_metrics) = found[f'{form} 8'], found[f'{form} 5']
+        np.testing.assert_allclose(value, wanted, rtol=1e-13)
+        np.testing.assert_allclose(slope, np.pad(wanted_slope, [(0, 0), (0, 3)]), atol=1e-14)
+        for name in ('kl', 'reverse_kl', 'entropy', 'teacher_entropy', 'agreement'):
+            np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=1e-13, err_msg=name)
+        assert (metrics['ce'] > wanted_metrics['ce']).all(), 'labels are predicted among all words'
