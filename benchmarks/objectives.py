@@ -159,7 +159,7 @@ def main() -> None:
         'before training, seed 0': measured(start, teacher, held_out),
         'the teacher': measured(teacher, teacher, held_out),
     }
-    console = Console(width=200)
+    console = Console(width=240)
     console.print(f'{machine()}; {options.steps} steps, {options.teacher} to {target_of(teacher.config)}')
     show(runs, tried, models, console)
     if options.json:
