@@ -7,7 +7,7 @@ configs/quickstart.py; only the objective changes. Each objective gets the learn
 held-out loss is lowest on seed 0. A seed is that of the calibration windows and of the order of the data, which all
 objectives share. On held-out text: the loss, the KL divergence between teacher and student both ways, how often both
 have the same likeliest word, and the student's entropy. A run that is there already is not made again, so a part may
-be run by --objectives and --seeds and the rest later.
+be run by --objectives and --seeds and the rest later; another teacher, text or student needs a workdir of its own.
 """
 
 import argparse
@@ -91,6 +91,8 @@ def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> d
 
 def student_of(seed: int, options: argparse.Namespace) -> ModelSource:
     """Where all students of a seed begin."""
+    if options.student:
+        return ModelSource(options.student)
     path = options.workdir / f'seed_{seed}' / 'student'
     if not path.exists():
         teacher = jpt.load(options.teacher, dtype='float32')
@@ -148,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='One student by each objective of distillation.')
     add_options(parser)
     parser.add_argument('--objectives', nargs='+', choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument('--student', help='the model that all begin with instead')
     parser.add_argument('--rates', type=float, nargs='+', default=[8e-3, 1.6e-2])
     parser.add_argument('--workdir', type=Path, default=Path('out/objectives'))
     options = parser.parse_args()
