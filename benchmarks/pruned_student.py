@@ -13,12 +13,8 @@ made again. Below it stands what each size costs alone, without distillation.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +22,19 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from students import add_options, held_out_of, importance_of, machine, on_cpu, pruned, target_of, trained
 
 import jpt
-from jpt.checkpoint.hf_export import write_hf
-from jpt.checkpoint.opening import model_directory
 from jpt.checkpoint.source import TreeSource
-from jpt.config import from_config_dict
-from jpt.data.batch import Batch
 from jpt.model import Model
-from jpt.models.calibration import calibrate
-from jpt.models.config import ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
-from jpt.prune import Text, batches_from, in_memory, mean_loss
-from jpt.pruning.importance import Importance, importance
+from jpt.prune import in_memory, mean_loss
+from jpt.pruning.importance import Importance
 from jpt.pruning.target import Target, steps
-from jpt.training.run import train_model
-from jpt.training.settings import EvalConfig, ModelSource, TrainConfig
+from jpt.training.settings import ModelSource
 
-ROOT = Path(__file__).resolve().parents[1]
-LENGTH = 256
 STUDENTS = ('importance', 'random parts', 'from scratch')
-
-
-def target_of(cfg: ModelConfig) -> Target:
-    """The sizes of the students of a teacher."""
-    return Target(
-        num_hidden_layers=cfg.num_layers - 1,
-        intermediate_size=next(cfg.layer_kinds()).mlp_width // 2,
-        num_attention_heads=cfg.num_kv_heads,
-        hidden_size=cfg.width * 3 // 4,
-    )
 
 
 def by_chance(scores: Importance, seed: int) -> Importance:
@@ -69,56 +47,14 @@ def by_chance(scores: Importance, seed: int) -> Importance:
 def prepare(seed: int, options: argparse.Namespace, workdir: Path) -> dict[str, dict[str, Any]]:
     """Writes both pruned students of a seed; {student: where its model comes from}."""
     model = jpt.load(options.teacher, dtype='float32')
-    calibration, _ = batches_from(model, Text(options.train, rows=options.rows, length=LENGTH, seed=seed))
-    scores = importance(model.config, calibrate(model.config, model.params, calibration))
-    whole = TreeSource(model.config, model.params)
+    scores = importance_of(model, options, seed)
     found: dict[str, dict[str, Any]] = {}
     for name, chosen in (('importance', scores), ('random parts', by_chance(scores, seed))):
-        path = workdir / name.replace(' ', '_')
-        last = list(steps(whole, chosen, target_of(model.config)))[-1]
-        if not path.exists():
-            write_hf(last.source, path, source_dir=model.assets, origin=model.origin)
+        path = pruned(model, chosen, workdir / name.replace(' ', '_'))
         found[name] = {'path': str(path)}
     architecture = json.loads((path / 'config.json').read_text())
     found['from scratch'] = {'architecture': {k: v for k, v in architecture.items() if k != 'dtype'}}
     return found
-
-
-def quickstart() -> TrainConfig:
-    """The settings of configs/quickstart.py."""
-    spec = importlib.util.spec_from_file_location('quickstart', ROOT / 'configs' / 'quickstart.py')
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(TrainConfig, module.get_config(), 'config')
-
-
-def distil(source: dict[str, Any], seed: int, rate: float, options: argparse.Namespace, workdir: Path) -> Any:
-    """The student after all steps, in float32."""
-    base = quickstart()
-    config = dataclasses.replace(
-        base,
-        model=ModelSource(**source),
-        teacher=ModelSource(options.teacher),
-        tokenizer=str(model_directory(options.teacher)),
-        data=dataclasses.replace(base.data, paths=(options.train,)),
-        seed=seed,
-        steps=options.steps,
-        compare=None,
-        eval=EvalConfig(),
-        schedule=dataclasses.replace(base.schedule, lr=rate),
-        checkpoint=dataclasses.replace(base.checkpoint, every=options.steps),
-    )
-    if not (workdir / 'model').exists():
-        train_model(config, workdir)
-    return jpt.load(workdir / 'model', dtype='float32')
-
-
-def held_out_of(options: argparse.Namespace) -> tuple[Model, list[Batch]]:
-    """The teacher, and what losses are taken of: the same for all."""
-    teacher = jpt.load(options.teacher, dtype='float32')
-    return teacher, batches_from(teacher, Text(options.held_out, rows=options.rows, length=LENGTH))[0]
 
 
 def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +72,7 @@ def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> d
         cfg = config_from_hf(source['architecture'])
         before = Model(cfg, init(cfg, jax.random.key(seed)))
     start = time.monotonic()
-    student = distil(source, seed, rate, options, run)
+    student = trained(ModelSource(**source), seed, rate, options, run)
     row = {
         'before': mean_loss(before, held_out),
         'after': mean_loss(student, held_out),
@@ -151,8 +87,7 @@ def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> d
 def one_part_alone(options: argparse.Namespace) -> list[dict[str, Any]]:
     """For each size of the target alone the loss by importance, and by three random choices, before distillation."""
     teacher, held_out = held_out_of(options)
-    calibration, _ = batches_from(teacher, Text(options.train, rows=options.rows, length=LENGTH))
-    scores = importance(teacher.config, calibrate(teacher.config, teacher.params, calibration))
+    scores = importance_of(teacher, options, 0)
     whole = TreeSource(teacher.config, teacher.params)
 
     def loss(chosen: Importance, target: Target) -> float:
@@ -185,18 +120,11 @@ def show(runs: dict[str, list[dict[str, Any]]], parts: list[dict[str, Any]], tea
 def main() -> None:
     """Runs all and prints the table, and with --json one line of JSON at the end."""
     parser = argparse.ArgumentParser(description='Students cut out of their teacher, and one from scratch.')
-    parser.add_argument('--teacher', default='quickstart')
-    parser.add_argument('--train', default='stdlib:train')
-    parser.add_argument('--held_out', default='stdlib:held_out')
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--steps', type=int, default=100)
-    parser.add_argument('--rows', type=int, default=64, help='windows to calibrate on, and to take losses of')
+    add_options(parser)
     parser.add_argument('--rates', type=float, nargs='+', default=[8e-3, 2e-3])
     parser.add_argument('--workdir', type=Path, default=Path('out/pruned_student'))
-    parser.add_argument('--json', action='store_true')
     options = parser.parse_args()
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-    jax.config.update('jax_compilation_cache_dir', str((options.workdir / 'compilation_cache').absolute()))
+    on_cpu(options.workdir)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in STUDENTS}
     for seed in range(options.seeds):
         for name in STUDENTS:
@@ -206,18 +134,13 @@ def main() -> None:
             print(f'seed {seed}, {name}: {runs[name][-1]}', flush=True)
     teacher = mean_loss(*held_out_of(options))
     target = target_of(jpt.load(options.teacher).config)
-    packages = ', '.join(f'{name} {version(name)}' for name in ('jax', 'flax'))
-    machine = f'{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {packages}'
     console = Console(width=120)
-    console.print(f'{machine}; {options.steps} steps, {options.teacher} to {target}')
+    console.print(f'{machine()}; {options.steps} steps, {options.teacher} to {target}')
     parts = one_part_alone(options)
     show(runs, parts, teacher, console)
     if options.json:
-        print(
-            json.dumps(
-                {'benchmark': 'pruned_student', 'machine': machine, 'runs': runs, 'parts': parts, 'teacher': teacher}
-            )
-        )
+        found = {'benchmark': 'pruned_student', 'machine': machine(), 'runs': runs, 'parts': parts, 'teacher': teacher}
+        print(json.dumps(found))
 
 
 if __name__ == '__main__':
