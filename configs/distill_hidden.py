@@ -1,7 +1,7 @@
 """A student that learns from its teacher's logits and from two of its hidden states, through projections of their own.
 
-Nothing is downloaded: the teacher is the one that jpt ships, the text is Python's standard library. See docs/train.md,
-"Pairs of hidden states".
+Nothing is downloaded: the teacher is the one that jpt ships, the text is Python's standard library. See
+docs/distill.md, "Pairs of hidden states".
 """
 
 from ml_collections import ConfigDict

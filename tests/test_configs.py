@@ -23,7 +23,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 SMALL = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2}
 SMALL |= {'num_key_value_heads': 2, 'head_dim': 8, 'vocab_size': 4096}
 # Those that take a checkpoint's directory, and what follows it.
-NAMED = {'sft': '', 'distill_qwen3': ''}
+NAMED = {'sft': '', 'distill_qwen3': '', 'distill_teachers': ',{0},{0}'}
 TALK = [
     {'role': 'user', 'content': 'What is 1 + 1?'},
     {'role': 'assistant', 'content': 'It is 2.'},
@@ -81,7 +81,7 @@ def made_small(config, folder):
 def test_config_trains(name, option, tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
-    given = get(name) if option is None else get(name, f'{checkpoint}{option}')
+    given = get(name) if option is None else get(name, f'{checkpoint}{option.format(checkpoint)}')
     config = made_small(given, tmp_path)
     model = run_job(config, tmp_path / 'run')
     assert np.isfinite(np.asarray(model.logits([[1, 2, 3]]))).all()

@@ -101,7 +101,8 @@ def _period(
     for kind, params in zip(segment.kinds, layers, strict=True):
         block = Block(cfg, kind, compute, parent=None)
         variables = {'params': params, WATCH: {'tokens': watch}}
-        (after_BTD, _, _), state = block.apply(variables, hidden_BTD, where, mutable=[CALIBRATION])
+        after, state = block.apply(variables, hidden_BTD, where, mutable=[CALIBRATION])
+        after_BTD = after.hidden_BTD
         cosine, entering = watch.total(_cosine(hidden_BTD, after_BTD)), watch.total(_shares(hidden_BTD))
         found.append({**state.get(CALIBRATION, {}), 'cosine': cosine, 'entering': entering})
         hidden_BTD = after_BTD
