@@ -40,7 +40,8 @@ def get_config(directories: str = '') -> ConfigDict:
     given = directories.split(',') if directories else []
     if len(given) not in (0, 3):
         raise ValueError(f"expected STUDENT,TEACHER,TEACHER, found '{directories}'")
-    sources = [{'path': path} for path in given] or [{'architecture': shape} for shape in (SHAPE, LARGE, LARGE)]
+    sources: list[dict[str, object]] = [{'path': path} for path in given]
+    sources = sources or [{'architecture': shape} for shape in (SHAPE, LARGE, LARGE)]
     student, first, second = sources
     return config_dict(
         TrainConfig,
