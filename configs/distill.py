@@ -1,7 +1,7 @@
 """Distil any teacher into any student with its tokenizer, on text of yours, from full logits.
 
-Name both after the config: --config=configs/distill.py:STUDENT,TEACHER --config.data.paths="('train.jsonl',)". Each is a
-Hugging Face directory, a jpt checkpoint, or 'quickstart'; a student that was cut out of its teacher comes from
+Name both after the config: --config=configs/distill.py:STUDENT,TEACHER --config.data.paths="('train.jsonl',)". Each is
+a Hugging Face directory, a jpt checkpoint, or 'quickstart'; a student that was cut out of its teacher comes from
 python -m jpt.prune. See docs/distill.md.
 """
 
