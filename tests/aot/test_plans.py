@@ -37,7 +37,7 @@ def benchmark(name):
     return module
 
 
-plans, sizes = benchmark('plans'), benchmark('real_sizes')
+plans, sizes, long_rows = benchmark('plans'), benchmark('real_sizes'), benchmark('long_rows')
 VOCAB, WIDTH = plans.ARCHITECTURE['vocab_size'], plans.ARCHITECTURE['hidden_size']
 # Embedding and head; four layers of q, k, v, out, gate, up, down, two norms of the width, two of a head; the last norm.
 PARAMETERS = 2 * VOCAB * WIDTH + 4 * (WIDTH * (4 * 128 + 3 * 96) + 2 * WIDTH + 2 * 16) + WIDTH
@@ -222,3 +222,14 @@ def test_the_target_is_an_h100():
     assert 'shared_memory_per_block_optin: 232448' in text
     assert 'major: 9' in text
     assert text.count('{') == text.count('}')
+
+
+@needs_plugin
+@pytest.mark.parametrize('way', long_rows.WAYS)
+def test_a_student_of_4b_learns_from_rows_of_32768_tokens_on_one_gpu(way):
+    """From 64 recorded words of 248,320 each; the naive float32 logits alone would take 30 GiB."""
+    planned = long_rows.planned(way)
+    assert planned.total <= FRACTION * H100.memory, {name: size / GIB for name, size in planned.parts.items()}
+    words, width = long_rows.WORDS, long_rows.ARCHITECTURE['hidden_size']
+    parameters = planned.parts['params'] + planned.parts.get('frozen', 0)
+    assert parameters > 2 * words * width + 2 * 36 * 3 * 9728 * width, 'all of the model is there'
