@@ -88,6 +88,10 @@ def prune(
     """
     if layer_importance not in CRITERIA:
         raise ValueError(f'--layer_importance={layer_importance}: expected {" or ".join(CRITERIA)}')
+    if layer_importance != CRITERIA[0] and target.num_hidden_layers is None:
+        raise ValueError(
+            f'--layer_importance={layer_importance}: it says which of the layers stay: expected --num_hidden_layers'
+        )
     parse_size(max_shard_size)
     check_absent(output_dir)
     model = load(input_dir, mtp=False)
@@ -98,7 +102,7 @@ def prune(
     whole = TreeSource(model.config, model.params)
     say(f'calibrating on {_tokens(calibration):,} tokens of {text.data}')
     scores = importance(model.config, calibrate(model.config, model.params, calibration, compute=model.compute))
-    if layer_importance == 'loss' and target.num_hidden_layers is not None:
+    if layer_importance == 'loss':
         scores = dataclasses.replace(scores, layers_L=losses_without(whole, calibration, say))
     plan = list(steps(whole, scores, target))
     losses = [_told('the whole model', whole.cfg, mean_loss(model, held_out), say)]

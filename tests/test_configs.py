@@ -55,6 +55,8 @@ def made_small(config, folder):
     config.log.every = 1
     if config.model.architecture is not None:
         config.model.architecture = dict(config.model.architecture.to_dict()) | SMALL
+    if config.distill.schedule is not None:
+        config.distill.schedule.end = 2
     if config.model.layers:
         config.model.layers = (1,)
     config.mesh.update(dict.fromkeys(('pipe', 'data', 'fsdp', 'tensor'), 1))

@@ -1,4 +1,4 @@
-"""The weights of what a distillation minimizes, which may change from step to step."""
+"""What a distillation minimizes by its config: the loss of a token, and weights that may change from step to step."""
 
 import functools
 
@@ -6,9 +6,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jpt.kernels.distillation_loss import Teacher, distillation
 from jpt.kernels.divergences import NAMES
+from jpt.kernels.token_losses import TokenLoss
 from jpt.training.objective import Mixture
 from jpt.training.settings import DistillConfig
+
+
+def token_loss(config: DistillConfig, teachers: tuple[Teacher, ...], form: str | None = None) -> TokenLoss:
+    """The loss of a token; `form` is for recorded words, see `distillation`."""
+    return distillation(
+        *config.terms(),
+        alpha=config.alpha,
+        temperature=config.temperature,
+        squared=config.temperature_squared,
+        teachers=teachers,
+        form=form,
+    )
 
 
 def mixture(config: DistillConfig, step: jax.Array | int, dtype: DTypeLike = 'float32') -> jax.Array:

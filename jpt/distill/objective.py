@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jpt.data.batch import Batch
-from jpt.distill.mixture import changing
+from jpt.distill.mixture import changing, token_loss
 from jpt.distill.pairs import add_pairs, check_pairs, taps_of
-from jpt.kernels.distillation_loss import Teacher, distillation, own_name
+from jpt.kernels.distillation_loss import Teacher, own_name
 from jpt.kernels.head_loss import linear_loss
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.taps import NORMED
@@ -49,13 +49,8 @@ def logit_distillation(
     Raises:
         ValueError: a pair that these models do not have.
     """
-    token_loss = distillation(
-        *distill.terms(),
-        alpha=distill.alpha,
-        temperature=distill.temperature,
-        squared=distill.temperature_squared,
-        teachers=tuple(Teacher(cfg.vocab_size, cfg.logit_soft_cap, name) for name, cfg in teachers.items()),
-    )
+    seen = tuple(Teacher(cfg.vocab_size, cfg.logit_soft_cap, name) for name, cfg in teachers.items())
+    loss = token_loss(distill, seen)
     check_pairs(distill.pairs, student, teachers)
     configs = {'student': student, **teachers}
     taps = {name: taps_of(distill.pairs, name) for name in configs}
@@ -95,7 +90,7 @@ def logit_distillation(
             head_kernel(student, both['student']),
             weights,
             args,
-            token_loss,
+            loss,
             shared={'teacher_kernel': tuple(head_kernel(cfg, both[name]) for name, cfg in teachers.items())},
             vocab_size=student.vocab_size,
             soft_cap=student.logit_soft_cap,

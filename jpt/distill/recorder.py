@@ -1,32 +1,27 @@
 """A teacher on a mesh that says, of every position of a batch, which words it finds likeliest."""
 
 import dataclasses
-import hashlib
-import json
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jpt.checkpoint.about import model_to_json
-from jpt.checkpoint.source import LeafSource
 from jpt.data.batch import Batch
 from jpt.kernels.likely_words import Likely, likely_words
 from jpt.models.config import ModelConfig
-from jpt.models.names import leaves
 from jpt.models.transformer import final_norm, head_kernel
 from jpt.sharding.grads import outputs
 from jpt.training.freeze import merge
 from jpt.training.job import Job, load_placed, make_job
 from jpt.training.objective import Carry, Counts, Objective, Sums, Tree
-from jpt.training.settings import ModelSource, RecordConfig, RouterConfig, TrainConfig
+from jpt.training.settings import DistillConfig, ModelSource, RecordConfig, RouterConfig, TrainConfig
 
 
 class Recorder(NamedTuple):
     """A teacher, ready: its job (a model without a student), and the compiled program."""
 
     job: Job
+    vocab_size: int  # words that take part
     params: Any
     run: Any  # jitted (params, Batch of numpy arrays [B, T]) -> Likely [B, T, ...]
 
@@ -48,18 +43,20 @@ def make_recorder(config: TrainConfig, devices: Any = None) -> Recorder:
     """
     job = make_job(as_teacher(config), devices)
     cfg = job.models['model'].cfg
-    if config.record.likely > cfg.vocab_size:
-        raise ValueError(
-            f'config.record.likely={config.record.likely}: expected at most the vocabulary of the teacher, '
-            f'{cfg.vocab_size}'
-        )
-    objective = said(job.objective, cfg, config.record, config.distill.temperature)
+    for name in ('likely', 'vocab_size'):
+        value = getattr(config.record, name)
+        if value is not None and value > cfg.vocab_size:
+            raise ValueError(
+                f'config.record.{name}={value}: expected at most the vocabulary of the teacher, {cfg.vocab_size}'
+            )
+    vocab_size = config.record.vocab_size or cfg.vocab_size
+    objective = said(job.objective, cfg, config.record, config.distill.temperature, vocab_size)
     frozen = jax.tree.map(lambda leaf: None, job.state.params)
 
     def run(params: Any, batch: Batch) -> Likely:
         return outputs(objective, params, {'model': frozen}, batch, job.plan)
 
-    return Recorder(job, load_placed(job, 'model', job.state.params), jax.jit(run))
+    return Recorder(job, vocab_size, load_placed(job, 'model', job.state.params), jax.jit(run))
 
 
 def as_teacher(config: TrainConfig) -> TrainConfig:
@@ -82,7 +79,7 @@ def as_teacher(config: TrainConfig) -> TrainConfig:
         task='pretrain',
         model=ModelSource(config.teacher.path, config.teacher.architecture, config.teacher.layers, mtp=False),
         teacher=None,
-        distill=dataclasses.replace(config.distill, targets=None, pairs=(), schedule=None),
+        distill=DistillConfig(),
         compare=None,
         lora=None,
         freeze=(),
@@ -93,7 +90,9 @@ def as_teacher(config: TrainConfig) -> TrainConfig:
     )
 
 
-def said(objective: Objective, cfg: ModelConfig, record: RecordConfig, temperature: float) -> Objective:
+def said(
+    objective: Objective, cfg: ModelConfig, record: RecordConfig, temperature: float, vocab_size: int
+) -> Objective:
     """An objective whose `last` gives the likeliest words in place of metrics, and no loss."""
 
     def last(params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
@@ -104,7 +103,7 @@ def said(objective: Objective, cfg: ModelConfig, record: RecordConfig, temperatu
             head_kernel(cfg, model),
             micro.targets,
             count=record.likely,
-            vocab_size=cfg.vocab_size,
+            vocab_size=vocab_size,
             temperature=temperature,
             top_p=record.top_p,
             at_least=record.at_least,
@@ -113,13 +112,3 @@ def said(objective: Objective, cfg: ModelConfig, record: RecordConfig, temperatu
         return jnp.zeros(()), found
 
     return objective._replace(last=last)
-
-
-def fingerprint_of(source: LeafSource) -> str:
-    """Changes if a model does: a hash of its config and of the first and the last rows of every leaf."""
-    digest = hashlib.sha256(json.dumps(model_to_json(source.cfg), sort_keys=True, default=str).encode())
-    for leaf in leaves(source.cfg):
-        for end in (slice(0, 1), slice(-1, None)):
-            index = tuple(slice(*end.indices(size)) for size in leaf.shape[:-1])
-            digest.update(np.ascontiguousarray(source.read(leaf, (*index, slice(0, leaf.shape[-1])))).tobytes())
-    return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpt.checkpoint.fingerprint import fingerprint_of
 from jpt.checkpoint.source import to_host
 from jpt.data.batch import pack_rows
 from jpt.data.config import DataConfig
@@ -34,10 +35,10 @@ from jpt.data.target_store import (
 )
 from jpt.data.tokenizer import Tokenizer
 from jpt.data.windows import Window, WindowReader
-from jpt.distill.recorder import Recorder, fingerprint_of, make_recorder
+from jpt.distill.recorder import Recorder, make_recorder
 from jpt.kernels.likely_words import Likely
 from jpt.kernels.sparse_target import SparseTarget
-from jpt.training.run import check_models, open_assets, say
+from jpt.training.run import check_models, check_teachers, open_assets, say
 from jpt.training.settings import TrainConfig
 
 
@@ -50,6 +51,7 @@ def record(config: TrainConfig, output: Path) -> Manifest:
     tokenizer, _ = open_assets(config)
     recorder = make_recorder(config)
     check_models(recorder.job, tokenizer)
+    check_teachers(config, tokenizer)
     splits = {'train': config.data} | ({} if config.eval.data is None else {'eval': config.eval.data})
     readers = {name: reader_of(data, tokenizer, config.batch.length) for name, data in splits.items()}
     manifest = manifest_of(config, recorder, tokenizer, readers)
@@ -89,7 +91,7 @@ def manifest_of(
             'dtype': config.compute.dtype,
         },
         tokenizer=tokenizer.fingerprint(),
-        vocab_size=model.cfg.vocab_size,
+        vocab_size=recorder.vocab_size,
         temperature=config.distill.temperature,
         likely=kept.likely,
         top_p=kept.top_p,
@@ -170,7 +172,7 @@ def record_window(
         if not np.isfinite(said.sampled_logp).all() or np.isnan(said.target.logp).any():
             where = reader.sources[source].place(place)
             raise FloatingPointError(f'{where}: the teacher gives log-probabilities that are not finite')
-        data = encode_targets(said, config.record.dtype, recorder.job.models['model'].cfg.vocab_size)
+        data = encode_targets(said, config.record.dtype, recorder.vocab_size)
         own = hash_of(ids[span.start : span.start + span.length + 1])
         if span.document not in hashes:
             hashes[span.document] = hash_of(ids)

@@ -226,9 +226,9 @@ def distillation(
     if form is not None and form not in FORMS:
         raise ValueError(f'distillation: form={form!r}: expected one of {", ".join(FORMS)}, or None')
     escaping = [each.name for _, each in terms if each.name in ('reverse_kl', 'skew_reverse_kl')]
-    if form == 'renormalized' and escaping:
+    if form in ('truncated', 'renormalized') and escaping:
         raise ValueError(
-            f'distillation: {escaping[0]} on renormalized words: the student may leave them at no cost, and nothing '
-            "draws it back then: expected form='tail'"
+            f"distillation: {escaping[0]} with form='{form}' (config.distill.form): the student may leave the "
+            "teacher's words at no cost or at a gain, and nothing draws it back: expected form='tail'"
         )
     return Distillation(terms, float(alpha), temperature, squared, teachers, form)

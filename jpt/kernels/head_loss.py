@@ -146,6 +146,8 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, dtype=None):
     """
     shape, width = hidden.shape, hidden.shape[-1]
     stats = jnp.promote_types(hidden.dtype, jnp.float32)
+    # A token without weight may hold anything: 0 times a NaN would spoil the kernel's gradient.
+    hidden = jnp.where((weights != 0)[..., None], hidden, 0)
     tree = flat((hidden, weights.astype(stats), args), weights.ndim)
     tokens = tree[1].shape[0]
     chunk = min(rule.chunk or choose_chunk(tokens, kernel_VD.shape[0]), tokens)

@@ -3,7 +3,8 @@
 What is not among these words is one more bucket by default, so that both sides are distributions on J + 1 buckets and
 the gradient is that of the coarse-grained divergence. 'truncated' leaves the bucket out, and 'renormalized' divides
 both sides by their sums over the words: what other systems compute, and biased. The first pulls all of the student's
-mass onto the words, the second leaves the mass outside of them free.
+mass onto the words (a reverse divergence pushes it off them, and is refused); the second leaves the mass outside of
+them free, whatever the divergence (and reverse ones are refused).
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class SparseTarget(NamedTuple):
     log_tail: Any = None
 
     def tail(self) -> jax.Array:
-        """Log of the mass of all other words [N], at least LEAST_TAIL."""
+        """Log of the mass of all other words [N]; at least LEAST_TAIL where it is what the words leave."""
         if self.log_tail is not None:
-            return jnp.maximum(self.log_tail, jnp.log(LEAST_TAIL))
+            wide = jnp.promote_types(self.log_tail.dtype, jnp.float32)
+            return jnp.maximum(self.log_tail.astype(wide), jnp.log(jnp.finfo(wide).tiny))
         mass = jnp.sum(jnp.where(self.ids >= 0, jnp.exp(self.logp), 0), axis=-1)
         return jnp.log1p(-jnp.minimum(mass, 1 - LEAST_TAIL))
 

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jpt.checkpoint.adapted import is_adapter
+from jpt.checkpoint.fingerprint import fingerprint_of
 from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
 from jpt.data.batch import Batch, empty_batch
 from jpt.data.recorded import RecordedTargets
-from jpt.distill.mixture import changing
+from jpt.distill.mixture import changing, token_loss
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import new_projections
-from jpt.kernels.distillation_loss import Teacher, distillation
+from jpt.kernels.distillation_loss import Teacher
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.names import BESIDE
@@ -109,7 +110,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'config.mtp_loss={config.mtp_loss}: config.model has no modules that predict further tokens '
             '(num_nextn_predict_layers): expected 0'
         )
-    targets = _targets(config)
+    targets = _targets(config, models)
     objective = _objective(config, models, compute, targets)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
@@ -136,14 +137,7 @@ def _objective(
     auxiliary = Auxiliary(config.router, config.mtp_loss)
     distill = config.distill
     if targets is not None:
-        loss = distillation(
-            *distill.terms(),
-            alpha=distill.alpha,
-            temperature=distill.temperature,
-            squared=distill.temperature_squared,
-            teachers=(Teacher(targets.manifest.vocab_size),),
-            form=distill.form,
-        )
+        loss = token_loss(distill, (Teacher(targets.manifest.vocab_size),), distill.form)
         return language_modeling(cfg, compute, auxiliary, loss, changing(distill))
     if config.task == 'distill':
         teachers = {name: models[name].cfg for name in config.named_teachers()}
@@ -151,21 +145,30 @@ def _objective(
     return language_modeling(cfg, compute, auxiliary)
 
 
-def _targets(config: TrainConfig) -> RecordedTargets | None:
+def _targets(config: TrainConfig, models: dict[str, Weights]) -> RecordedTargets | None:
     """What a teacher said, where the job learns from that.
 
     Raises:
-        FileNotFoundError, ValueError: nothing was recorded, or of another teacher or temperature.
+        FileNotFoundError, ValueError: nothing was recorded, or of another teacher or temperature, or words that the
+            student has not.
     """
     distill = config.distill
     if distill.targets is None:
         return None
     found = RecordedTargets(distill.targets, more_context=distill.more_context)
     about = found.manifest
-    if config.teacher is not None and config.teacher.path != about.teacher['path']:
+    if config.teacher is not None:
+        given = open_weights(dataclasses.replace(config.teacher, mtp=False), about.teacher['dtype']).source
+        if given is None or fingerprint_of(given) != about.teacher['fingerprint']:
+            raise ValueError(
+                f'config.teacher.path={config.teacher.path}: {distill.targets} was recorded of '
+                f'{about.teacher["path"]}, another model: expected that one, or config.teacher=None'
+            )
+    if about.vocab_size > models['model'].cfg.vocab_size:
         raise ValueError(
-            f'config.teacher.path={config.teacher.path}: {distill.targets} was recorded of {about.teacher["path"]}: '
-            'expected that one, or config.teacher=None'
+            f'config.distill.targets={distill.targets}: recorded over {about.vocab_size} words, of which the student '
+            f'has {models["model"].cfg.vocab_size}: record again with --config.record.vocab_size='
+            f'{models["model"].cfg.vocab_size}'
         )
     if about.temperature != distill.temperature:
         raise ValueError(

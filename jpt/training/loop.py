@@ -25,7 +25,7 @@ from jpt.training.settings import TrainConfig
 from jpt.training.state import TrainState
 from jpt.training.trace import Trace
 
-BEST = 'eval_loss'
+BEST, BEST_OF_SCHEDULE = 'eval_loss', 'eval_ce'  # a loss whose weights change says nothing of which step was best
 
 
 class NotFiniteError(FloatingPointError):
@@ -189,11 +189,11 @@ def evaluate(
 
 def open_manager(job: Job, workdir: Path, assets: Path | None) -> CheckpointManager:
     """The checkpoints of a run."""
-    settings = job.config.checkpoint
+    settings, schedule = job.config.checkpoint, job.config.distill.schedule
     return CheckpointManager(
         workdir / 'checkpoints',
         max_to_keep=settings.keep,
-        best_metric=BEST if job.config.eval.data is not None else None,
+        best_metric=None if job.config.eval.data is None else BEST if schedule is None else BEST_OF_SCHEDULE,
         model=job.models['model'].cfg,
         assets=assets,
         origin=job.models['model'].origin,

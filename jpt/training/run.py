@@ -19,7 +19,7 @@ from jpt.training.compare import compare
 from jpt.training.job import Job, make_job, trained_parameters, whole_model
 from jpt.training.loop import make_watchdog, train
 from jpt.training.overview import overview
-from jpt.training.settings import TrainConfig
+from jpt.training.settings import DistillConfig, TrainConfig
 from jpt.training.state import TrainState
 
 RESULTS = 'results.json'  # which step each result is of
@@ -38,8 +38,7 @@ def run_job(config: TrainConfig, workdir: Path) -> Model:
     if config.compare is not None:
         say('')
         say('The same student on the same tokens, without the teacher:')
-        own = dataclasses.replace(config.distill, targets=None)
-        alone = dataclasses.replace(config, task='pretrain', teacher=None, compare=None, distill=own)
+        alone = dataclasses.replace(config, task='pretrain', teacher=None, compare=None, distill=DistillConfig())
         if alone.tokenizer is None:
             alone = dataclasses.replace(alone, tokenizer=str(model.assets))
         scratch = train_model(alone, workdir / 'scratch')
@@ -57,6 +56,7 @@ def train_model(config: TrainConfig, workdir: Path) -> Model:
     with make_watchdog(config, workdir) as dog:
         job = make_job(config)
         check_models(job, tokenizer)
+        check_teachers(config, tokenizer)
         check_targets(job, tokenizer)
         say(overview(job))
         state = train(job, workdir, tokenizer, assets, dog)
@@ -186,11 +186,7 @@ def check_targets(job: Job, tokenizer: Tokenizer) -> None:
 
 
 def check_models(job: Job, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a model cannot read what the tokenizer writes, or a teacher knows nothing.
-
-    That is: a teacher without weights, or with a tokenizer of its own that gives other ids (one without a tokenizer is
-    taken to have this one); ids, or positions of a row, for which a model has no embedding.
-    """
+    """Raises ValueError where the tokenizer has ids, or a row positions, for which a model has no embedding."""
     for name, weights in job.models.items():
         cfg = weights.cfg
         if cfg.learned_positions and job.config.batch.length > cfg.max_length:
@@ -203,9 +199,16 @@ def check_models(job: Job, tokenizer: Tokenizer) -> None:
                 f'the tokenizer in {tokenizer.source} has ids up to {tokenizer.vocab_size - 1}: expected less than '
                 f'vocab_size={cfg.vocab_size} of the {name}'
             )
-    for name, teacher in job.config.named_teachers().items():
+
+
+def check_teachers(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a teacher has no weights, or a tokenizer of its own that gives other ids.
+
+    A teacher without a tokenizer is taken to have this one.
+    """
+    for name, teacher in config.named_teachers().items():
         if teacher.path is None:
-            place = f'config.{"teacher" if teacher is job.config.teacher else f"teachers.{name}"}'
+            place = f'config.{"teacher" if teacher is config.teacher else f"teachers.{name}"}'
             raise ValueError(f'{place}.architecture: a teacher needs trained weights: expected {place}.path')
         theirs = open_tokenizer(open_model(teacher.path).assets)
         if theirs is not None and theirs.fingerprint() != tokenizer.fingerprint():

@@ -1,6 +1,7 @@
 """Everything that a training job can be told: the dataclasses behind `python -m jpt.train --config=...`."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from jpt.config import require
@@ -90,10 +91,16 @@ class DistillConfig:
             require(self, name, getattr(self, name) >= 0, 'a number of 0 or more')
         some = any(weight or self._last(divergence.name) for weight, divergence in self.terms())
         allowed = f'a positive weight of one of {", ".join(NAMES)}, or pairs'
-        require(self, 'forward_kl', some or self.alpha == 0 or bool(self.pairs), allowed)
+        needs = bool(self.alpha or self._last('alpha')) and not self.pairs
+        require(self, 'forward_kl', some or not needs, allowed)
         inside = 0 < self.beta < 1 or (self.jsd_normalized and self.beta in (0, 1))
         require(self, 'beta', inside, 'a number between 0 and 1, or with jsd_normalized from 0 to 1')
         require(self, 'skew', 0 <= self.skew < 1, 'a number from 0 to below 1')
+        for name in ('form', 'more_context'):
+            plain = getattr(self, name) == getattr(type(self), name)
+            require(self, name, plain or self.targets is not None, 'no setting of it where targets is None')
+        for name in ('temperature', *NAMES):
+            require(self, name, math.isfinite(getattr(self, name)), 'a finite number')
         runs = self.targets is None or not self.pairs
         require(self, 'pairs', runs, 'none where targets is given: a teacher that is not run has no hidden states')
 
@@ -120,10 +127,13 @@ class RecordConfig:
     top_p: float | None = None  # the fewest words that hold this mass instead, if that is fewer
     at_least: int = 1  # words, whatever top_p says
     dtype: Literal['bfloat16', 'float16', 'float8_e4m3fn'] = 'float16'  # of log-probabilities
+    vocab_size: int | None = None  # only so many rows of the teacher's table take part, for a student with fewer
 
     def __post_init__(self) -> None:
         require(self, 'likely', 0 < self.likely < 2**16, 'an integer from 1 to 65,535')
         require(self, 'top_p', self.top_p is None or 0 < self.top_p < 1, 'a number between 0 and 1, or None')
+        positive = self.vocab_size is None or self.vocab_size >= self.likely
+        require(self, 'vocab_size', positive, f'at least likely={self.likely}, or None')
         require(self, 'at_least', 0 < self.at_least <= self.likely, f'an integer from 1 to likely={self.likely}')
 
 
@@ -287,7 +297,11 @@ class TrainConfig:
         allowed = 'a model, or else teachers, or distill.targets a directory'
         require(self, 'teacher', not learns or given == 1 or (recorded and not given), allowed)
         require(self, 'teachers', not (self.teachers and recorded), 'none where distill.targets is given')
-        require(self, 'task', learns or not recorded, "'distill' where distill.targets is given")
+        require(
+            self, 'distill', learns or self.distill == DistillConfig(), "as it is by default, unless task is 'distill'"
+        )
+        end = self.distill.schedule.end if self.distill.schedule else 0
+        require(self, 'steps', end <= self.steps, f'at least {end}, the end of distill.schedule')
         named = all(name.isidentifier() and name not in ('model', 'student') for name in self.teachers)
         require(self, 'teachers', named, "names of letters, digits and underscores other than 'model' and 'student'")
         compares = self.compare is None or self.teacher is not None

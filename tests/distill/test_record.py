@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import shutil
 
 import jax
@@ -200,8 +201,8 @@ def test_what_does_not_fit_is_refused_when_the_job_is_made(folder, tmp_path):
     escaping = {'form': 'renormalized', 'reverse_kl': 1.0, 'temperature': TEMPERATURE}
     for message, changes in (
         (r'temperature=1.0: .* was recorded at 1.5', {'distill': {'temperature': 1.0}}),
-        (r'was recorded of .*teacher: expected that one', {'teacher': {'path': 'quickstart'}}),
-        (r'reverse_kl on renormalized words', {'distill': escaping}),
+        (r'was recorded of .*teacher, another model: expected that one', {'teacher': {'path': 'quickstart'}}),
+        (r"reverse_kl with form='renormalized'", {'distill': escaping}),
     ):
         config = recorded.learning(folder, targets, **{'distill': {'temperature': TEMPERATURE}, **changes})
         with pytest.raises(ValueError, match=message):
@@ -219,6 +220,22 @@ def test_a_student_may_have_rows_that_its_teacher_has_not(folder):
     job = make_job(recorded.learning(folder, folder / 'float16', model=student, distill={'temperature': TEMPERATURE}))
     assert job.models['model'].cfg.vocab_size == 4100
     assert job.targets.manifest.vocab_size == 4096
+    fewer = {'architecture': recorded.STUDENT | {'vocab_size': 4090}}
+    with pytest.raises(ValueError, match=r'recorded over 4096 words, .* --config\.record\.vocab_size=4090'):
+        make_job(recorded.learning(folder, folder / 'float16', model=fewer, distill={'temperature': TEMPERATURE}))
+
+
+def test_a_teacher_with_other_words_is_not_recorded(folder, tmp_path):
+    """Its ids would be taken for those of the student's tokenizer."""
+    teacher = tmp_path / 'teacher'
+    shutil.copytree(folder / 'teacher', teacher)
+    file = teacher / 'tokenizer.json'
+    words = json.loads(file.read_text())
+    names = sorted(words['model']['vocab'], key=words['model']['vocab'].get)
+    words['model']['vocab'] = dict(zip(names, [*range(1, len(names)), 0], strict=True))
+    file.write_text(json.dumps(words))
+    with pytest.raises(ValueError, match='has another tokenizer'):
+        record(recorded.settings(folder, teacher={'path': str(teacher)}), tmp_path / 'targets')
 
 
 def test_what_cannot_be_recorded(folder, tmp_path):

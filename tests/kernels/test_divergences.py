@@ -154,6 +154,19 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient():
     assert float(jnp.min(jnp.take_along_axis(pulled, ids, axis=-1).max(axis=-1))) < 0
 
 
+def test_a_tail_that_is_known_is_not_made_larger():
+    """Of a teacher that is almost sure: 1e-20 outside of its words, known by its logarithm."""
+    logits = jnp.zeros((1, V)).at[0, 3].set(46.0).at[0, 5].set(45.0)
+    logp = jax.nn.log_softmax(logits)
+    ids = jnp.array([[3, 5]], jnp.int32)
+    outside = jnp.delete(logp, np.array([3, 5]), axis=-1, assume_unique_indices=True)
+    target = SparseTarget(ids, jnp.take_along_axis(logp, ids, axis=-1), jax.nn.logsumexp(outside, axis=-1))
+    for kind in ('forward_kl', 'reverse_kl'):
+        value, gradient, _ = sparse_divergence(Divergence(kind), 'tail', target, logp, VocabShard((), V, V))
+        np.testing.assert_allclose(value, 0, atol=1e-12, err_msg=kind)
+        np.testing.assert_allclose(gradient, 0, atol=1e-12, err_msg=kind)
+
+
 @pytest.mark.parametrize('form', FORMS)
 def test_a_vocabulary_over_shards_is_that_of_one_device(form):
     """Four shards of six words each and two that are padding; every id of some token lies in another shard."""

@@ -303,14 +303,21 @@ def test_losses_that_mean_nothing_are_refused(options, message):
 def test_losses_that_a_student_escapes_are_refused():
     """Renormalized on the teacher's words, its own mass elsewhere costs a student nothing."""
     reverse = Divergence('reverse_kl')
-    with pytest.raises(ValueError, match='reverse_kl on renormalized words: the student may leave them at no cost'):
-        distillation((0.5, Divergence()), (0.5, reverse), form='renormalized')
+    for form in ('truncated', 'renormalized'):
+        with pytest.raises(
+            ValueError, match=f"reverse_kl with form='{form}' .* the student may leave the teacher's words"
+        ):
+            distillation((0.5, Divergence()), (0.5, reverse), form=form)
     with pytest.raises(ValueError, match='kl is given twice'):
         distillation((0.5, Divergence()), (0.5, Divergence()))
     assert distillation((1.0, reverse), form='tail')
 
 
 MIXTURE = ((0.7, Divergence('jsd', beta=0.3)), (0.2, Divergence('reverse_kl')), (0.4, Divergence('total_variation')))
+# On truncated words a reverse divergence is refused.
+MIXTURES = dict.fromkeys((None, 'tail'), MIXTURE) | {
+    'truncated': (MIXTURE[0], (0.2, Divergence('skew_kl')), MIXTURE[2])
+}
 
 
 def test_a_mixture_of_divergences_is_the_sum_of_its_parts_at_any_temperature():
@@ -324,6 +331,7 @@ def test_a_mixture_of_divergences_is_the_sum_of_its_parts_at_any_temperature():
     ids[nothing[0]], logp[nothing[0]] = 10**6, np.nan
     hidden, kernel, weights, args, shared = operands(case, pad=1)
     args['teacher_hidden'][nothing[1]] = np.nan
+    hidden[nothing[0]] = np.nan
     args['targets'] = np.where(case.weights == 0, -5, args['targets']).astype(np.int32)
     args |= {'sparse_target': SparseTarget(ids, logp)}
     options = {'alpha': 0.6, 'temperature': temperature}
@@ -332,7 +340,8 @@ def test_a_mixture_of_divergences_is_the_sum_of_its_parts_at_any_temperature():
     def run(hidden, kernel, weights, args, shared):
         found = {}
         for form in (None, *FORMS[:2]):
-            for name, terms in {'all': MIXTURE, **{term[1].name: (term,) for term in MIXTURE}}.items():
+            mixture = MIXTURES[form]
+            for name, terms in {'all': mixture, **{term[1].name: (term,) for term in mixture}}.items():
                 loss = distillation(*terms, **options, form=form)
                 found[f'{form} {name}'] = differentiated(loss, vocab_size=V, chunk=6)(
                     hidden, kernel, weights, args, shared
@@ -346,7 +355,7 @@ def test_a_mixture_of_divergences_is_the_sum_of_its_parts_at_any_temperature():
         found = jax.tree.map(np.asarray, run(hidden, kernel, weights, args, shared))
     for form in (None, *FORMS[:2]):
         (total, sums), gradients = found[f'{form} all']
-        parts = [found[f'{form} {divergence.name}'] for _, divergence in MIXTURE]
+        parts = [found[f'{form} {divergence.name}'] for _, divergence in MIXTURES[form]]
         (ce, _), ce_gradients = found[f'{form} ce']
         # Each part has 0.4 of the cross-entropy; the mixture has it once.
         assert total == pytest.approx(sum(part[0][0] for part in parts) - 2 * 0.4 * ce, rel=1e-11)
@@ -354,7 +363,7 @@ def test_a_mixture_of_divergences_is_the_sum_of_its_parts_at_any_temperature():
             wanted = sum(part[1][which] for part in parts) - 2 * 0.4 * ce_gradients[which]
             np.testing.assert_allclose(gradients[which], wanted, atol=1e-13)
             assert np.isfinite(gradients[which]).all()
-        weighted = sum(weight * sums[divergence.name][0] for weight, divergence in MIXTURE)
+        weighted = sum(weight * sums[divergence.name][0] for weight, divergence in MIXTURES[form])
         assert total == pytest.approx(0.6 * temperature**2 * weighted + 0.4 * sums['ce'][0], rel=1e-11)
         assert ('tail' in sums) == (form is not None)
     p = np.exp(logp)

@@ -10,7 +10,7 @@ from tiny import ARCHITECTURE, TOKENIZER, settings
 
 from jpt.config import ConfigError
 from jpt.training import loop, run
-from jpt.training.run import check_models, run_job, train_model
+from jpt.training.run import check_models, check_teachers, run_job, train_model
 
 
 @dataclasses.dataclass
@@ -54,21 +54,22 @@ def test_a_teacher_with_other_words_is_refused(monkeypatch):
     own = {'same': Words(100, words='a'), 'other': Words(100, words='b'), 'none': None}
     monkeypatch.setattr(run, 'open_model', lambda path: SimpleNamespace(assets=path))
     monkeypatch.setattr(run, 'open_tokenizer', own.get)
-    config = SimpleNamespace(batch=SimpleNamespace(length=8), named_teachers=dict)
-    cfg = SimpleNamespace(vocab_size=100, learned_positions=False)
+    config = SimpleNamespace(batch=SimpleNamespace(length=8), teacher=None)
     for name in own:
         config.named_teachers = lambda name=name: {'math': SimpleNamespace(path=name)}
-        both = SimpleNamespace(models={key: SimpleNamespace(cfg=cfg) for key in ('model', 'math')}, config=config)
         if name == 'other':
             with pytest.raises(
                 ValueError, match=r'the math other has another tokenizer \(b\) than the student \(a, from'
             ):
-                check_models(both, Words(100, words='a'))
+                check_teachers(config, Words(100, words='a'))
         else:
-            check_models(both, Words(100, words='a'))
-    both.models['math'].cfg = SimpleNamespace(vocab_size=99, learned_positions=False)
+            check_teachers(config, Words(100, words='a'))
+    config.named_teachers = lambda: {'math': SimpleNamespace(path=None)}
+    with pytest.raises(ValueError, match=r'config\.teachers\.math\.architecture: a teacher needs trained weights'):
+        check_teachers(config, Words(100, words='a'))
+    small = SimpleNamespace(cfg=SimpleNamespace(vocab_size=99, learned_positions=False))
     with pytest.raises(ValueError, match='expected less than vocab_size=99 of the math'):
-        check_models(both, Words(100, words='a'))
+        check_models(SimpleNamespace(models={'math': small}, config=config), Words(100, words='a'))
 
 
 DISTILL = {
