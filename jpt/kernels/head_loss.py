@@ -87,13 +87,13 @@ def choose_block(tokens: int, chunk: int, width: int, itemsize: int, *, wide: bo
     Adding a block to the kernel's gradient in float32 moves 8 D V bytes, all products of a block of n tokens take
     6 n D V operations: an H100 (600 Tflop/s, 3.35 TB/s) spends 240 / n as long on the sums as on the products. All
     tokens in one block need no float32 sum, so they are one where that takes no more room than the sum; not where a
-    float32 gradient is asked for (`wide`). Else a block takes an eighth of the sum's room: n = D / 4 in bfloat16.
+    float32 gradient is asked for (`wide`). Else a block takes a sixteenth of the sum's room, n = D / 8.
     On CPU chunks stay in cache, and a block is one chunk.
     """
     if platform() == 'cpu':
         return 1
     equal = 4 * width // itemsize  # tokens whose gradients take as many bytes as the float32 sum
-    most = max(1, (equal if tokens <= equal and not wide else equal // 8) // chunk)
+    most = max(1, (equal if tokens <= equal and not wide else equal // 16) // chunk)
     chunks = -(-tokens // chunk)
     return -(-chunks // -(-chunks // most))
 
@@ -146,8 +146,6 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, dtype=None):
     """
     shape, width = hidden.shape, hidden.shape[-1]
     stats = jnp.promote_types(hidden.dtype, jnp.float32)
-    # A token without weight may hold anything: 0 times a NaN would spoil the kernel's gradient.
-    hidden = jnp.where((weights != 0)[..., None], hidden, 0)
     tree = flat((hidden, weights.astype(stats), args), weights.ndim)
     tokens = tree[1].shape[0]
     chunk = min(rule.chunk or choose_chunk(tokens, kernel_VD.shape[0]), tokens)
@@ -165,7 +163,8 @@ def _scan(rule: _Rule, hidden, kernel_VD, weights, args, shared, *, dtype=None):
     def add_block(before, chunks, dtype=stats):
         """A block: its chunks one after the other, and its part of the kernel's gradient."""
         after, (dlogits, dh) = lax.scan(step, before, chunks)
-        dlogits_NV, h_ND = flat((dlogits, chunks[0]), 2)
+        # A token without weight may hold anything: 0 times a NaN would spoil the kernel's gradient.
+        dlogits_NV, h_ND = flat((dlogits, jnp.where((chunks[1] != 0)[..., None], chunks[0], 0)), 2)
         dkernel = lax.dot_general(dlogits_NV, h_ND, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
         return after, dkernel, dh
 
