@@ -9,9 +9,7 @@ allows it. Both libraries take turns, so that what else the machine does meets b
 
 import argparse
 import json
-import runpy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,16 +19,15 @@ from timing import in_turn, machine
 import jpt
 from jpt.generation.engine import generate
 from jpt.models.families import config_from_hf
+from jpt.models.shapes import QUICKSTART_STUDENT, QUICKSTART_TEACHER
 from jpt.models.transformer import init
 
-CONFIGS = Path(__file__).parents[1] / 'configs'
 LENGTH = 1024
 
 
 def shapes() -> dict[str, dict[str, Any]]:
     """The config.json of the quickstart's teacher and student, with room for longer texts."""
-    files = {'teacher': ('quickstart_teacher.py', 'ARCHITECTURE'), 'student': ('quickstart.py', 'STUDENT')}
-    found = {name: runpy.run_path(str(CONFIGS / file))[constant] for name, (file, constant) in files.items()}
+    found = {'teacher': QUICKSTART_TEACHER, 'student': QUICKSTART_STUDENT}
     return {name: {**shape, 'max_position_embeddings': LENGTH} for name, shape in found.items()}
 
 

@@ -12,19 +12,18 @@ greedy; the bound is the time in which the memory of the GPU gives every weight 
 import argparse
 import functools
 import json
-import runpy
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import CONFIGS
 from jobs import random_job, step_of
 from timing import in_turn, machine
 
 import jpt
 from jpt.generation.engine import generate
 from jpt.models.families import config_from_hf
+from jpt.models.shapes import QWEN3_8B
 from jpt.models.transformer import init
 from jpt.sharding.topology import CHIPS
 from jpt.training.flops import mfu
@@ -95,8 +94,7 @@ def train(name: str, tiny: bool, repeats: int) -> dict[str, Any]:
 
 def decode(tiny: bool, repeats: int) -> dict[str, Any]:
     """Milliseconds per token of one row, and how long reading the weights takes at best."""
-    shape = runpy.run_path(str(CONFIGS / 'qwen3_8b.py'))['ARCHITECTURE']
-    cfg = config_from_hf(smaller(shape) if tiny else shape)
+    cfg = config_from_hf(smaller(QWEN3_8B) if tiny else QWEN3_8B)
     params = jax.jit(functools.partial(init, cfg, dtype=jnp.bfloat16))(jax.random.key(0))
     model = jpt.Model(cfg, params)
     prompt = [np.random.default_rng(0).integers(0, cfg.vocab_size, 32).tolist()]

@@ -7,25 +7,8 @@ docs/distill.md, "Pairs of hidden states".
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
+from jpt.models.shapes import QUICKSTART_STUDENT
 from jpt.training.settings import TrainConfig
-
-STUDENT = {
-    'model_type': 'llama',
-    'vocab_size': 4096,
-    'hidden_size': 160,
-    'intermediate_size': 432,
-    'num_hidden_layers': 2,
-    'num_attention_heads': 5,
-    'num_key_value_heads': 5,
-    'head_dim': 32,
-    'max_position_embeddings': 256,
-    'rms_norm_eps': 1e-5,
-    'rope_theta': 10000.0,
-    'tie_word_embeddings': True,
-    'bos_token_id': 0,
-    'eos_token_id': 0,
-    'pad_token_id': 1,
-}
 
 
 def get_config() -> ConfigDict:
@@ -38,7 +21,7 @@ def get_config() -> ConfigDict:
         TrainConfig,
         {
             'task': 'distill',
-            'model': {'architecture': STUDENT},
+            'model': {'architecture': QUICKSTART_STUDENT},
             'teacher': {'path': 'quickstart'},
             'distill': {'alpha': 1.0, 'temperature': 1.0, 'pairs': pairs},
             'data': {'paths': ('stdlib:train',), 'packing': 'concat', 'window_rows': 16384},

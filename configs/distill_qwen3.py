@@ -9,35 +9,22 @@ tokens, learning rate from 1e-4 to 1e-5. Without a directory the file describes 
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
+from jpt.models.shapes import QWEN3_8B
 from jpt.training.settings import TrainConfig
 
-TEACHER = {
-    'model_type': 'qwen3',
-    'vocab_size': 151936,
-    'hidden_size': 4096,
-    'intermediate_size': 12288,
-    'num_hidden_layers': 36,
-    'num_attention_heads': 32,
-    'num_key_value_heads': 8,
-    'head_dim': 128,
-    'max_position_embeddings': 40960,
-    'rms_norm_eps': 1e-6,
-    'rope_theta': 1000000.0,
-    'tie_word_embeddings': False,
-}
 LAYERS = tuple(range(1, 36, 2))
 
 
 def get_config(teacher: str = '') -> ConfigDict:
     """Settings of the run, from a teacher's directory or from its shape."""
     student = {'path': teacher, 'layers': LAYERS}
-    shape = {'architecture': TEACHER | {'num_hidden_layers': len(LAYERS)}}
+    shape = {'architecture': QWEN3_8B | {'num_hidden_layers': len(LAYERS)}}
     return config_dict(
         TrainConfig,
         {
             'task': 'distill',
             'model': student if teacher else shape,
-            'teacher': {'path': teacher} if teacher else {'architecture': TEACHER},
+            'teacher': {'path': teacher} if teacher else {'architecture': QWEN3_8B},
             'distill': {'forward_kl': 1.0, 'alpha': 1.0, 'temperature': 1.0},
             'data': {'paths': ('train.jsonl',)},
             'batch': {'size': 768, 'length': 4096, 'microbatches': 96},

@@ -9,29 +9,9 @@ Without directories the file describes the job by its numbers, for jpt.plan.
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
+from jpt.models.shapes import QWEN3_1B7, QWEN3_8B
 from jpt.training.settings import TrainConfig
 
-SHAPE = {
-    'model_type': 'qwen3',
-    'vocab_size': 151936,
-    'hidden_size': 2048,
-    'intermediate_size': 6144,
-    'num_hidden_layers': 28,
-    'num_attention_heads': 16,
-    'num_key_value_heads': 8,
-    'head_dim': 128,
-    'max_position_embeddings': 40960,
-    'rms_norm_eps': 1e-6,
-    'rope_theta': 1000000.0,
-    'tie_word_embeddings': True,
-}
-LARGE = SHAPE | {
-    'hidden_size': 4096,
-    'intermediate_size': 12288,
-    'num_hidden_layers': 36,
-    'num_attention_heads': 32,
-    'tie_word_embeddings': False,
-}
 STEPS = 1000
 
 
@@ -41,7 +21,7 @@ def get_config(directories: str = '') -> ConfigDict:
     if len(given) not in (0, 3):
         raise ValueError(f"expected STUDENT,TEACHER,TEACHER, found '{directories}'")
     sources: list[dict[str, object]] = [{'path': path} for path in given]
-    sources = sources or [{'architecture': shape} for shape in (SHAPE, LARGE, LARGE)]
+    sources = sources or [{'architecture': shape} for shape in (QWEN3_1B7, QWEN3_8B, QWEN3_8B)]
     student, first, second = sources
     return config_dict(
         TrainConfig,

@@ -13,25 +13,10 @@ model is described by the fields of a Hugging Face config.json, --config.model.a
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
+from jpt.models.shapes import QUICKSTART_STUDENT
 from jpt.training.settings import TrainConfig
 
-ARCHITECTURE = {
-    'model_type': 'llama',
-    'vocab_size': 4096,
-    'hidden_size': 160,
-    'intermediate_size': 432,
-    'num_hidden_layers': 2,
-    'num_attention_heads': 5,
-    'num_key_value_heads': 5,
-    'head_dim': 32,
-    'max_position_embeddings': 1024,
-    'rms_norm_eps': 1e-5,
-    'rope_theta': 10000.0,
-    'tie_word_embeddings': True,
-    'bos_token_id': 0,
-    'eos_token_id': 0,
-    'pad_token_id': 1,
-}
+ARCHITECTURE = QUICKSTART_STUDENT | {'max_position_embeddings': 1024}
 
 
 def get_config(checkpoint: str = '') -> ConfigDict:

@@ -8,25 +8,8 @@ See docs/quickstart.md.
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
+from jpt.models.shapes import QUICKSTART_STUDENT
 from jpt.training.settings import TrainConfig
-
-STUDENT = {
-    'model_type': 'llama',
-    'vocab_size': 4096,
-    'hidden_size': 160,
-    'intermediate_size': 432,
-    'num_hidden_layers': 2,
-    'num_attention_heads': 5,
-    'num_key_value_heads': 5,
-    'head_dim': 32,
-    'max_position_embeddings': 256,
-    'rms_norm_eps': 1e-5,
-    'rope_theta': 10000.0,
-    'tie_word_embeddings': True,
-    'bos_token_id': 0,
-    'eos_token_id': 0,
-    'pad_token_id': 1,
-}
 
 
 def get_config(student: str = '') -> ConfigDict:
@@ -35,7 +18,7 @@ def get_config(student: str = '') -> ConfigDict:
         TrainConfig,
         {
             'task': 'distill',
-            'model': {'path': student} if student else {'architecture': STUDENT},
+            'model': {'path': student} if student else {'architecture': QUICKSTART_STUDENT},
             'teacher': {'path': 'quickstart'},
             'distill': {'alpha': 1.0, 'temperature': 1.0},
             # One window is a whole pass over the text, so that its rows are shuffled together.

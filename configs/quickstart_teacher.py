@@ -9,25 +9,8 @@ bfloat16 by `python -m jpt.convert --to=hf --dtype=bfloat16`.
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
+from jpt.models.shapes import QUICKSTART_TEACHER
 from jpt.training.settings import TrainConfig
-
-ARCHITECTURE = {
-    'model_type': 'llama',
-    'vocab_size': 4096,
-    'hidden_size': 320,
-    'intermediate_size': 864,
-    'num_hidden_layers': 4,
-    'num_attention_heads': 10,
-    'num_key_value_heads': 5,
-    'head_dim': 32,
-    'max_position_embeddings': 256,
-    'rms_norm_eps': 1e-5,
-    'rope_theta': 10000.0,
-    'tie_word_embeddings': True,
-    'bos_token_id': 0,
-    'eos_token_id': 0,
-    'pad_token_id': 1,
-}
 
 
 def get_config() -> ConfigDict:
@@ -36,7 +19,7 @@ def get_config() -> ConfigDict:
         TrainConfig,
         {
             'task': 'pretrain',
-            'model': {'architecture': ARCHITECTURE},
+            'model': {'architecture': QUICKSTART_TEACHER},
             'tokenizer': 'jpt/assets/quickstart_teacher',
             # One window is a whole pass over the text, so that its rows are shuffled together.
             'data': {'paths': ('stdlib:train',), 'packing': 'concat', 'window_rows': 16384},

@@ -9,22 +9,8 @@ meshes: --config.mesh.fsdp=8 --config.mesh.tensor=1, or --config.mesh.pipe=2 --c
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
+from jpt.models.shapes import QWEN3_8B
 from jpt.training.settings import TrainConfig
-
-ARCHITECTURE = {
-    'model_type': 'qwen3',
-    'vocab_size': 151936,
-    'hidden_size': 4096,
-    'intermediate_size': 12288,
-    'num_hidden_layers': 36,
-    'num_attention_heads': 32,
-    'num_key_value_heads': 8,
-    'head_dim': 128,
-    'max_position_embeddings': 40960,
-    'rms_norm_eps': 1e-6,
-    'rope_theta': 1000000.0,
-    'tie_word_embeddings': False,
-}
 
 
 def get_config(checkpoint: str = '') -> ConfigDict:
@@ -33,7 +19,7 @@ def get_config(checkpoint: str = '') -> ConfigDict:
         TrainConfig,
         {
             'task': 'sft',
-            'model': {'path': checkpoint} if checkpoint else {'architecture': ARCHITECTURE},
+            'model': {'path': checkpoint} if checkpoint else {'architecture': QWEN3_8B},
             'data': {'paths': ('train.jsonl',), 'kind': 'chat', 'long_documents': 'truncate'},
             'batch': {'size': 8, 'length': 4096},
             'steps': 1000,
