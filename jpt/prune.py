@@ -86,12 +86,7 @@ def prune(
     Raises:
         FileNotFoundError, FileExistsError, ValueError: with what is wrong, and where.
     """
-    if layer_importance not in CRITERIA:
-        raise ValueError(f'--layer_importance={layer_importance}: expected {" or ".join(CRITERIA)}')
-    if layer_importance != CRITERIA[0] and target.num_hidden_layers is None:
-        raise ValueError(
-            f'--layer_importance={layer_importance}: it says which of the layers stay: expected --num_hidden_layers'
-        )
+    _check_criterion(layer_importance, target)
     parse_size(max_shard_size)
     check_absent(output_dir)
     model = load(input_dir, mtp=False)
@@ -123,6 +118,15 @@ def prune(
         write_hf(made, directory, source_dir=model.assets, origin=card, max_shard_size=max_shard_size)
         (directory / REPORT).write_text(json.dumps(report) + '\n', 'utf-8')
     return report
+
+
+def _check_criterion(layer_importance: str, target: Target) -> None:
+    if layer_importance not in CRITERIA:
+        raise ValueError(f'--layer_importance={layer_importance}: expected {" or ".join(CRITERIA)}')
+    if layer_importance != CRITERIA[0] and target.num_hidden_layers is None:
+        raise ValueError(
+            f'--layer_importance={layer_importance}: it says which of the layers stay: expected --num_hidden_layers'
+        )
 
 
 def batches_from(model: Model, text: Text) -> tuple[list[Batch], list[Batch]]:

@@ -11,6 +11,7 @@ from jpt.distill.mixture import changing, token_loss
 from jpt.distill.pairs import add_pairs, check_pairs, taps_of
 from jpt.kernels.distillation_loss import Teacher, own_name
 from jpt.kernels.head_loss import linear_loss
+from jpt.kernels.token_losses import TokenLoss
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.taps import NORMED
 from jpt.models.transformer import final_norm, head_kernel, locate
@@ -82,19 +83,10 @@ def logit_distillation(
         both = models(params, frozen)
         hidden = {name: final_norm(cfg, both[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
         weights = token_weights(micro, counts)
-        args = loss_args(micro, counts) | {'teacher_hidden': tuple(hidden[name] for name in teachers)}
+        args = loss_args(micro, counts)
         if len(teachers) > 1:
             args['share'] = for_all_tokens(jnp.asarray(shares, weights.dtype), micro)
-        result = linear_loss(
-            hidden['student'],
-            head_kernel(student, both['student']),
-            weights,
-            args,
-            loss,
-            shared={'teacher_kernel': tuple(head_kernel(cfg, both[name]) for name, cfg in teachers.items())},
-            vocab_size=student.vocab_size,
-            soft_cap=student.logit_soft_cap,
-        )
+        result = _head_loss(configs, both, hidden, weights, args, loss)
         slots = {name: carry[name].taps | {NORMED: hidden[name]} for name in configs}
         result = add_pairs(result, distill.pairs, both['student'], slots, weights)
         after = After(both['student'], hidden['student'], carry['student'].router)
@@ -103,6 +95,28 @@ def logit_distillation(
         return auxiliary.added(result, student, after, micro, counts, compute)
 
     return Objective(counts, first, stage, last, auxiliary.reads_load(student))
+
+
+def _head_loss(
+    configs: Mapping[str, ModelConfig],
+    models: Mapping[str, Any],
+    hidden: Mapping[str, jax.Array],
+    weights_BT: jax.Array,
+    args: Mapping[str, Any],
+    loss: TokenLoss,
+) -> tuple[jax.Array, Sums]:
+    """The loss of the student's logits beside its teachers', from final hidden states [B, T, D], all by name."""
+    student, teachers = configs['student'], [name for name in configs if name != 'student']
+    return linear_loss(
+        hidden['student'],
+        head_kernel(student, models['student']),
+        weights_BT,
+        {**args, 'teacher_hidden': tuple(hidden[name] for name in teachers)},
+        loss,
+        shared={'teacher_kernel': tuple(head_kernel(configs[name], models[name]) for name in teachers)},
+        vocab_size=student.vocab_size,
+        soft_cap=student.logit_soft_cap,
+    )
 
 
 def _by_teacher(sums: Sums, teachers: list[str]) -> Sums:

@@ -96,6 +96,7 @@ def said(
     """An objective whose `last` gives the likeliest words in place of metrics, and no loss."""
 
     def last(params: Tree, frozen: Tree, carry: Carry, micro: Batch, counts: Counts) -> tuple[jax.Array, Sums]:
+        """No loss, and the likeliest words of every token."""
         del counts
         model = merge(params, frozen['model'])
         found: Any = likely_words(

@@ -92,10 +92,9 @@ def mixture(
     partial = (*alike, *auto([TENSOR]))
 
     def shard(x, ids, weights, kernels):
+        """What the experts of this shard make of its rows, and its share of late ones."""
         x_MD, ids_MJ, weights_MJ = (y.reshape(-1, y.shape[-1]) for y in (x, ids, weights))
-        own = count // shards
-        if 'down_bias' in kernels:  # once, where sums over `tensor` are still to be made
-            kernels = kernels | {'down_bias': jnp.where(axis_index([TENSOR]) == 0, kernels['down_bias'], 0)}
+        own, kernels = count // shards, _bias_once(kernels)
         if axis_size([EXPERT]) > 1 and not alike:
             rounds = make_exchange(exchange, EXPERT, shards, ids_MJ.size, factor)
             out, late = _exchanged(run, x_MD, ids_MJ, weights_MJ, kernels, count, on_input, rounds)
@@ -112,6 +111,13 @@ def mixture(
         x_BTD, ids_BTJ, weights_BTJ, kernels
     )
     return jnp.sum(out, axis=0, dtype=x_BTD.dtype), lax.stop_gradient(jnp.sum(late))
+
+
+def _bias_once(kernels: dict[str, Any]) -> dict[str, Any]:
+    """Kernels of which only the first shard of `tensor` has the last bias, where sums over it are still to be made."""
+    if 'down_bias' not in kernels:
+        return kernels
+    return kernels | {'down_bias': jnp.where(axis_index([TENSOR]) == 0, kernels['down_bias'], 0)}
 
 
 def _check(kernels: dict[str, Any], count: int, shards: int) -> None:
