@@ -2,15 +2,20 @@
 
     python benchmarks/objectives.py --seeds=3 --json
 
-The student is cut out of the teacher by importance (benchmarks/students.py) and trained by the settings of
-configs/quickstart.py; only the objective changes. Each objective gets the learning rate of --rates after which its
+    python benchmarks/objectives.py --fresh --whole_pieces --steps=300 --rates 8e-3 --seeds=3 --objectives ...
+
+The student is cut out of the teacher by importance (benchmarks/students.py), or with --fresh it is that of the
+quickstart with random weights, and trained by the settings of configs/quickstart.py; only the objective changes. Each objective gets the learning rate of --rates after which its
 held-out loss is lowest on seed 0. A seed is that of the calibration windows and of the order of the data, which all
 objectives share. On held-out text: the loss, the KL divergence between teacher and student both ways, how often both
 have the same likeliest word, and the student's entropy. A run that is there already is not made again, so a part may
-be run by --objectives and --seeds and the rest later; another teacher, text or student needs a workdir of its own.
+be run by --objectives and --seeds and the rest later; another teacher, text, student, batch or packing needs a workdir of its own. What the offline objective reads
+is recorded once, in rows of whole pieces: beside it the others are compared with --whole_pieces, so that all learn from
+the same rows.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -23,14 +28,16 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from students import add_options, held_out_of, importance_of, machine, on_cpu, pruned, target_of, trained
+from students import LENGTH, add_options, held_out_of, importance_of, machine, on_cpu, pruned, quickstart, trained
 
 import jpt
 from jpt.data.batch import Batch
 from jpt.distill.losses import divergence, label_cross_entropy
+from jpt.distill.recording import record
 from jpt.kernels.divergences import Divergence
 from jpt.model import Model
-from jpt.training.settings import DistillConfig, ModelSource
+from jpt.models.shapes import QUICKSTART_STUDENT
+from jpt.training.settings import DistillConfig, EvalConfig, HiddenPair, ModelSource
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     'forward KL': {'distill': DistillConfig()},
@@ -41,8 +48,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     'total variation': {'distill': DistillConfig(forward_kl=0, total_variation=1)},
     'forward KL and cross-entropy, alpha 0.5': {'distill': DistillConfig(alpha=0.5)},
     'forward KL, temperature 2': {'distill': DistillConfig(temperature=2)},
+    'forward KL and hidden states': {
+        'distill': DistillConfig(
+            pairs=(
+                HiddenPair('layers.0.output', 'layers.1.output', weight=0.2, projection=True),
+                HiddenPair('final_norm.output', 'final_norm.output', weight=0.2, projection=True),
+            )
+        )
+    },
+    'forward KL, 64 recorded words': {'teacher': None},
     'cross-entropy, no teacher': {'task': 'pretrain', 'teacher': None},
 }
+OFFLINE = 'forward KL, 64 recorded words'
 MEASURES = ('loss', 'kl', 'reverse_kl', 'agreement', 'entropy')
 
 
@@ -81,7 +98,7 @@ def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> d
         return json.loads(done.read_text())
     teacher, held_out = held_out_of(options)
     start = time.monotonic()
-    student = trained(student_of(seed, options), seed, rate, options, run, **OBJECTIVES[name])
+    student = trained(student_of(seed, options), seed, rate, options, run, **changes_of(name, options))
     row = measured(student, teacher, held_out) | {'rate': rate, 'seconds': time.monotonic() - start}
     fresh = done.with_suffix('.new')
     fresh.write_text(json.dumps(row))
@@ -89,10 +106,25 @@ def one_run(name: str, seed: int, rate: float, options: argparse.Namespace) -> d
     return row
 
 
+def changes_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that make an objective; what the offline one reads is recorded if it is not there."""
+    base = quickstart()
+    changes = dict(OBJECTIVES[name], batch=dataclasses.replace(base.batch, size=options.batch))
+    if options.whole_pieces:
+        changes['data'] = dataclasses.replace(base.data, paths=(options.train,), packing='best_fit', least_fill=0.0)
+    if name == OFFLINE:
+        given = {'teacher': ModelSource(options.teacher), 'data': changes['data'], 'eval': EvalConfig()}
+        record(dataclasses.replace(base, compare=None, **given), options.workdir / 'recorded')
+        changes['distill'] = DistillConfig(targets=str(options.workdir / 'recorded'))
+    return changes
+
+
 def student_of(seed: int, options: argparse.Namespace) -> ModelSource:
     """Where all students of a seed begin."""
     if options.student:
-        return ModelSource(options.student)
+        return ModelSource(options.student.format(seed=seed))
+    if options.fresh:
+        return ModelSource(architecture=QUICKSTART_STUDENT)
     path = options.workdir / f'seed_{seed}' / 'student'
     if not path.exists():
         teacher = jpt.load(options.teacher, dtype='float32')
@@ -149,21 +181,28 @@ def main() -> None:
     """Runs all and prints the tables, and with --json one line of JSON at the end."""
     parser = argparse.ArgumentParser(description='One student by each objective of distillation.')
     add_options(parser)
-    parser.add_argument('--objectives', nargs='+', choices=list(OBJECTIVES), default=list(OBJECTIVES))
-    parser.add_argument('--student', help='the model that all begin with instead')
+    parser.add_argument(
+        '--objectives', nargs='+', choices=list(OBJECTIVES), default=[name for name in OBJECTIVES if name != OFFLINE]
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument('--student', help='the model that all begin with instead; {seed} in it stands for the seed')
+    start.add_argument('--fresh', action='store_true', help='all begin with random weights, as in the quickstart')
+    parser.add_argument('--batch', type=int, default=8, help='rows of 256 tokens in a step')
+    parser.add_argument('--whole_pieces', action='store_true', help='rows are packed as they are recorded')
     parser.add_argument('--rates', type=float, nargs='+', default=[8e-3, 1.6e-2])
     parser.add_argument('--workdir', type=Path, default=Path('out/objectives'))
     options = parser.parse_args()
+    if OFFLINE in options.objectives and not options.whole_pieces:
+        parser.error(f'{OFFLINE!r} needs --whole_pieces')
     on_cpu(options.workdir)
     runs, tried = all_runs(options)
     teacher, held_out = held_out_of(options)
-    start = jpt.load(str(student_of(0, options).path), dtype='float32')
-    models = {
-        'before training, seed 0': measured(start, teacher, held_out),
-        'the teacher': measured(teacher, teacher, held_out),
-    }
+    models = {'the teacher': measured(teacher, teacher, held_out)}
+    path = student_of(0, options).path
+    if path is not None:
+        models = {'before training, seed 0': measured(jpt.load(path, dtype='float32'), teacher, held_out), **models}
     console = Console(width=240)
-    console.print(f'{machine()}; {options.steps} steps, {options.teacher} to {target_of(teacher.config)}')
+    console.print(f'{machine()}; {options.steps} steps of {options.batch} x {LENGTH} tokens, teacher {options.teacher}')
     show(runs, tried, models, console)
     if options.json:
         print(json.dumps({'benchmark': 'objectives', 'machine': machine(), 'runs': runs, 'rates': tried, **models}))

@@ -139,9 +139,12 @@ def test_command_line_overrides_reach_defaults_placeholders_and_tuples(tmp_path,
         '--config.inner.rate=1',
         '--config.sources[0].weight=2.5',
         '--config.betas=(0.8, 0.9)',
+        "--config.maybe={'rate': 2}",
     ]
     made = read_with(overrides, tmp_path, monkeypatch)
-    assert made == Outer(7, name='run', inner=Inner(1.0), betas=(0.8, 0.9), sources=(Source('p', 2.5),))
+    assert made == Outer(
+        7, name='run', inner=Inner(1.0), betas=(0.8, 0.9), maybe=Inner(2.0), sources=(Source('p', 2.5),)
+    )
 
 
 @LOADS

@@ -18,7 +18,7 @@ from jpt.data.packing import Piece
 from jpt.data.records import DataError
 from jpt.data.target_codec import ROUNDINGS, PieceTargets, decode_targets
 from jpt.data.target_store import HEAD, MANIFEST, Manifest, hash_of, open_part, read_manifest, read_part
-from jpt.kernels.sparse_target import SparseTarget
+from jpt.kernels.sparse_target import SparseTarget, no_words
 
 _OPEN_PARTS = 64  # at a time
 _HASHES = 1024  # of documents whose pieces are being asked for
@@ -65,8 +65,7 @@ class RecordedTargets:
 
     def empty(self, shape: tuple[int, ...]) -> SparseTarget:
         """Targets [..., J] of no word at all, as padding has them."""
-        ids = np.full((*shape, self.manifest.likely), -1, np.int32)
-        return SparseTarget(ids, np.full(ids.shape, -np.inf, self.dtype), np.zeros(shape, np.float32))
+        return no_words(shape, self.manifest.likely, self.dtype)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a place in the data remembers of the targets that were read with it."""

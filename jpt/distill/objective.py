@@ -1,5 +1,6 @@
 """Distillation from full logits and hidden states of frozen teachers, computed beside the student in one program."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,12 +41,14 @@ def logit_distillation(
     distill: DistillConfig = DistillConfig(),  # noqa: B008 (frozen)
     auxiliary: Auxiliary = Auxiliary(),  # noqa: B008 (frozen)
     shares: Sequence[float] = (1.0,),
+    teacher_dtype: str | None = None,
 ) -> Objective:
     """Divergences from teachers at temperature T, and cross-entropy: see kernels/distillation_loss.py.
 
     On top of them the losses of pairs of hidden states, see distill/pairs.py.
 
-    teachers: by their names in `frozen`. shares: of each in every divergence, in all 1.
+    teachers: by their names in `frozen`. shares: of each in every divergence, in all 1. teacher_dtype: of the teachers'
+    activations and products, where it is another than `compute` says.
 
     Raises:
         ValueError: a pair that these models do not have.
@@ -54,6 +57,8 @@ def logit_distillation(
     loss = token_loss(distill, seen)
     check_pairs(distill.pairs, student, teachers)
     configs = {'student': student, **teachers}
+    beside = dataclasses.replace(compute, dtype=teacher_dtype or compute.dtype)
+    computes = {'student': compute, **dict.fromkeys(teachers, beside)}
     taps = {name: taps_of(distill.pairs, name) for name in configs}
 
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
@@ -64,15 +69,17 @@ def logit_distillation(
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
-        return {name: first_carry(cfg, both[name], micro, compute, taps[name]) for name, cfg in configs.items()}
+        return {name: first_carry(cfg, both[name], micro, computes[name], taps[name]) for name, cfg in configs.items()}
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
         both = models(layers, frozen_layers)
         # A pipeline differentiates a stage in the whole carry: no cotangent goes back through a teacher's layers.
         carry = carry | {name: jax.lax.stop_gradient(carry[name]) for name in teachers}
-        where = {name: locate(cfg, micro.positions, micro.segment_ids, compute.dtype) for name, cfg in configs.items()}
+        where = {
+            name: locate(cfg, micro.positions, micro.segment_ids, computes[name].dtype) for name, cfg in configs.items()
+        }
         return {
-            name: Carry(*run_layers(cfg, both[name], *carry[name], where[name], compute))
+            name: Carry(*run_layers(cfg, both[name], *carry[name], where[name], computes[name]))
             for name, cfg in configs.items()
         }
 

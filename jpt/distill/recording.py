@@ -35,11 +35,12 @@ from jpt.data.target_store import (
 )
 from jpt.data.tokenizer import Tokenizer
 from jpt.data.windows import Window, WindowReader
-from jpt.distill.recorder import Recorder, make_recorder
+from jpt.distill.teacher import TeacherProgram, make_teacher
 from jpt.kernels.likely_words import Likely
 from jpt.kernels.sparse_target import SparseTarget
+from jpt.training.job import make_job
 from jpt.training.run import check_models, check_teachers, open_assets, say
-from jpt.training.settings import TrainConfig
+from jpt.training.settings import TrainConfig, teacher_alone
 
 
 def record(config: TrainConfig, output: Path) -> Manifest:
@@ -49,18 +50,19 @@ def record(config: TrainConfig, output: Path) -> Manifest:
         ValueError: settings that do not hold, or `output` holds what was recorded with others.
     """
     tokenizer, _ = open_assets(config)
-    recorder = make_recorder(config)
-    check_models(recorder.job, tokenizer)
+    job = make_job(teacher_alone(config, config.mesh, config.batch.microbatches))
+    check_models(job, tokenizer)
     check_teachers(config, tokenizer)
+    teacher = make_teacher(config, job)
     splits = {'train': config.data} | ({} if config.eval.data is None else {'eval': config.eval.data})
     readers = {name: reader_of(data, tokenizer, config.batch.length) for name, data in splits.items()}
-    manifest = manifest_of(config, recorder, tokenizer, readers)
-    say(describe(config, recorder, manifest))
+    manifest = manifest_of(config, teacher, tokenizer, readers)
+    say(describe(config, teacher, manifest))
     known = begin(output, manifest)
     if known.parts is not None:
         say(f'{output} is complete already')
         return known
-    parts = {name: record_split(recorder, reader, output, name, config) for name, reader in readers.items()}
+    parts = {name: record_split(teacher, reader, output, name, config) for name, reader in readers.items()}
     _all_here('all written')
     done = dataclasses.replace(manifest, parts={name: summary(found) for name, found in parts.items()})
     if jax.process_index() == 0:
@@ -77,10 +79,10 @@ def reader_of(data: DataConfig, tokenizer: Tokenizer, length: int) -> WindowRead
 
 
 def manifest_of(
-    config: TrainConfig, recorder: Recorder, tokenizer: Tokenizer, readers: dict[str, WindowReader]
+    config: TrainConfig, teacher: TeacherProgram, tokenizer: Tokenizer, readers: dict[str, WindowReader]
 ) -> Manifest:
     """What is to be recorded, without its parts."""
-    model, kept = recorder.job.models['model'], config.record
+    model, kept = teacher.job.models['model'], config.record
     assert model.source is not None
     assert config.teacher is not None
     return Manifest(
@@ -91,7 +93,7 @@ def manifest_of(
             'dtype': config.compute.dtype,
         },
         tokenizer=tokenizer.fingerprint(),
-        vocab_size=recorder.vocab_size,
+        vocab_size=teacher.vocab_size,
         temperature=config.distill.temperature,
         likely=kept.likely,
         top_p=kept.top_p,
@@ -134,7 +136,9 @@ def first_difference(old: Any, new: Any, name: str = '') -> tuple[str, Any, Any]
     return next((found for found in inside if found), None)
 
 
-def record_split(recorder: Recorder, reader: WindowReader, output: Path, split: str, config: TrainConfig) -> list[Part]:
+def record_split(
+    teacher: TeacherProgram, reader: WindowReader, output: Path, split: str, config: TrainConfig
+) -> list[Part]:
     """All parts of a split: those that are there, and what is missing behind them."""
     parts = read_parts(output, split)
     _all_here(f'{split} read')  # before the first process writes the next one
@@ -144,7 +148,7 @@ def record_split(recorder: Recorder, reader: WindowReader, output: Path, split: 
     while place['position'] < reader.order.epoch_length:
         start = time.monotonic()
         window = reader.read(place['position'], place['taken'])
-        pieces, sums = record_window(recorder, reader, window, config)
+        pieces, sums = record_window(teacher, reader, window, config)
         place = {'position': window.end, 'taken': list(window.taken)}
         path = part_path(output, split, len(parts))
         about = {'next': place, 'sums': sums | {name: count for name, count in window.counts.items() if count}}
@@ -157,7 +161,7 @@ def record_split(recorder: Recorder, reader: WindowReader, output: Path, split: 
 
 
 def record_window(
-    recorder: Recorder, reader: WindowReader, window: Window, config: TrainConfig
+    teacher: TeacherProgram, reader: WindowReader, window: Window, config: TrainConfig
 ) -> tuple[list[Piece], dict[str, float]]:
     """The pieces of a window in the order of its documents, and what is counted of them.
 
@@ -167,12 +171,12 @@ def record_window(
     sums: dict[str, float] = {'tokens': 0}
     pieces: list[tuple[Span, Piece]] = []
     hashes: dict[int, bytes] = {}
-    for span, said in targets_of(recorder, reader, window, config):
+    for span, said in targets_of(teacher, reader, window, config):
         ids, (source, place) = window.documents[span.document].ids, window.places[span.document]
         if not np.isfinite(said.sampled_logp).all() or np.isnan(said.target.logp).any():
             where = reader.sources[source].place(place)
             raise FloatingPointError(f'{where}: the teacher gives log-probabilities that are not finite')
-        data = encode_targets(said, config.record.dtype, recorder.vocab_size)
+        data = encode_targets(said, config.record.dtype, teacher.vocab_size)
         own = hash_of(ids[span.start : span.start + span.length + 1])
         if span.document not in hashes:
             hashes[span.document] = hash_of(ids)
@@ -204,7 +208,7 @@ def rounding(given: PieceTargets, kept: PieceTargets) -> dict[str, float]:
 
 
 def targets_of(
-    recorder: Recorder, reader: WindowReader, window: Window, config: TrainConfig
+    teacher: TeacherProgram, reader: WindowReader, window: Window, config: TrainConfig
 ) -> Iterator[tuple[Span, PieceTargets]]:
     """Of every piece of a window what the teacher says; the next batch is computed while one is taken apart."""
     size, length = config.batch.size, config.batch.length
@@ -215,7 +219,7 @@ def targets_of(
             rows = window.rows[first : first + size]
             spans = [[(window.documents[p.document], slice(p.start, p.start + p.length + 1)) for p in r] for r in rows]
             texts = [[(document.ids[span], document.loss[span]) for document, span in row] for row in spans]
-            now = rows, recorder(pack_rows(texts, length, reader.tokenizer.pad_id or 0, size))
+            now = rows, teacher(pack_rows(texts, length, reader.tokenizer.pad_id or 0, size))
         if waiting is not None:
             yield from apart(*waiting)
         waiting = now
@@ -241,9 +245,9 @@ def summary(parts: list[Part]) -> dict[str, Any]:
     return {'parts': files, 'sums': sums}
 
 
-def describe(config: TrainConfig, recorder: Recorder, manifest: Manifest) -> str:
+def describe(config: TrainConfig, teacher: TeacherProgram, manifest: Manifest) -> str:
     """What is about to be recorded, in a few lines, and whether rows of training would be cut elsewhere."""
-    mesh = recorder.job.mesh
+    mesh = teacher.job.mesh
     axes = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
     notes = []
     if config.data.packing == 'concat' or config.data.cut_until > 0:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpt.kernels.divergences import Divergence
 from jpt.kernels.local import axis_index
@@ -41,6 +42,12 @@ class SparseTarget(NamedTuple):
             return jnp.maximum(self.log_tail.astype(wide), jnp.log(jnp.finfo(wide).tiny))
         mass = jnp.sum(jnp.where(self.ids >= 0, jnp.exp(self.logp), 0), axis=-1)
         return jnp.log1p(-jnp.minimum(mass, 1 - LEAST_TAIL))
+
+
+def no_words(shape: tuple[int, ...], count: int, dtype: Any) -> SparseTarget:
+    """Targets [..., count] of numpy arrays without a word, as padding has them; all mass is in the tail."""
+    ids = np.full((*shape, count), -1, np.int32)
+    return SparseTarget(ids, np.full(ids.shape, -np.inf, dtype), np.zeros(shape, np.promote_types(dtype, np.float32)))
 
 
 def sparse_divergence(divergence: Divergence, form: str, target: SparseTarget, q_CV, vocab: VocabShard):

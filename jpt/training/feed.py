@@ -10,10 +10,11 @@ from jpt.data.config import DataConfig
 from jpt.data.pipeline import Pipeline, make_pipeline
 from jpt.data.recorded import RecordedTargets
 from jpt.data.tokenizer import Tokenizer
+from jpt.distill.teacher import TeacherProgram
 
 
 class Feed:
-    """An iterator of global batches [B, T] on devices, with `targets` those beside the tokens.
+    """An iterator of global batches [B, T] on devices, with `targets` beside the tokens, or what a `teacher` says.
 
     Each process makes only its own rows where rows are divided evenly over processes, and all rows where several
     processes hold the same ones (tensor or pipeline parallelism across hosts).
@@ -29,8 +30,9 @@ class Feed:
         seed: int = 0,
         evaluate: bool = False,
         targets: RecordedTargets | None = None,
+        teacher: TeacherProgram | None = None,
     ) -> None:
-        self._shardings, self._shape = shardings, shape
+        self._shardings, self._shape, self._teacher = shardings, shape, teacher
         rows = rows_of_process(shardings.tokens, shape)
         count = jax.process_count()
         self._own = rows == slice(*(shape[0] // count * (jax.process_index() + side) for side in (0, 1)))
@@ -50,7 +52,10 @@ class Feed:
         return self
 
     def __next__(self) -> Batch:
-        return jax.tree.map(self._place, next(self.pipeline), self._shardings)
+        if self._teacher is None:
+            return jax.tree.map(self._place, next(self.pipeline), self._shardings)
+        batch = jax.tree.map(self._place, next(self.pipeline), self._shardings._replace(sparse_target=None))
+        return batch._replace(sparse_target=self._teacher.answer(batch, self._shardings.sparse_target))
 
     def _place(self, leaf: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
         shape = (*self._shape, *leaf.shape[2:])

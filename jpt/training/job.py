@@ -20,6 +20,7 @@ from jpt.distill.mixture import changing, token_loss
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import new_projections
 from jpt.kernels.distillation_loss import Teacher
+from jpt.kernels.sparse_target import no_words
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
 from jpt.models.names import BESIDE
@@ -37,7 +38,7 @@ from jpt.training.objective import Objective, language_modeling
 from jpt.training.optimizer import Optimizer, make_optimizer
 from jpt.training.router import make_correction
 from jpt.training.schedule import make_schedule
-from jpt.training.settings import ModelSource, TrainConfig
+from jpt.training.settings import ModelSource, RecordConfig, TeacherMesh, TrainConfig, teacher_alone
 from jpt.training.state import TrainState
 from jpt.training.step import make_eval_step, make_step
 
@@ -65,6 +66,8 @@ class Job(NamedTuple):
     step: Any  # jitted (state, batch) -> (state, metrics), the state donated
     eval_step: Any  # jitted (state, batch) -> metrics
     targets: RecordedTargets | None = None  # what a teacher said, where it was recorded
+    apart: Any = None  # the job of a teacher on a mesh of its own, where there is one
+    teacher: Any = None  # the same as a program with its weights (distill.teacher), once these are read
 
 
 def open_weights(given: ModelSource, dtype: str | None) -> Weights:
@@ -83,7 +86,8 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     Raises:
         ValueError: a setting that does not hold, by its name.
     """
-    mesh = make_mesh(config.mesh, devices)
+    ours, theirs = divided(config.teacher_mesh, jax.devices() if devices is None else devices)
+    mesh = make_mesh(config.mesh, ours)
     check_batch(mesh, config.batch.size, config.batch.length, config.batch.microbatches)
     path = config.model.path
     if config.lora is not None and path is not None and is_adapter(model_directory(path)):
@@ -92,9 +96,8 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'program opens: expected a model; python -m jpt.convert --input={path} --to=hf merges the adapter into one'
         )
     models = {'model': open_weights(config.model, config.compute.param_dtype)}
-    teachers = {} if config.distill.targets is not None else config.named_teachers()
-    for name, teacher in teachers.items():
-        models[name] = open_weights(dataclasses.replace(teacher, mtp=False), config.compute.dtype)
+    for name, teacher in config.teachers_beside().items():
+        models[name] = open_weights(dataclasses.replace(teacher, mtp=False), teacher_dtype(config))
     compute = Compute(
         dtype=config.compute.dtype,
         remat=config.compute.remat,
@@ -111,14 +114,17 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             '(num_nextn_predict_layers): expected 0'
         )
     targets = _targets(config, models)
-    objective = _objective(config, models, compute, targets)
+    apart = None
+    if config.teacher_mesh is not None:
+        apart = make_job(teacher_alone(config, config.teacher_mesh, config.teacher_mesh.microbatches), theirs)
+    objective = _objective(config, models, compute, targets, apart)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
-    batch = _abstract_batch((config.batch.size, config.batch.length), targets)
+    batch = _abstract_batch(config, targets, apart)
     correct = make_correction(models['model'].cfg, plan.layouts['model'], config.router.correction_rate)
     step = make_step(objective, optimizer, plan, config.ema, correct if config.router.correction_rate else None)
     placed = batch_shardings(mesh, batch)
-    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, targets)
+    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, targets, apart)
     state = _abstract_state(job)
     where = places_of(state)
     return job._replace(
@@ -128,20 +134,70 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     )
 
 
+def divided(teacher: TeacherMesh | None, devices: Any) -> tuple[Any, Any]:
+    """The devices of the student, and those of a teacher on a mesh of its own.
+
+    Raises:
+        ValueError: none is left for the student, or devices of the teacher's own are asked for in several processes.
+    """
+    if teacher is None or not teacher.devices:
+        return devices, devices
+    place = f'config.teacher_mesh.devices={teacher.devices}'
+    if jax.process_count() > 1:
+        raise ValueError(
+            f'{place}: here are {jax.process_count()} processes, of which each takes part in both: expected 0'
+        )
+    if teacher.devices >= len(devices):
+        raise ValueError(f'{place}: expected less than the {len(devices)} devices that are here')
+    return devices[: -teacher.devices], devices[-teacher.devices :]
+
+
+def teacher_dtype(config: TrainConfig) -> str:
+    """Of the weights and the products of teachers."""
+    return config.compute.teacher_dtype or config.compute.dtype
+
+
+def words_of(record: RecordConfig, vocab_size: int, student: int | None = None) -> int:
+    """How many words of a teacher with so many take part, beside a student with so many.
+
+    Raises:
+        ValueError: more words are asked for than it has.
+    """
+    for name in ('likely', 'vocab_size'):
+        value = getattr(record, name)
+        if value is not None and value > vocab_size:
+            raise ValueError(
+                f'config.record.{name}={value}: expected at most the vocabulary of the teacher, {vocab_size}'
+            )
+    return min(record.vocab_size or vocab_size, student or vocab_size)
+
+
+def _words_apart(config: TrainConfig, models: dict[str, Weights], apart: Job | None) -> int:
+    assert apart is not None
+    return words_of(config.record, apart.models['model'].cfg.vocab_size, models['model'].cfg.vocab_size)
+
+
 def _objective(
-    config: TrainConfig, models: dict[str, Weights], compute: Compute, targets: RecordedTargets | None
+    config: TrainConfig,
+    models: dict[str, Weights],
+    compute: Compute,
+    targets: RecordedTargets | None,
+    apart: Job | None,
 ) -> Objective:
     cfg = models['model'].cfg
     if cfg.experts is not None:
         cfg = dataclasses.replace(cfg, experts=dataclasses.replace(cfg.experts, capacity=config.router.capacity))
     auxiliary = Auxiliary(config.router, config.mtp_loss)
     distill = config.distill
-    if targets is not None:
-        loss = token_loss(distill, (Teacher(targets.manifest.vocab_size),), distill.form)
+    if targets is not None or apart is not None:
+        seen = targets.manifest.vocab_size if targets is not None else _words_apart(config, models, apart)
+        loss = token_loss(distill, (Teacher(seen),), distill.form)
         return language_modeling(cfg, compute, auxiliary, loss, changing(distill))
     if config.task == 'distill':
         teachers = {name: models[name].cfg for name in config.named_teachers()}
-        return logit_distillation(cfg, teachers, compute, distill, auxiliary, config.teacher_shares())
+        return logit_distillation(
+            cfg, teachers, compute, distill, auxiliary, config.teacher_shares(), teacher_dtype(config)
+        )
     return language_modeling(cfg, compute, auxiliary)
 
 
@@ -178,17 +234,21 @@ def _targets(config: TrainConfig, models: dict[str, Weights]) -> RecordedTargets
     return found
 
 
-def _abstract_batch(shape: tuple[int, int], targets: RecordedTargets | None) -> Batch:
+def _abstract_batch(config: TrainConfig, targets: RecordedTargets | None, apart: Job | None) -> Batch:
     """Shapes of a batch."""
+    shape = (config.batch.size, config.batch.length)
     batch = empty_batch(*shape)
     if targets is not None:
         batch = batch._replace(sparse_target=targets.empty(shape))
+    if apart is not None:
+        wide = jnp.promote_types(teacher_dtype(config), jnp.float32)
+        batch = batch._replace(sparse_target=no_words(shape, config.record.likely, wide))
     return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))
 
 
 def _drawn(config: TrainConfig, name: str, weights: Weights, key: jax.Array) -> Any:
     """Random weights in the canonical layout."""
-    return init(weights.cfg, key, config.compute.param_dtype if name == 'model' else config.compute.dtype)
+    return init(weights.cfg, key, config.compute.param_dtype if name == 'model' else teacher_dtype(config))
 
 
 def _extended(

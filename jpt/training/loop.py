@@ -12,6 +12,7 @@ import numpy as np
 
 from jpt.checkpoint.manager import CheckpointManager
 from jpt.data.batch import Batch
+from jpt.data.config import DataConfig
 from jpt.data.tokenizer import Tokenizer
 from jpt.metrics import Metrics, Run, Window, make_writers
 from jpt.sharding.watchdog import STOPPED, Watchdog
@@ -47,8 +48,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
         NotFiniteError: naming the batch, which is saved under workdir.
     """
     config = job.config
-    shape = (config.batch.size, config.batch.length)
-    feed = Feed(config.data, tokenizer, job.batch_shardings, shape, seed=config.seed, targets=job.targets)
+    feed = open_feed(job, config.data, tokenizer, seed=config.seed)
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
         manager = stack.enter_context(open_manager(job, workdir, assets))
@@ -166,14 +166,13 @@ def evaluate(
     job: Job, state: TrainState, tokenizer: Tokenizer, metrics: Metrics, step: int, dog: Watchdog
 ) -> dict[str, float] | None:
     """Means over the held-out text, written as eval_*, of the moving average if there is one; None without text."""
-    settings, config = job.config.eval, job.config
+    settings = job.config.eval
     if settings.data is None:
         return None
     state = state._replace(params=averaged(state.ema, state.params))  # what the run exports in the end
     sums: dict[str, tuple[float, float]] = {}
-    shape = (config.batch.size, config.batch.length)
     with metrics.timed('eval'):
-        feed = Feed(settings.data, tokenizer, job.batch_shardings, shape, evaluate=True, targets=job.targets)
+        feed = open_feed(job, settings.data, tokenizer, evaluate=True)
         with contextlib.closing(feed):
             for number, batch in enumerate(feed):
                 if settings.batches and number == settings.batches:
@@ -185,6 +184,13 @@ def evaluate(
     scores = {f'eval_{name}': total / count for name, (total, count) in sums.items() if count}
     metrics.record(step, scores)
     return scores
+
+
+def open_feed(job: Job, data: DataConfig, tokenizer: Tokenizer, *, seed: int = 0, evaluate: bool = False) -> Feed:
+    """The batches of a job, with what its teacher says of them where that comes with the batch."""
+    shape = (job.config.batch.size, job.config.batch.length)
+    beside: dict[str, Any] = {'targets': job.targets, 'teacher': job.teacher}
+    return Feed(data, tokenizer, job.batch_shardings, shape, seed=seed, evaluate=evaluate, **beside)
 
 
 def open_manager(job: Job, workdir: Path, assets: Path | None) -> CheckpointManager:

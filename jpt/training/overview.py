@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jpt.data.config import DataConfig
 from jpt.data.stdlib_corpus import read_stdlib
@@ -12,6 +13,7 @@ from jpt.models.names import BESIDE
 from jpt.training.flops import flops_per_token
 from jpt.training.job import Job, canonical_shapes, without_beside
 from jpt.training.memory import bytes_per_device, gib
+from jpt.training.settings import TrainConfig
 
 
 def count_parameters(tree: Any) -> int:
@@ -38,6 +40,8 @@ def flops_of(job: Job) -> float:
     model = flops_per_token(cfg, config.batch.length, trained).training
     teachers = [dataclasses.replace(w.cfg, mtp=()) for name, w in job.models.items() if name != 'model']
     beside = 6 * count_parameters(job.state.params.get(BESIDE))  # products forward, and both of backward
+    if config.teacher_mesh is not None and not config.teacher_mesh.devices:  # it has the same devices
+        teachers.append(job.apart.models['model'].cfg)
     return model + beside + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
 
 
@@ -49,6 +53,27 @@ def describe_data(data: DataConfig) -> str:
         names.append(f'{name} (weight {data.weights[i]:g})' if data.weights else name)
     kind = 'conversations' if data.is_chat else 'texts'
     return f'{", ".join(names) or "none"}; {kind}, packed {data.packing}'
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The axes of a mesh that divide something, and its devices."""
+    axes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    shape = ', '.join(f'{axis}={size}' for axis, size in axes.items()) or 'one device'
+    return f'{shape} ({mesh.size} x {mesh.devices.flat[0].device_kind})'
+
+
+def describe_apart(job: Job, config: TrainConfig) -> list[str]:
+    """A teacher on a mesh of its own: what it is, what it hands over, and where it runs."""
+    assert config.teacher is not None
+    assert config.teacher_mesh is not None
+    count, kept = count_parameters(job.state.params), config.record
+    words = f'{kept.likely} likely words' + (f', at most top_p={kept.top_p:g}' if kept.top_p else '')
+    where = 'devices of its own' if config.teacher_mesh.devices else "the student's devices"
+    memory = gib(bytes_per_device(job.state.params))
+    return [
+        f'teacher  {job.models["model"].cfg.family}, {count:,} parameters, from {config.teacher.path}; gives {words}',
+        f'         on {where}, {describe_mesh(job.mesh)}; {memory} of weights per device',
+    ]
 
 
 def overview(job: Job) -> str:
@@ -66,6 +91,8 @@ def overview(job: Job) -> str:
         count = count_parameters(job.state.frozen[name])
         which = f' ({name}, {share:.0%} of every divergence)' if config.teachers else ''
         lines.append(f'teacher  {job.models[name].cfg.family}, {count:,} parameters, from {teacher.path}{which}')
+    if job.apart is not None:
+        lines += describe_apart(job.apart, config)
     if config.task == 'distill' and config.distill.pairs:
         maps = count_parameters(job.state.params.get(BESIDE))
         names = ', '.join(f'{pair.weight:g} {pair.name}' for pair in config.distill.pairs)
@@ -81,10 +108,7 @@ def overview(job: Job) -> str:
         f'batch    {config.batch.size} x {config.batch.length} = {tokens:,} tokens{split}; '
         f'{config.steps:,} steps, {tokens * config.steps:,} tokens'
     )
-    axes = {axis: size for axis, size in job.mesh.shape.items() if size > 1}
-    kind = job.mesh.devices.flat[0].device_kind
-    shape = ', '.join(f'{axis}={size}' for axis, size in axes.items()) or 'one device'
-    lines.append(f'mesh     {shape} ({job.mesh.size} x {kind})')
+    lines.append(f'mesh     {describe_mesh(job.mesh)}')
     sizes = ', '.join(f'{name} {gib(size)}' for name, size in bytes_by_part(job).items())
     lines.append(f'memory   per device between steps: {sizes}')
     flops = flops_of(job)

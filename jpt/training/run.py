@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +16,13 @@ from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.peft import write_adapter
 from jpt.checkpoint.source import to_host
 from jpt.data.tokenizer import Tokenizer
+from jpt.distill.teacher import make_teacher
 from jpt.model import Model
 from jpt.training.compare import compare
-from jpt.training.job import Job, make_job, trained_parameters, whole_model
+from jpt.training.job import Job, divided, make_job, trained_parameters, whole_model
 from jpt.training.loop import make_watchdog, train
 from jpt.training.overview import overview
-from jpt.training.settings import DistillConfig, TrainConfig
+from jpt.training.settings import TrainConfig
 from jpt.training.state import TrainState
 
 RESULTS = 'results.json'  # which step each result is of
@@ -38,27 +41,32 @@ def run_job(config: TrainConfig, workdir: Path) -> Model:
     if config.compare is not None:
         say('')
         say('The same student on the same tokens, without the teacher:')
-        alone = dataclasses.replace(config, task='pretrain', teacher=None, compare=None, distill=DistillConfig())
+        alone = config.without_teacher()
         if alone.tokenizer is None:
             alone = dataclasses.replace(alone, tokenizer=str(model.assets))
-        scratch = train_model(alone, workdir / 'scratch')
+        ours, _ = divided(config.teacher_mesh, jax.devices())
+        scratch = train_model(alone, workdir / 'scratch', ours)
         say('\nOn held-out text ...')
         with make_watchdog(config, workdir) as dog:
             say(compare(config, model, scratch, workdir, dog))
     return model
 
 
-def train_model(config: TrainConfig, workdir: Path) -> Model:
-    """One training run and its exported result."""
+def train_model(config: TrainConfig, workdir: Path, devices: Sequence[Any] | None = None) -> Model:
+    """One training run and its exported result, on all devices or on those that are given."""
     tokenizer, assets = open_assets(config)
     workdir.mkdir(parents=True, exist_ok=True)
     check_results(config, workdir)
     with make_watchdog(config, workdir) as dog:
-        job = make_job(config)
+        job = make_job(config, devices)
         check_models(job, tokenizer)
         check_teachers(config, tokenizer)
         check_targets(job, tokenizer)
         say(overview(job))
+        if job.apart is not None:
+            check_models(job.apart, tokenizer)
+            dog.beat(0, 'reading the teacher')
+            job = job._replace(teacher=make_teacher(config, job.apart, job.models['model'].cfg.vocab_size))
         state = train(job, workdir, tokenizer, assets, dog)
         dog.beat(config.steps, 'export')
         cfg, origin = job.models['model'].cfg, job.models['model'].origin

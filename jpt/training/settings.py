@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from jpt.config import require
+from jpt.config import ConfigError, require
 from jpt.data.config import DataConfig
 from jpt.distill.pairs import HiddenPair
 from jpt.kernels.divergences import NAMES, Divergence
@@ -81,7 +81,7 @@ class DistillConfig:
     schedule: MixtureSchedule | None = None  # of the weights above, alpha among them
     pairs: tuple[HiddenPair, ...] = ()  # of hidden states; their losses, by their weights, are added
     targets: str | None = None  # a directory of jpt.distill.record: the teacher itself is not run
-    form: Literal['tail', 'truncated', 'renormalized'] = 'tail'  # targets: what becomes of words that were left out
+    form: Literal['tail', 'truncated', 'renormalized'] = 'tail'  # of likely words: what becomes of those left out
     more_context: bool = False  # targets: also those whose teacher saw more of a document to the left than a row shows
 
     def __post_init__(self) -> None:
@@ -96,9 +96,7 @@ class DistillConfig:
         inside = 0 < self.beta < 1 or (self.jsd_normalized and self.beta in (0, 1))
         require(self, 'beta', inside, 'a number between 0 and 1, or with jsd_normalized from 0 to 1')
         require(self, 'skew', 0 <= self.skew < 1, 'a number from 0 to below 1')
-        for name in ('form', 'more_context'):
-            plain = getattr(self, name) == getattr(type(self), name)
-            require(self, name, plain or self.targets is not None, 'no setting of it where targets is None')
+        require(self, 'more_context', not self.more_context or self.targets is not None, 'False where targets is None')
         for name in ('temperature', *NAMES):
             require(self, name, math.isfinite(getattr(self, name)), 'a finite number')
         runs = self.targets is None or not self.pairs
@@ -121,12 +119,12 @@ class DistillConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RecordConfig:
-    """What `python -m jpt.distill.record` keeps of a teacher's distribution at every position."""
+    """What is kept of a teacher's distribution at every position: recorded, or handed over from a mesh of its own."""
 
     likely: int = 64  # words, at most
     top_p: float | None = None  # the fewest words that hold this mass instead, if that is fewer
     at_least: int = 1  # words, whatever top_p says
-    dtype: Literal['bfloat16', 'float16', 'float8_e4m3fn'] = 'float16'  # of log-probabilities
+    dtype: Literal['bfloat16', 'float16', 'float8_e4m3fn'] = 'float16'  # of recorded log-probabilities
     vocab_size: int | None = None  # only so many rows of the teacher's table take part, for a student with fewer
 
     def __post_init__(self) -> None:
@@ -135,6 +133,22 @@ class RecordConfig:
         positive = self.vocab_size is None or self.vocab_size >= self.likely
         require(self, 'vocab_size', positive, f'at least likely={self.likely}, or None')
         require(self, 'at_least', 0 < self.at_least <= self.likely, f'an integer from 1 to likely={self.likely}')
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherMesh(MeshConfig):
+    """A mesh of the teacher's own: a program beside that of the student, whose likely words enter with the batch.
+
+    What it hands over of every position is said by config.record.
+    """
+
+    devices: int = 0  # the last so many are the teacher's, the others the student's; 0: both have all
+    microbatches: int = 1  # the teacher reads a batch in so many parts
+
+    def __post_init__(self) -> None:
+        require(self, 'pipe', self.pipe == 1, '1: a teacher on a mesh of its own runs without a pipeline')
+        require(self, 'devices', self.devices >= 0, 'a number of devices, or 0 for all')
+        require(self, 'microbatches', self.microbatches > 0, 'a positive integer')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +187,7 @@ class ComputeConfig:
 
     dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'  # of activations and products
     param_dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'  # of the trained weights
+    teacher_dtype: Literal['float32', 'bfloat16', 'float64'] | None = None  # of teachers, all of it; None: dtype
     remat: str = 'none'  # 'none', 'full', 'dots', 'save:names', 'offload:names'
     attention: Literal['auto', 'blockwise', 'dense', 'cudnn'] = 'auto'
     unroll: int = 1  # layers per iteration of the scan
@@ -262,6 +277,7 @@ class TrainConfig:
     data: DataConfig
     teacher: ModelSource | None = None
     teachers: dict[str, TeacherSource] = dataclasses.field(default_factory=dict)  # several, by name, and no `teacher`
+    teacher_mesh: TeacherMesh | None = None  # None: the teacher runs in the student's program, on its mesh
     tokenizer: str | None = None  # a directory; None: the model's own, or else the teacher's
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
@@ -297,6 +313,7 @@ class TrainConfig:
         allowed = 'a model, or else teachers, or distill.targets a directory'
         require(self, 'teacher', not learns or given == 1 or (recorded and not given), allowed)
         require(self, 'teachers', not (self.teachers and recorded), 'none where distill.targets is given')
+        self._check_likely_words()
         require(
             self, 'distill', learns or self.distill == DistillConfig(), "as it is by default, unless task is 'distill'"
         )
@@ -312,12 +329,68 @@ class TrainConfig:
         require(self, 'steps', traced <= self.steps, f'at least {traced}, the last step of log.profile')
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
 
+    def _check_likely_words(self) -> None:
+        """Of a teacher that is not in the student's program: settings that need it there, or are for such a one."""
+        distill, apart = self.distill, self.teacher_mesh is not None
+        runs = self.teacher is not None and distill.targets is None and not distill.pairs
+        allowed = 'None, unless there is one teacher, without distill.targets and distill.pairs'
+        require(self, 'teacher_mesh', runs or not apart, allowed)
+        if distill.form != 'tail' and not apart and distill.targets is None:
+            allowed = "'tail' where neither distill.targets nor teacher_mesh is given: no words are left out"
+            raise ConfigError(type(self).__name__, 'distill.form', distill.form, allowed)
+
     def named_teachers(self) -> dict[str, ModelSource]:
         """All teachers by name; a single one is called 'teacher'."""
         single = {} if self.teacher is None else {'teacher': self.teacher}
         return {**single, **self.teachers}
 
+    def teachers_beside(self) -> dict[str, ModelSource]:
+        """Those that run in the student's program: not one that was recorded, or has a mesh of its own."""
+        elsewhere = self.distill.targets is not None or self.teacher_mesh is not None
+        return {} if elsewhere else self.named_teachers()
+
+    def without_teacher(self) -> 'TrainConfig':
+        """The same student on the same data, learning from the text alone."""
+        return dataclasses.replace(
+            self, task='pretrain', teacher=None, teacher_mesh=None, compare=None, distill=DistillConfig()
+        )
+
     def teacher_shares(self) -> tuple[float, ...]:
         """The share of each of `named_teachers` in every divergence, in all 1."""
         weights = [getattr(teacher, 'weight', 1.0) for teacher in self.named_teachers().values()]
         return tuple(weight / sum(weights) for weight in weights)
+
+
+def teacher_alone(config: TrainConfig, mesh: MeshConfig, microbatches: int) -> TrainConfig:
+    """The job of a distillation's teacher alone, which trains nothing, on a mesh without a pipeline.
+
+    Raises:
+        ValueError: the job has no single teacher with weights, or the mesh a pipeline.
+    """
+    if config.teacher is None:
+        raise ValueError('config.teacher=None: expected the model whose words are asked for')
+    if config.teacher.path is None:
+        raise ValueError('config.teacher.architecture: a teacher needs trained weights: expected config.teacher.path')
+    if mesh.pipe != 1:
+        raise ValueError(
+            f'config.mesh.pipe={mesh.pipe}: a teacher is recorded without a pipeline: expected 1 '
+            '(--config.mesh.pipe=1), and the devices in data, fsdp, expert, context or tensor'
+        )
+    dtype = config.compute.teacher_dtype or config.compute.dtype
+    return dataclasses.replace(
+        config,
+        task='pretrain',
+        model=dataclasses.replace(config.teacher, mtp=False),
+        teacher=None,
+        teacher_mesh=None,
+        distill=DistillConfig(),
+        compare=None,
+        lora=None,
+        freeze=(),
+        ema=None,
+        mtp_loss=0.0,
+        router=RouterConfig(),
+        batch=dataclasses.replace(config.batch, microbatches=microbatches),
+        compute=dataclasses.replace(config.compute, dtype=dtype, param_dtype=dtype, teacher_dtype=None),
+        mesh=MeshConfig(**mesh.sizes()),
+    )

@@ -1,6 +1,5 @@
 """Recording a teacher and learning from it: the gradients of online distillation, on any mesh; what is refused."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -11,17 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recorded
+from online import distance, first_batch, online
 
-import jpt
 from jpt.data.recorded import RecordedTargets
 from jpt.data.target_store import read_manifest, write_manifest
 from jpt.data.tokenizer import Tokenizer
 from jpt.distill.recording import record
-from jpt.models.config import Compute
-from jpt.models.transformer import forward, unembed
 from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout
-from jpt.training.feed import Feed
 from jpt.training.job import first_state, make_job
 from jpt.training.loop import check_finite
 from jpt.training.run import run_job
@@ -40,13 +36,6 @@ def folder(tmp_path_factory):
     for dtype in ERRORS:
         record(recorded.settings(found, record={'dtype': dtype}), found / dtype)
     return found
-
-
-def first_batch(job):
-    tokenizer = Tokenizer.load(recorded.TOKENIZER)
-    shape = (job.config.batch.size, job.config.batch.length)
-    with contextlib.closing(Feed(job.config.data, tokenizer, job.batch_shardings, shape, targets=job.targets)) as feed:
-        return next(feed)
 
 
 @functools.cache
@@ -69,39 +58,6 @@ def learned(folder, dtype='float16', alpha=0.7, devices=1, **mesh):
     total, grads, sums = jax.device_get(jax.jit(step)(state.params, state.frozen, batch))
     means = {name: value / count for name, (value, count) in sums.items()}
     return float(total), to_canonical_layout(job.plan.layouts['model'], grads), means, jax.device_get(batch)
-
-
-@functools.cache
-def online(folder, alpha=0.7, words=8):
-    """(loss, gradients) of the same step against the teacher's own likeliest words, written plainly, in one program."""
-    teacher = jpt.load(folder / 'teacher')
-    job = make_job(recorded.learning(folder, folder / 'float16'), jax.devices()[:1])
-    batch, params = first_batch(job), first_state(job).params
-    places = batch.tokens, batch.positions, batch.segment_ids
-
-    def logp(cfg, params, temperature):
-        hidden = forward(cfg, params, *places, compute=Compute('float32')).hidden_BTD
-        return jax.nn.log_softmax(unembed(cfg, params, hidden)[..., : cfg.vocab_size] / temperature)
-
-    def loss(params):
-        p, student = logp(teacher.config, teacher.params, TEMPERATURE), job.models['model'].cfg
-        q, plain = logp(student, params, TEMPERATURE), logp(student, params, 1.0)
-        top, ids = jax.lax.top_k(p, words)
-        kept = jax.nn.one_hot(ids, p.shape[-1], dtype=bool).any(axis=-2)
-        tail_p, tail_q = (jax.nn.logsumexp(jnp.where(kept, -jnp.inf, x), axis=-1) for x in (p, q))
-        kl = jnp.sum(jnp.exp(top) * (top - jnp.take_along_axis(q, ids, -1)), -1) + jnp.exp(tail_p) * (tail_p - tail_q)
-        ce = -jnp.take_along_axis(plain, batch.targets[..., None], -1)[..., 0]
-        mask = batch.loss_mask
-        return jnp.sum(mask * (alpha * TEMPERATURE**2 * kl + (1 - alpha) * ce)) / jnp.sum(mask)
-
-    return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
-
-
-def distance(ours, theirs):
-    """Relative, by the norm of the whole gradient."""
-    pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
-    apart = sum(float(np.sum((np.asarray(a, np.float64) - b) ** 2)) for a, b in pairs)
-    return (apart / sum(float(np.sum(np.asarray(b, np.float64) ** 2)) for _, b in pairs)) ** 0.5
 
 
 @pytest.mark.parametrize('dtype', ERRORS)
