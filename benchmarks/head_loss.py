@@ -1,9 +1,10 @@
-"""The fused head loss beside the plain one that writes all logits, and beside its bare matrix products.
+"""The fused head loss beside the plain one that writes all logits, its bare matrix products, and torch if it is there.
 
     python benchmarks/head_loss.py [--tokens=2048 --width=256 --vocab=4096 --chunks=256,512,1024] [--json]
     python benchmarks/head_loss.py --memory [--chunks=256,512] [--json]
 
 Loss and both gradients, cross-entropy (plain: optax) and distillation from full teacher logits (plain: two softmaxes).
+Of torch the loss is taken naively, and in chunks of --torch_chunk tokens that are computed again going back.
 Times are the best of --repeats calls in milliseconds, on the clock and, for a machine that does other work too, of all
 threads together. Temporary bytes are the compiler's. The floor is the three products without which there is no gradient
 (four for distillation, with the teacher's logits).
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 from timing import in_turn, machine
+from torch_heads import torch_runs
 
 from jpt.kernels.distillation_loss import distillation
 from jpt.kernels.divergences import Divergence
@@ -103,11 +105,12 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for chunk in chunks:
             functions[f'{name} fused, chunk {chunk or "auto"}'] = with_gradients(fused(loss, chunk))
     compiled = {name: jax.jit(function).lower(**arrays).compile() for name, function in functions.items()}
-    times = in_turn({name: partial(run, **arrays) for name, run in compiled.items()}, args.repeats)
+    peers = torch_runs(arrays, args.dtype, args.torch_chunk)
+    times = in_turn({name: partial(run, **arrays) for name, run in compiled.items()} | peers, args.repeats)
     temporary = {
         name: getattr(run.memory_analysis(), 'temp_size_in_bytes', 0) / 2**20 for name, run in compiled.items()
     }
-    return {name: {**times[name]._asdict(), 'temp_mib': round(temporary[name], 1)} for name in times}
+    return {name: {**times[name]._asdict(), 'temp_mib': round(temporary.get(name, float('nan')), 1)} for name in times}
 
 
 def memory(chunks: list[int | None]) -> dict[str, dict[str, float]]:
@@ -156,6 +159,7 @@ def main() -> None:
     for name, default in {**numbers, 'repeats': 10}.items():
         parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--chunks', default='256,512,1024')
+    parser.add_argument('--torch_chunk', type=int, default=512)
     parser.add_argument('--dtype', default='float32')
     parser.add_argument('--memory', action='store_true', help='compile for an H100 instead, and print what it holds')
     parser.add_argument('--json', action='store_true')

@@ -5,13 +5,14 @@
     python benchmarks/objectives.py --fresh --whole_pieces --steps=300 --rates 8e-3 --seeds=3 --objectives ...
 
 The student is cut out of the teacher by importance (benchmarks/students.py), or with --fresh it is that of the
-quickstart with random weights, and trained by the settings of configs/quickstart.py; only the objective changes. Each objective gets the learning rate of --rates after which its
-held-out loss is lowest on seed 0. A seed is that of the calibration windows and of the order of the data, which all
-objectives share. On held-out text: the loss, the KL divergence between teacher and student both ways, how often both
-have the same likeliest word, and the student's entropy. A run that is there already is not made again, so a part may
-be run by --objectives and --seeds and the rest later; another teacher, text, student, batch or packing needs a workdir of its own. What the offline objective reads
-is recorded once, in rows of whole pieces: beside it the others are compared with --whole_pieces, so that all learn from
-the same rows.
+quickstart with random weights, and trained by the settings of configs/quickstart.py; only the objective changes. Each
+objective gets the learning rate of --rates after which its held-out loss is lowest on seed 0. A seed is that of the
+calibration windows (or the random weights) and of the order of the data, which all objectives share. On held-out text:
+the loss, the KL divergence between teacher and student both ways, how often both have the same likeliest word, and the
+student's entropy. A run that is there already is not made again, so a part may be run by --objectives and --seeds and
+the rest later; another teacher, text, student, batch or packing needs a workdir of its own. What the offline objective
+reads is recorded once, in rows of whole pieces: beside it the others are compared with --whole_pieces, so that all
+learn from the same rows.
 """
 
 import argparse
