@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpt.data.alignment import Reading
 from jpt.data.template import ChatTemplate, TemplateError
 from jpt.data.tokenizer import Tokenizer
 
@@ -19,10 +20,11 @@ _REMEDY = "Mark the assistant's text in the template with {% generation %} and {
 
 
 class ChatTokens(NamedTuple):
-    """ids: int32 [n]; loss: float32 [n], the weight of predicting each token."""
+    """ids: int32 [n]; loss: float32 [n], the weight of predicting each token. reading: how a teacher reads the text."""
 
     ids: np.ndarray
     loss: np.ndarray
+    reading: Reading | None = None  # where the teacher has a tokenizer of its own
 
 
 class RenderedChat(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpt.data.alignment import SecondReader
 from jpt.data.blend import Order, derive_seed, permutation
 from jpt.data.chat import ChatTokens, RenderedChat, encode_rendered, render_chat
 from jpt.data.config import DataConfig
@@ -55,8 +56,9 @@ class WindowReader:
         seq_len: int,
         seed: int,
         evaluate: bool = False,
+        second: SecondReader | None = None,
     ):
-        """evaluate: the order of the files, without weights.
+        """evaluate: the order of the files, without weights. second: reads every text with a teacher's tokenizer too.
 
         Raises ValueError where a source is empty, weights do not match, or the tokenizer lacks what the config wants.
         """
@@ -68,6 +70,7 @@ class WindowReader:
         if config.weights and len(config.weights) != len(sources):
             raise ValueError(f'DataConfig.weights={config.weights!r}: expected one for each of {len(sources)} sources')
         self.config, self.tokenizer, self.sources, self.seq_len = config, tokenizer, sources, seq_len
+        self.second = second
         self._shuffle, self._seed = config.shuffle and not evaluate, seed
         weights = None if evaluate else config.weights or None
         self.order = Order([len(source) for source in sources], weights, seed, self._shuffle)
@@ -105,6 +108,7 @@ class WindowReader:
             'seed': self._seed,
             'shuffle': self._shuffle,
             'weights': list(self.order.weights or ()),
+            **({} if self.second is None else {'teacher': self.second.fingerprint()}),
         }
 
     def _extent(self, position: int, taken: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -146,15 +150,30 @@ class WindowReader:
         # Encoded together, on all cores.
         chats = encode_rendered(self.tokenizer, [record for record in records if isinstance(record, RenderedChat)])
         texts = [record for record in records if isinstance(record, str)]
-        encoded = self.tokenizer.encode_batch(texts, bos=self._bos, eos=self.config.add_eos)
-        next_chat, next_text = iter(chats), iter(encoded)
+        next_chat, next_text = iter(chats), iter(self._encoded(texts))
         documents = []
-        for record in records:
+        for record, (source, index) in zip(records, places, strict=True):
             if isinstance(record, RenderedChat):
                 documents.append(next(next_chat))
+            elif isinstance(record, str):
+                documents.append(next(next_text))
+            elif self.second is None:
+                documents.append(_all_learned(record))
             else:
-                documents.append(_all_learned(next(next_text) if isinstance(record, str) else record))
+                raise DataError(
+                    self.sources[source].place(index),
+                    'tokens of the student, but its teacher has another tokenizer (config.distill.alignment) and must '
+                    'read the text: expected text',
+                )
         return documents, places
+
+    def _encoded(self, texts: list[str]) -> list[ChatTokens]:
+        """Texts as tokens, all with loss."""
+        if self.second is not None:
+            read = self.second.read(texts, self._bos, self.config.add_eos)
+            return [_all_learned(ids)._replace(reading=reading) for ids, reading in read]
+        encoded = self.tokenizer.encode_batch(texts, bos=self._bos, eos=self.config.add_eos)
+        return [_all_learned(ids) for ids in encoded]
 
     def _render(self, template: ChatTemplate, record: Record, place: str) -> RenderedChat:
         if not isinstance(record, Chat):

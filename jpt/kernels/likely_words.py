@@ -98,7 +98,7 @@ def _of_chunk(rule: _Rule, logits_CV, next_C, vocab: VocabShard) -> Likely:
     peak = vocab.max(logits_CV) / rule.temperature
     cooled_CV = logits_CV / rule.temperature
     lse = vocab.log_normalizer(cooled_CV, peak)
-    values_CJ, ids_CJ = _top(rule.words, cooled_CV, vocab)
+    values_CJ, ids_CJ = top_words(rule.words, cooled_CV, vocab)
     logp_CJ = values_CJ - lse[:, None]
     if rule.top_p is not None:
         mass_before = jnp.cumsum(jnp.exp(logp_CJ), axis=-1) - jnp.exp(logp_CJ)
@@ -109,8 +109,8 @@ def _of_chunk(rule: _Rule, logits_CV, next_C, vocab: VocabShard) -> Likely:
     return Likely(SparseTarget(ids_CJ, logp_CJ, log_tail), sampled)
 
 
-def _top(count: int, cooled_CV, vocab: VocabShard):
-    """(values, ids) [C, count] of the largest over all shards, in order."""
+def top_words(count: int, cooled_CV, vocab: VocabShard):
+    """(values, ids) [C, count] of the largest over all shards, in order; at most as many as there are columns in all."""
     values, columns = lax.top_k(cooled_CV, min(count, vocab.size))
     ids = columns.astype(jnp.int32) + axis_index(vocab.axes) * vocab.size
     names = manual(vocab.axes)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch
 from jpt.data.config import DataConfig
 from jpt.data.pipeline import Pipeline, make_pipeline
@@ -13,7 +14,7 @@ from jpt.data.tokenizer import Tokenizer
 
 
 class Feed:
-    """An iterator of global batches [B, T] on devices, with `targets` those beside the tokens.
+    """An iterator of global batches [B, T] on devices, with what `targets` and `second` give beside the tokens.
 
     Each process makes only its own rows where rows are divided evenly over processes, and all rows where several
     processes hold the same ones (tensor or pipeline parallelism across hosts).
@@ -29,6 +30,7 @@ class Feed:
         seed: int = 0,
         evaluate: bool = False,
         targets: RecordedTargets | None = None,
+        second: SecondReader | None = None,
     ) -> None:
         self._shardings, self._shape = shardings, shape
         rows = rows_of_process(shardings.tokens, shape)
@@ -44,6 +46,7 @@ class Feed:
             process_count=count if self._own else 1,
             evaluate=evaluate,
             targets=targets,
+            second=second,
         )
 
     def __iter__(self) -> 'Feed':
@@ -53,7 +56,7 @@ class Feed:
         return jax.tree.map(self._place, next(self.pipeline), self._shardings)
 
     def _place(self, leaf: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-        shape = (*self._shape, *leaf.shape[2:])
+        shape = (self._shape[0], *leaf.shape[1:])
         if self._own:
             return jax.make_array_from_process_local_data(where, leaf, shape)
         return jax.make_array_from_callback(shape, where, lambda index: leaf[index])
