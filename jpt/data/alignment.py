@@ -5,8 +5,8 @@ read exactly the same characters, so that both predict from the same place; wher
 of the other there is none. A token that is part of a character begins nowhere.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,17 +36,26 @@ class Reading(NamedTuple):
     at: np.ndarray
 
 
+class Rendered(Protocol):
+    """A conversation as text, with the characters [start, end) of each answer and its weight; see RenderedChat."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def answers(self) -> Sequence[tuple[tuple[int, int], float]]: ...
+
+
 class SecondReader:
     """Reads documents with the tokenizer of a teacher."""
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer, length: int):
         """length: U, tokens of the teacher in a row. Raises ValueError for a vocabulary whose bytes are not known."""
-        self.length, self._teacher, self._student = length, teacher, student
+        self.length, self.tokenizer, self.student = length, teacher, student
         self._rules = _Rules.of(student), _Rules.of(teacher)
 
     def fingerprint(self) -> dict[str, Any]:
         """Whatever decides what stands beside the student's tokens."""
-        return {'tokenizer': self._teacher.fingerprint(), 'length': self.length}
+        return {'tokenizer': self.tokenizer.fingerprint(), 'length': self.length}
 
     def read(self, texts: Sequence[str], bos: bool, eos: bool) -> list[tuple[list[int], Reading]]:
         """The student's ids of texts, with its bos and eos where asked, and how the teacher reads them.
@@ -54,18 +63,34 @@ class SecondReader:
         The teacher's texts begin with its bos where its own tokenizer puts one there. Its end of a text is a word
         that it may predict, and none that it reads.
         """
-        before = [self._student.required_id('bos_token')] if bos else []
-        after = [self._student.required_id('eos_token')] if eos else []
-        first = [self._teacher.required_id('bos_token')] if self._teacher.adds_bos else []
-        encoded = (tokenizer.encode_with_offsets(texts) for tokenizer in (self._student, self._teacher))
+        before = [self.student.required_id('bos_token')] if bos else []
+        after = [self.student.required_id('eos_token')] if eos else []
+        first = [self.tokenizer.required_id('bos_token')] if self.tokenizer.adds_bos else []
         found = []
-        for text, ours, theirs in zip(texts, *encoded, strict=True):
-            begins = [rules.begins(text, *own) for rules, own in zip(self._rules, (ours, theirs), strict=True)]
-            goal = begins[0][1 - len(before) : len(ours[0]) + len(after)]
-            at = align(goal, begins[1][1 - len(first) :])
-            reading = Reading(np.array([*first, *theirs[0]], np.int32), at)
-            found.append(([*before, *ours[0], *after], reading))
+        for (ours, our_begins), (theirs, their_begins) in zip(*self._encoded(texts, texts), strict=True):
+            ids = [*before, *ours, *after]
+            at = align(our_begins[1 - len(before) :][: len(ids) - 1], their_begins[1 - len(first) :])
+            found.append((ids, Reading(np.array([*first, *theirs], np.int32), at)))
         return found
+
+    def read_answers(self, pairs: Sequence[tuple[Rendered, Rendered]], sizes: Sequence[int]) -> list[Reading]:
+        """How the teacher reads conversations, from what the templates of both write; aligned within answers alone.
+
+        pairs: the student's text with the characters [start, end) of its answers, and the teacher's. sizes: how many
+        tokens the student has of each. An answer is aligned as far as both templates write it alike.
+        """
+        found = []
+        both = self._encoded([ours.text for ours, _ in pairs], [theirs.text for _, theirs in pairs])
+        for pair, size, (_, our_begins), (theirs, their_begins) in zip(pairs, sizes, *both, strict=True):
+            ours, others = _common_places(pair, (our_begins, their_begins))
+            found.append(Reading(np.array(theirs, np.int32), align(ours[1:size], others[1:])))
+        return found
+
+    def _encoded(self, ours: Sequence[str], theirs: Sequence[str]) -> Iterator[list[tuple[list[int], np.ndarray]]]:
+        """Of both sides the ids of every text and where its tokens begin."""
+        for tokenizer, rules, texts in zip((self.student, self.tokenizer), self._rules, (ours, theirs), strict=True):
+            encoded = zip(texts, tokenizer.encode_with_offsets(texts), strict=True)
+            yield [(ids, rules.begins(text, ids, offsets)) for text, (ids, offsets) in encoded]
 
     def row(self, pieces: Sequence[tuple[Reading, int, int]], seq_len: int) -> TeacherTokens:
         """A row [U] beside one of the student's [T], from its pieces (Reading, start, length) side by side.
@@ -85,10 +110,34 @@ class SecondReader:
 
     def empty(self, leading: tuple[int, ...], seq_len: int) -> TeacherTokens:
         """Rows [*leading, U] without a text."""
-        pad = next(i for i in (self._teacher.pad_id, self._teacher.eos_id, 0) if i is not None)
+        pad = next(i for i in (self.tokenizer.pad_id, self.tokenizer.eos_id, 0) if i is not None)
         shape = (*leading, self.length)
-        zeros = (np.zeros(shape, np.int32) for _ in range(2))
-        return TeacherTokens(np.full(shape, pad, np.int32), *zeros, np.full((*leading, seq_len), -1, np.int32))
+        return TeacherTokens(
+            tokens=np.full(shape, pad, np.int32),
+            positions=np.zeros(shape, np.int32),
+            segment_ids=np.zeros(shape, np.int32),
+            at=np.full((*leading, seq_len), -1, np.int32),
+        )
+
+
+def _common_places(pair: tuple[Rendered, Rendered], begins: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Characters of two texts as places in the answers that are common to both, -1 outside of them."""
+    places = [np.full(own.shape, -1, np.int64) for own in begins]
+    offset = 0
+    for spans in zip(*(side.answers for side in pair), strict=True):
+        starts = [start for (start, _), _ in spans]
+        answers = [side.text[start:end] for side, ((start, end), _) in zip(pair, spans, strict=True)]
+        length = common_length(*answers)
+        for place, own, start in zip(places, begins, starts, strict=True):
+            inside = (own >= start) & (own <= start + length)
+            place[inside] = own[inside] - start + offset
+        offset += length + 1
+    return places
+
+
+def common_length(a: str, b: str) -> int:
+    """Of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def align(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

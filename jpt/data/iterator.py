@@ -9,7 +9,7 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
-from jpt.data.alignment import SecondReader, TeacherTokens
+from jpt.data.alignment import Reading, SecondReader, TeacherTokens
 from jpt.data.batch import Batch, pack_rows
 from jpt.data.packing import Piece, Row
 from jpt.data.recorded import RecordedTargets
@@ -187,10 +187,16 @@ class BatchIterator(grain.DatasetIterator):
 
     def _read_again(self, second: SecondReader, rows: list[tuple[Window, Row]], size: int) -> TeacherTokens:
         """What a teacher with another tokenizer reads beside packed rows, and beside empty ones behind them."""
-        found = []
-        for window, row in rows:
-            pieces = [(window.documents[piece.document].reading, piece.start, piece.length) for piece in row]
-            found.append(second.row(pieces, self._reader.seq_len))
+
+        def reading(window: Window, piece: Piece) -> Reading:
+            found = window.documents[piece.document].reading
+            assert found is not None
+            return found
+
+        found = [
+            second.row([(reading(window, piece), piece.start, piece.length) for piece in row], self._reader.seq_len)
+            for window, row in rows
+        ]
         found += [second.empty((), self._reader.seq_len)] * (size - len(rows))
         return TeacherTokens(*(np.stack(column) for column in zip(*found, strict=True)))
 

@@ -137,7 +137,10 @@ class Tokenizer:
         return ChatTemplate(templates[name], self.source, self.special_tokens, now)
 
     def role_id(self, name: str) -> int | None:
-        """The id of 'bos_token', 'eos_token', ...; None where the tokenizer names none. Raises ValueError if unknown."""
+        """The id of 'bos_token', 'eos_token', ...; None where the tokenizer names none.
+
+        Raises ValueError for a token that is not in the vocabulary.
+        """
         token = self.special_tokens.get(name)
         if token is None:
             return None

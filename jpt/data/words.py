@@ -29,8 +29,8 @@ def word_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     model = described['model']['type']
     if 'ByteLevel' not in kinds and model not in ('BPE', 'Unigram'):
         raise ValueError(
-            f'the tokenizer of {tokenizer.source} is a {model} model: expected a byte-level vocabulary, or BPE or Unigram '
-            'pieces as SentencePiece has them: the bytes of other words are not known'
+            f'the tokenizer of {tokenizer.source} is a {model} model: expected a byte-level vocabulary, or BPE or '
+            'Unigram pieces as SentencePiece has them: the bytes of other words are not known'
         )
     read = _of_byte_level if 'ByteLevel' in kinds else _of_piece
     added = backend.get_added_tokens_decoder()
@@ -55,9 +55,9 @@ def shared_words(student: Tokenizer, teacher: Tokenizer) -> np.ndarray:
     for word, index in theirs.items():
         table[index] = ours.get(word, -1)
     for role in ROLES:
-        ids = [each.role_id(role) for each in (student, teacher)]
-        if None not in ids and table[ids[1]] < 0 and ids[0] not in table:
-            table[ids[1]] = ids[0]
+        own, other = (each.role_id(role) for each in (student, teacher))
+        if own is not None and other is not None and table[other] < 0 and own not in table:
+            table[other] = own
     return table
 
 
@@ -95,8 +95,7 @@ _LETTERS = _alphabet()
 
 
 def _of_byte_level(word: str) -> bytes | None:
-    found = [_LETTERS.get(letter) for letter in word]
-    return None if None in found else bytes(found)
+    return bytes(_LETTERS[letter] for letter in word) if _LETTERS.keys() >= set(word) else None
 
 
 def _of_piece(word: str) -> bytes:

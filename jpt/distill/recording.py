@@ -38,8 +38,9 @@ from jpt.data.windows import Window, WindowReader
 from jpt.distill.recorder import Recorder, make_recorder
 from jpt.kernels.likely_words import Likely
 from jpt.kernels.sparse_target import SparseTarget
-from jpt.training.run import check_models, check_teachers, open_assets, say
+from jpt.training.run import check_models, check_teachers, say
 from jpt.training.settings import TrainConfig
+from jpt.training.tokenizers import open_assets
 
 
 def record(config: TrainConfig, output: Path) -> Manifest:

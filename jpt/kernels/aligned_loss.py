@@ -110,7 +110,7 @@ def sorted_difference(logp_CJ, logq_CV, lacking_V1, vocab: VocabShard):
     return value, shared_out.at[jnp.arange(len(q))[:, None], at].add(slopes, mode='drop')
 
 
-def aligned_distillation(divergences: TokenLoss, *, uld: float = 1.0) -> TokenLoss:
+def aligned_distillation(divergences: TokenLoss, *, uld: float = 1.0) -> AlignedDistillation:
     """Divergences on shared words and the rest, and alpha T^2 uld times the sorted difference of words not shared.
 
     divergences: a `distillation` with form 'tail'. Reads args['aligned_target'] (an AlignedTarget [N, J]) in place of a

@@ -110,7 +110,7 @@ def _of_chunk(rule: _Rule, logits_CV, next_C, vocab: VocabShard) -> Likely:
 
 
 def top_words(count: int, cooled_CV, vocab: VocabShard):
-    """(values, ids) [C, count] of the largest over all shards, in order; at most as many as there are columns in all."""
+    """(values, ids) [C, count] of the largest over all shards, in order, or all that there are."""
     values, columns = lax.top_k(cooled_CV, min(count, vocab.size))
     ids = columns.astype(jnp.int32) + axis_index(vocab.axes) * vocab.size
     names = manual(vocab.axes)

@@ -14,8 +14,10 @@ from jpt.checkpoint.fingerprint import fingerprint_of
 from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
+from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch, empty_batch
 from jpt.data.recorded import RecordedTargets
+from jpt.distill.aligned import words_of
 from jpt.distill.mixture import changing, token_loss
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import new_projections
@@ -40,6 +42,7 @@ from jpt.training.schedule import make_schedule
 from jpt.training.settings import ModelSource, TrainConfig
 from jpt.training.state import TrainState
 from jpt.training.step import make_eval_step, make_step
+from jpt.training.tokenizers import open_second
 
 
 class Weights(NamedTuple):
@@ -65,6 +68,7 @@ class Job(NamedTuple):
     step: Any  # jitted (state, batch) -> (state, metrics), the state donated
     eval_step: Any  # jitted (state, batch) -> metrics
     targets: RecordedTargets | None = None  # what a teacher said, where it was recorded
+    second: SecondReader | None = None  # reads the texts for a teacher whose tokenizer is another
 
 
 def open_weights(given: ModelSource, dtype: str | None) -> Weights:
@@ -111,14 +115,15 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             '(num_nextn_predict_layers): expected 0'
         )
     targets = _targets(config, models)
-    objective = _objective(config, models, compute, targets)
+    second = _second(config, mesh)
+    objective = _objective(config, models, compute, targets, second)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
-    batch = _abstract_batch((config.batch.size, config.batch.length), targets)
+    batch = _abstract_batch((config.batch.size, config.batch.length), targets, second)
     correct = make_correction(models['model'].cfg, plan.layouts['model'], config.router.correction_rate)
     step = make_step(objective, optimizer, plan, config.ema, correct if config.router.correction_rate else None)
     placed = batch_shardings(mesh, batch)
-    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, targets)
+    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, targets, second)
     state = _abstract_state(job)
     where = places_of(state)
     return job._replace(
@@ -129,7 +134,11 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
 
 
 def _objective(
-    config: TrainConfig, models: dict[str, Weights], compute: Compute, targets: RecordedTargets | None
+    config: TrainConfig,
+    models: dict[str, Weights],
+    compute: Compute,
+    targets: RecordedTargets | None,
+    second: SecondReader | None,
 ) -> Objective:
     cfg = models['model'].cfg
     if cfg.experts is not None:
@@ -141,8 +150,19 @@ def _objective(
         return language_modeling(cfg, compute, auxiliary, loss, changing(distill))
     if config.task == 'distill':
         teachers = {name: models[name].cfg for name in config.named_teachers()}
-        return logit_distillation(cfg, teachers, compute, distill, auxiliary, config.teacher_shares())
+        words = None if second is None else words_of(distill, cfg, teachers['teacher'], second)
+        return logit_distillation(cfg, teachers, compute, distill, auxiliary, config.teacher_shares(), words)
     return language_modeling(cfg, compute, auxiliary)
+
+
+def _second(config: TrainConfig, mesh: Mesh) -> SecondReader | None:
+    """What reads the texts for a teacher with another tokenizer."""
+    if config.distill.alignment is not None and mesh.shape['context'] > 1:
+        raise ValueError(
+            f'mesh.context={mesh.shape["context"]}: with config.distill.alignment a position of the student looks for '
+            "the teacher's anywhere in the row: expected 1"
+        )
+    return open_second(config)
 
 
 def _targets(config: TrainConfig, models: dict[str, Weights]) -> RecordedTargets | None:
@@ -178,11 +198,13 @@ def _targets(config: TrainConfig, models: dict[str, Weights]) -> RecordedTargets
     return found
 
 
-def _abstract_batch(shape: tuple[int, int], targets: RecordedTargets | None) -> Batch:
+def _abstract_batch(shape: tuple[int, int], targets: RecordedTargets | None, second: SecondReader | None) -> Batch:
     """Shapes of a batch."""
     batch = empty_batch(*shape)
     if targets is not None:
         batch = batch._replace(sparse_target=targets.empty(shape))
+    if second is not None:
+        batch = batch._replace(teacher=second.empty(shape[:1], shape[1]))
     return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jpt.checkpoint.manager import CheckpointManager
 from jpt.data.batch import Batch
+from jpt.data.config import DataConfig
 from jpt.data.tokenizer import Tokenizer
 from jpt.metrics import Metrics, Run, Window, make_writers
 from jpt.sharding.watchdog import STOPPED, Watchdog
@@ -47,8 +48,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
         NotFiniteError: naming the batch, which is saved under workdir.
     """
     config = job.config
-    shape = (config.batch.size, config.batch.length)
-    feed = Feed(config.data, tokenizer, job.batch_shardings, shape, seed=config.seed, targets=job.targets)
+    feed = open_feed(job, config.data, tokenizer)
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
         manager = stack.enter_context(open_manager(job, workdir, assets))
@@ -92,6 +92,20 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
             raise StoppedError(STOPPED)
         metrics.say(f'data     {feed.pipeline.describe()}')
     return state
+
+
+def open_feed(job: Job, data: DataConfig, tokenizer: Tokenizer, *, evaluate: bool = False) -> Feed:
+    """The batches of a job, or of an evaluation within it: one pass in the order of the files."""
+    return Feed(
+        data,
+        tokenizer,
+        job.batch_shardings,
+        (job.config.batch.size, job.config.batch.length),
+        seed=0 if evaluate else job.config.seed,
+        evaluate=evaluate,
+        targets=job.targets,
+        second=job.second,
+    )
 
 
 class _Saver:
@@ -149,8 +163,10 @@ def check_finite(values: dict[str, float] | None, batch: tuple[int, Batch] | Non
 
 def _named(batch: Batch) -> list[tuple[str, jax.Array]]:
     """The arrays of a batch by name; numpy has no file format for bfloat16, so such values are widened."""
-    target = batch.sparse_target
-    parts = batch._replace(sparse_target=None)._asdict() | ({} if target is None else target._asdict())
+    parts = dict(batch._asdict())
+    target, teacher = parts.pop('sparse_target'), parts.pop('teacher')
+    parts |= {} if target is None else target._asdict()
+    parts |= {} if teacher is None else {f'teacher_{name}': leaf for name, leaf in teacher._asdict().items()}
     found = {name: leaf for name, leaf in parts.items() if leaf is not None}
     return [(name, leaf.astype(np.float32) if leaf.dtype.kind == 'V' else leaf) for name, leaf in found.items()]
 
@@ -166,22 +182,19 @@ def evaluate(
     job: Job, state: TrainState, tokenizer: Tokenizer, metrics: Metrics, step: int, dog: Watchdog
 ) -> dict[str, float] | None:
     """Means over the held-out text, written as eval_*, of the moving average if there is one; None without text."""
-    settings, config = job.config.eval, job.config
+    settings = job.config.eval
     if settings.data is None:
         return None
     state = state._replace(params=averaged(state.ema, state.params))  # what the run exports in the end
     sums: dict[str, tuple[float, float]] = {}
-    shape = (config.batch.size, config.batch.length)
-    with metrics.timed('eval'):
-        feed = Feed(settings.data, tokenizer, job.batch_shardings, shape, evaluate=True, targets=job.targets)
-        with contextlib.closing(feed):
-            for number, batch in enumerate(feed):
-                if settings.batches and number == settings.batches:
-                    break
-                dog.beat(step, f'evaluation, batch {number}')
-                for name, (total, count) in jax.device_get(job.eval_step(state, batch)).items():
-                    before = sums.get(name, (0.0, 0.0))
-                    sums[name] = before[0] + float(total), before[1] + float(count)
+    with metrics.timed('eval'), contextlib.closing(open_feed(job, settings.data, tokenizer, evaluate=True)) as feed:
+        for number, batch in enumerate(feed):
+            if settings.batches and number == settings.batches:
+                break
+            dog.beat(step, f'evaluation, batch {number}')
+            for name, (total, count) in jax.device_get(job.eval_step(state, batch)).items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = before[0] + float(total), before[1] + float(count)
     scores = {f'eval_{name}': total / count for name, (total, count) in sums.items() if count}
     metrics.record(step, scores)
     return scores

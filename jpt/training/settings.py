@@ -63,6 +63,23 @@ class MixtureSchedule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alignment:
+    """How a student learns from a teacher with another tokenizer: from the words that both have, where both begin one.
+
+    The teacher reads the same texts in tokens of its own, see jpt.data.alignment and jpt.kernels.aligned_loss.
+    """
+
+    length: int | None = None  # the teacher's tokens of a row; None: batch.length
+    likely: int = 64  # words of each side that are looked at: the teacher's likeliest ones; all others are one more
+    uld: float = 1.0  # weight of the sorted differences between words that only one side has
+
+    def __post_init__(self) -> None:
+        require(self, 'length', self.length is None or self.length > 0, 'a positive integer or None')
+        require(self, 'likely', self.likely > 0, 'a positive integer')
+        require(self, 'uld', 0 <= self.uld < math.inf, 'a finite number of 0 or more')
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """How a student learns from its teacher: weights of divergences by name, see jpt.kernels.divergences, and pairs."""
 
@@ -82,6 +99,7 @@ class DistillConfig:
     pairs: tuple[HiddenPair, ...] = ()  # of hidden states; their losses, by their weights, are added
     targets: str | None = None  # a directory of jpt.distill.record: the teacher itself is not run
     form: Literal['tail', 'truncated', 'renormalized'] = 'tail'  # targets: what becomes of words that were left out
+    alignment: Alignment | None = None  # of a teacher whose tokenizer is another one; None refuses that
     more_context: bool = False  # targets: also those whose teacher saw more of a document to the left than a row shows
 
     def __post_init__(self) -> None:
@@ -101,6 +119,10 @@ class DistillConfig:
             require(self, name, plain or self.targets is not None, 'no setting of it where targets is None')
         for name in ('temperature', *NAMES):
             require(self, name, math.isfinite(getattr(self, name)), 'a finite number')
+        online = self.alignment is None or self.targets is None
+        require(self, 'alignment', online, "None where targets is given: those are of the student's tokens")
+        alike = self.alignment is None or not self.pairs
+        require(self, 'pairs', alike, "none where alignment is given: the teacher's positions are others")
         runs = self.targets is None or not self.pairs
         require(self, 'pairs', runs, 'none where targets is given: a teacher that is not run has no hidden states')
 
@@ -310,6 +332,9 @@ class TrainConfig:
         require(self, 'compare', has_text, 'None, unless eval.data.paths names held-out text to compare on')
         traced = self.log.profile[1] if self.log.profile else 1
         require(self, 'steps', traced <= self.steps, f'at least {traced}, the last step of log.profile')
+        if self.distill.alignment is not None:
+            require(self, 'teachers', not self.teachers, 'one teacher where distill.alignment is given')
+            require(self, 'compare', self.compare is None, 'None where distill.alignment is given: no common tokens')
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
 
     def named_teachers(self) -> dict[str, ModelSource]:

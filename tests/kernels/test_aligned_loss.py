@@ -90,9 +90,7 @@ def results(mesh):
             temperature=options['temperature'],
         )
         target = align_target(found.target, AT, TABLE)
-        parts = distillation(
-            *TERMS, alpha=options['alpha'], temperature=options['temperature'], form='tail'
-        )
+        parts = distillation(*TERMS, alpha=options['alpha'], temperature=options['temperature'], form='tail')
         loss = aligned_distillation(parts, uld=options['uld'])
         rows, args = (0, options['pad']), {'targets': TARGETS, 'aligned_target': target}
         shared = {'lacking': np.pad(LACKING, rows, constant_values=True)[:, None]}
