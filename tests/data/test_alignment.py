@@ -154,6 +154,19 @@ def test_vocabularies_of_unknown_bytes_are_refused(tmp_path, small):
         SecondReader(small, Tokenizer.load(tmp_path), 8)
 
 
+def test_a_space_that_a_tokenizer_adds_is_no_place_to_compare_words_at(small, pieces):
+    """In front of a text and behind a special token '▁the' stands for 'the': there nothing is aligned."""
+    texts = [*TEXTS, 'the cat</s>the cat']
+    for student, teacher in ((small, pieces), (pieces, small)):
+        for text, (ids, reading) in zip(texts, SecondReader(student, teacher, 8).read(texts, True, False), strict=True):
+            assert ids == student.encode(text, bos=True)
+            assert reading.at[0] == -1
+    behind = len(pieces.encode('the cat</s>', bos=True)) - 1
+    assert pieces.backend.id_to_token(ids[behind + 1]) == '▁the'
+    assert reading.at[behind] == -1
+    assert reading.at[behind + 1] >= 0
+
+
 def test_tokens_of_no_character_and_within_one():
     """Of positions before the same character the last counts; -1 begins nowhere."""
     ours, theirs = np.array([0, 3, -1, 5, 7]), np.array([-1, 3, 3, 4, 5, 5, 9])
