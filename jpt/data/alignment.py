@@ -5,13 +5,14 @@ read exactly the same characters, so that both predict from the same place; wher
 of the other there is none. A token that is part of a character begins nowhere.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jpt.data.tokenizer import Tokenizer
-from jpt.data.words import word_bytes
+from jpt.data.words import shared_words, word_bytes
 
 
 class TeacherTokens(NamedTuple):
@@ -52,6 +53,11 @@ class SecondReader:
         """length: U, tokens of the teacher in a row. Raises ValueError for a vocabulary whose bytes are not known."""
         self.length, self.tokenizer, self.student = length, teacher, student
         self._rules = _Rules.of(student), _Rules.of(teacher)
+
+    @functools.cached_property
+    def shared_words(self) -> np.ndarray:
+        """The student's id of every word of the teacher, or -1; see words.py."""
+        return shared_words(self.student, self.tokenizer)
 
     def fingerprint(self) -> dict[str, Any]:
         """Whatever decides what stands beside the student's tokens."""

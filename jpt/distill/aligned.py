@@ -9,7 +9,6 @@ import numpy as np
 
 from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch
-from jpt.data.words import shared_words
 from jpt.distill.mixture import token_loss
 from jpt.kernels.aligned_loss import AlignedDistillation, AlignedTarget, align_target, aligned_distillation
 from jpt.kernels.distillation_loss import Teacher
@@ -49,7 +48,7 @@ def words_of(distill: DistillConfig, student: ModelConfig, teacher: ModelConfig,
             f'config.distill.alignment.likely={likely}: expected at most the vocabulary of the teacher, '
             f'{teacher.vocab_size}'
         )
-    found = shared_words(reader.student, reader.tokenizer)[: teacher.vocab_size]
+    found = reader.shared_words[: teacher.vocab_size]
     table = np.full(teacher.vocab_size, -1, np.int32)
     table[: len(found)] = np.where(found < student.vocab_size, found, -1)
     if not (table >= 0).any():

@@ -63,12 +63,17 @@ def as_teacher(config: TrainConfig) -> TrainConfig:
     """The job of a teacher alone, on the mesh of a distillation; nothing of it is trained.
 
     Raises:
-        ValueError: the job has no teacher, or its mesh a pipeline.
+        ValueError: the job has no teacher, or one with another tokenizer, or its mesh a pipeline.
     """
     if config.teacher is None:
         raise ValueError('config.teacher=None: expected the model whose words are to be recorded')
     if config.teacher.path is None:
         raise ValueError('config.teacher.architecture: a teacher needs trained weights: expected config.teacher.path')
+    if config.distill.alignment is not None:
+        raise ValueError(
+            f'config.distill.alignment={config.distill.alignment}: what a teacher says is recorded of its own tokens: '
+            'expected None, and a student with its tokenizer'
+        )
     if config.mesh.pipe != 1:
         raise ValueError(
             f'config.mesh.pipe={config.mesh.pipe}: a teacher is recorded without a pipeline: expected 1 '

@@ -37,8 +37,10 @@ def flops_of(job: Job) -> float:
         cfg = dataclasses.replace(cfg, mtp=())
     model = flops_per_token(cfg, config.batch.length, trained).training
     teachers = [dataclasses.replace(w.cfg, mtp=()) for name, w in job.models.items() if name != 'model']
+    read = config.batch.length if job.second is None else job.second.length
+    theirs = sum(flops_per_token(cfg, read).forward for cfg in teachers) * read / config.batch.length
     beside = 6 * count_parameters(job.state.params.get(BESIDE))  # products forward, and both of backward
-    return model + beside + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
+    return model + beside + theirs
 
 
 def describe_data(data: DataConfig) -> str:
@@ -66,6 +68,12 @@ def overview(job: Job) -> str:
         count = count_parameters(job.state.frozen[name])
         which = f' ({name}, {share:.0%} of every divergence)' if config.teachers else ''
         lines.append(f'teacher  {job.models[name].cfg.family}, {count:,} parameters, from {teacher.path}{which}')
+    if job.second is not None:
+        words = job.second.shared_words
+        lines.append(
+            f'aligned  the student has {(words >= 0).sum():,} of the {len(words):,} words of the teacher, which reads '
+            f'rows of {job.second.length:,} tokens of its own'
+        )
     if config.task == 'distill' and config.distill.pairs:
         maps = count_parameters(job.state.params.get(BESIDE))
         names = ', '.join(f'{pair.weight:g} {pair.name}' for pair in config.distill.pairs)
