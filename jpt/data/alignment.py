@@ -59,6 +59,13 @@ class SecondReader:
         """The student's id of every word of the teacher, or -1; see words.py."""
         return shared_words(self.student, self.tokenizer)
 
+    @functools.cached_property
+    def own_words(self) -> np.ndarray:
+        """Which words of the student add something to a text and have no partner: bool [V of student]."""
+        found = np.array([word is not None for word in word_bytes(self.student)])
+        found[self.shared_words[self.shared_words >= 0]] = False
+        return found
+
     def fingerprint(self) -> dict[str, Any]:
         """Whatever decides what stands beside the student's tokens."""
         return {'tokenizer': self.tokenizer.fingerprint(), 'length': self.length}

@@ -25,8 +25,8 @@ from jpt.training.settings import DistillConfig
 class SharedWords(NamedTuple):
     """What a teacher's words are to a student: int32 [rows of its table], the student's id or -1; and how many count.
 
-    lacking: bool [rows of the student's table], the words that the teacher has not. likely: J, those of its likeliest
-    words that are looked at. loss: what is made of them.
+    lacking: bool [rows of the student's table], its words that the teacher has not; special tokens are not among them.
+    likely: J, those of the teacher's likeliest words that are looked at. loss: what is made of them.
     """
 
     table: np.ndarray
@@ -56,7 +56,9 @@ def words_of(distill: DistillConfig, student: ModelConfig, teacher: ModelConfig,
             f'config.distill.alignment: the tokenizers in {reader.student.source} and {reader.tokenizer.source} share '
             'no word: expected vocabularies of the same kind of text'
         )
-    lacking = ~np.isin(np.arange(student.vocab_size), table)
+    lacking = np.zeros(student.vocab_size, bool)
+    own = reader.own_words[: student.vocab_size]
+    lacking[: len(own)] = own
     # Every word of the student may be in the teacher's tail, whatever the size of its table.
     divergences = token_loss(distill, (Teacher(),), 'tail')
     return SharedWords(table, lacking, likely, aligned_distillation(divergences, uld=distill.alignment.uld))

@@ -10,10 +10,13 @@ import recorded
 
 from jpt.config import ConfigError
 from jpt.data.tokenizer import Tokenizer
+from jpt.distill.aligned import words_of
 from jpt.distill.recorder import as_teacher
+from jpt.models.families import config_from_hf
 from jpt.training.job import make_job
 from jpt.training.overview import flops_of, overview
 from jpt.training.run import train_model
+from jpt.training.tokenizers import open_second
 
 GOLDEN = recorded.ROOT / 'tests' / 'golden' / 'chat.json'
 WORDS = 301
@@ -123,3 +126,26 @@ def test_what_a_job_refuses(folder):
     shutil.copytree(folder / 'teacher', bare, ignore=shutil.ignore_patterns('tokenizer*', 'special*'))
     with pytest.raises(ValueError, match=r'the teacher .*bare has no tokenizer of its own'):
         make_job(settings(folder, teacher={'path': str(bare)}), jax.devices()[:1])
+
+
+def test_special_tokens_and_rows_without_a_word_are_nobodys_words(folder):
+    """Among the student's own words are neither, nor what both have; rows that pad a table are not shared."""
+    config = settings(folder, model={'architecture': recorded.STUDENT | {'vocab_size': WORDS + 3}})
+    reader = open_second(config)
+    cfgs = (
+        config_from_hf(recorded.STUDENT | {'vocab_size': WORDS + 3}),
+        config_from_hf(recorded.TEACHER | {'vocab_size': 4099}),
+    )
+    words = words_of(config.distill, *cfgs, reader)
+    student, teacher = reader.student, reader.tokenizer
+    assert words.table.shape == (4099,)
+    assert (words.table[4096:] == -1).all()
+    assert words.table[teacher.eos_id] == student.eos_id
+    assert words.lacking.shape == (WORDS + 3,)
+    assert not words.lacking[WORDS:].any()
+    assert not words.lacking[sorted(student.special_ids)].any()
+    assert not words.lacking[words.table[words.table >= 0]].any()
+    text = teacher.encode('for')
+    assert len(text) == 1
+    spelled = student.encode('for')
+    assert words.table[text[0]] == (spelled[0] if len(spelled) == 1 else -1)
