@@ -127,11 +127,11 @@ def largest(x_CV, count: int):
 
     The `count` largest numbers lie in those blocks that have the `count` largest maxima. With blocks of about
     sqrt(V / count) only 2 sqrt(V count) numbers are sorted, where a GPU sorts all V of them for a top-k, and holds a
-    copy. Lengths that have no divisor near that are sorted whole.
+    copy. Where that is not an eighth of V, or V has no divisor near that, all are.
     """
     length = x_CV.shape[-1]
     block = near_divisor(length, math.sqrt(length / count))
-    if block == 1 or length // block < count:
+    if block == 1 or length // block < count or length // block + count * block > length / 8:
         return lax.top_k(x_CV, count)
     blocks = x_CV.reshape(*x_CV.shape[:-1], length // block, block)
     _, chosen = lax.top_k(jnp.max(blocks, axis=-1), count)

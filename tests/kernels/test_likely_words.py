@@ -139,7 +139,7 @@ def test_counts_that_no_vocabulary_has():
             likely_words(hidden, kernel, next_ids, count=count, vocab_size=7)
 
 
-@pytest.mark.parametrize(('length', 'count'), [(120, 3), (120, 7), (4096, 16), (6, 6), (127, 5), (64, 64), (40, 1)])
+@pytest.mark.parametrize(('length', 'count'), [(4096, 16), (2000, 5), (600, 1), (6, 6), (127, 5), (64, 64)])
 def test_the_largest_numbers_by_blocks_are_those_of_a_stable_sort(length, count):
     """With many equal numbers and -inf among them, in any of 50 rows."""
     random = np.random.default_rng(length + count)
@@ -152,7 +152,7 @@ def test_the_largest_numbers_by_blocks_are_those_of_a_stable_sort(length, count)
 
 
 def test_published_vocabularies_are_searched_by_blocks():
-    """Less than a tenth of the numbers is sorted for 64 words of any of these tables."""
+    """At most an eighth of the numbers is sorted for 64 words of any of these tables."""
     for length in (32000, 32064, 49152, 50257, 100352, 128256, 131072, 151936, 152064, 248320, 256000, 262144):
         block = near_divisor(length, math.sqrt(length / 64))
-        assert length // block + 64 * block < (0.25 if length < 100000 else 0.1) * length, length
+        assert length // block + 64 * block <= length / 8, length
