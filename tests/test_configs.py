@@ -23,7 +23,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 SMALL = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2}
 SMALL |= {'num_key_value_heads': 2, 'head_dim': 8, 'vocab_size': 4096}
 # Those that take a checkpoint's directory, and what follows it.
-NAMED = {'sft': '', 'distill': ',{0}', 'distill_qwen3': '', 'distill_teachers': ',{0},{0}'}
+NAMED = {'sft': '', 'distill': ',{0}', 'distill_aligned': ',{0}', 'distill_qwen3': '', 'distill_teachers': ',{0},{0}'}
 TALK = [
     {'role': 'user', 'content': 'What is 1 + 1?'},
     {'role': 'assistant', 'content': 'It is 2.'},

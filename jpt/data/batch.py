@@ -7,7 +7,8 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """A batch of packed rows; a pytree of numpy or jax arrays of shape [B, T], those of a sparse target [B, T, J].
+    """A batch of packed rows; a pytree of numpy or jax arrays of shape [B, T], those of a sparse target [B, T, J],
+    a teacher's own tokens [B, U].
 
     A position whose loss_mask is 0 may hold any valid id in targets; padding has segment 0, position 0 and loss_mask 0.
     """
@@ -18,6 +19,7 @@ class Batch(NamedTuple):
     positions: Any  # int32, restart at 0 with every segment
     segment_ids: Any  # int32, 1.. per document in a row, 0 where there is padding
     sparse_target: Any = None  # a SparseTarget, what a teacher said of each target, where it was recorded
+    teacher: Any = None  # TeacherTokens, the same text as a teacher with another tokenizer reads it
 
 
 def make_targets(ids: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpt.data.alignment import Reading, common_length
 from jpt.data.template import ChatTemplate, TemplateError
 from jpt.data.tokenizer import Tokenizer
 
@@ -19,10 +20,11 @@ _REMEDY = "Mark the assistant's text in the template with {% generation %} and {
 
 
 class ChatTokens(NamedTuple):
-    """ids: int32 [n]; loss: float32 [n], the weight of predicting each token."""
+    """ids: int32 [n]; loss: float32 [n], the weight of predicting each token. reading: how a teacher reads the text."""
 
     ids: np.ndarray
     loss: np.ndarray
+    reading: Reading | None = None  # where the teacher has a tokenizer of its own
 
 
 class RenderedChat(NamedTuple):
@@ -158,9 +160,10 @@ def answer_spans(
             continue
         head = render(messages[:i], add_generation_prompt=True)
         if not text.startswith(head):
+            parting = common_length(head, text)
             raise TemplateError(
                 f'chat template of {name} is not prefix-stable: the conversation before messages[{i}], rendered with '
-                f'the generation prompt, is not how the whole begins (they part at character {_common(head, text)}). '
+                f'the generation prompt, is not how the whole begins (they part at character {parting}). '
                 f'{_REMEDY}'
             )
         alone = render(messages[: i + 1]) if i + 1 < len(messages) else text
@@ -187,7 +190,7 @@ def _end_of_turn(
     probe: Mapping[str, Any] = {**messages[i], 'content': _PROBE}
     _, found_alone, after_alone = render([*messages[:i], probe]).rpartition(_PROBE)
     _, found, after = render([*messages[:i], probe, *messages[i + 1 :]]).rpartition(_PROBE)
-    common = after[: _common(after, after_alone)]
+    common = after[: common_length(after, after_alone)]
     ends = [common.rfind(special) + len(special) for special in special_texts if special in common]
     if not (found and found_alone and ends and text.endswith(after)):
         raise TemplateError(
@@ -260,14 +263,6 @@ def _with_read_arguments(call: Any, place: str) -> Any:
     except ValueError as error:
         raise ValueError(f'{place}.function.arguments: not JSON: {_short(arguments)}: {error}') from error
     return {**call, 'function': {**function, 'arguments': read}}
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the longest common prefix."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
 
 
 def _short(value: Any) -> str:

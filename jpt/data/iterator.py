@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
+from jpt.data.alignment import Reading, SecondReader, TeacherTokens
 from jpt.data.batch import Batch, pack_rows
 from jpt.data.packing import Piece, Row
 from jpt.data.recorded import RecordedTargets
@@ -178,7 +179,26 @@ class BatchIterator(grain.DatasetIterator):
         for array in (batch.tokens, batch.targets):
             if array.size and not 0 <= array.min() <= array.max() < tokenizer.vocab_size:
                 self._refuse(rows)
-        return batch if self._targets is None else batch._replace(sparse_target=self._recorded(rows, size))
+        if self._targets is not None:
+            batch = batch._replace(sparse_target=self._recorded(rows, size))
+        if self._reader.second is not None:
+            batch = batch._replace(teacher=self._read_again(self._reader.second, rows, size))
+        return batch
+
+    def _read_again(self, second: SecondReader, rows: list[tuple[Window, Row]], size: int) -> TeacherTokens:
+        """What a teacher with another tokenizer reads beside packed rows, and beside empty ones behind them."""
+
+        def reading(window: Window, piece: Piece) -> Reading:
+            found = window.documents[piece.document].reading
+            assert found is not None
+            return found
+
+        found = [
+            second.row([(reading(window, piece), piece.start, piece.length) for piece in row], self._reader.seq_len)
+            for window, row in rows
+        ]
+        found += [second.empty((), self._reader.seq_len)] * (size - len(rows))
+        return TeacherTokens(*(np.stack(column) for column in zip(*found, strict=True)))
 
     def _recorded(self, rows: list[tuple[Window, Row]], size: int) -> SparseTarget:
         """Targets [size, T, J] of packed rows, and of empty rows behind them."""

@@ -17,6 +17,7 @@ from jpt.data.windows import COUNTS, WindowReader
 if TYPE_CHECKING:
     import grain
 
+    from jpt.data.alignment import SecondReader
     from jpt.data.recorded import RecordedTargets
 
 __all__ = ['Batch', 'DataConfig', 'Pipeline', 'make_pipeline']
@@ -102,6 +103,7 @@ def make_pipeline(
     evaluate: bool = False,
     sources: Sequence[Source] | None = None,
     targets: 'RecordedTargets | None' = None,
+    second: 'SecondReader | None' = None,
 ) -> Pipeline:
     """An iterator of Batch [batch_size / process_count, seq_len].
 
@@ -110,6 +112,7 @@ def make_pipeline(
     evaluate: one pass in the order of the files, without weights; every host gets the same number of batches.
     sources: what to read instead of config.paths, such as MemorySource(texts).
     targets: what a teacher said of these documents; batches then have it as sparse_target.
+    second: reads the texts with a teacher's tokenizer too; batches then have its tokens as teacher.
     Raises ValueError naming the argument, and what the parts raise: DataError, FileNotFoundError.
     """
     for name, value in (('batch_size', batch_size), ('seq_len', seq_len), ('process_count', process_count)):
@@ -129,7 +132,7 @@ def make_pipeline(
         sources = [open_source(path, config.fields, config.is_chat, config.separator) for path in config.paths]
     if evaluate:
         num_epochs = 1
-    reader = WindowReader(config, tokenizer, sources, seq_len=seq_len, seed=seed, evaluate=evaluate)
+    reader = WindowReader(config, tokenizer, sources, seq_len=seq_len, seed=seed, evaluate=evaluate, second=second)
     share = batch_size // process_count
     local = slice(process_index * share, (process_index + 1) * share)
     batches = Batches(reader, num_epochs, batch_size, local, config.prefetch, targets)

@@ -40,9 +40,9 @@ class Tokenizer:
         self.backend, self.config, self.source, self.adds_bos = backend, config, source, adds_bos
         self._fingerprint = fingerprint
         self.special_tokens = {name: _content(config[name]) for name in _NAMED if config.get(name) is not None}
-        self.bos_id = self._id_of('bos_token')
-        self.eos_id = self._id_of('eos_token')
-        self.pad_id = self._id_of('pad_token')
+        self.bos_id = self.role_id('bos_token')
+        self.eos_id = self.role_id('eos_token')
+        self.pad_id = self.role_id('pad_token')
 
     @classmethod
     def load(cls, folder: str | Path) -> 'Tokenizer':
@@ -116,7 +116,7 @@ class Tokenizer:
 
     def required_id(self, name: str) -> int:
         """The id of 'bos_token', 'eos_token' or 'pad_token'. Raises ValueError where the tokenizer has none."""
-        found = self._id_of(name)
+        found = self.role_id(name)
         if found is None:
             raise ValueError(f'the tokenizer of {self.source} names no {name} in tokenizer_config.json')
         return found
@@ -136,7 +136,11 @@ class Tokenizer:
             raise ValueError(f'the tokenizer of {self.source} has no chat template {name!r}: {have}')
         return ChatTemplate(templates[name], self.source, self.special_tokens, now)
 
-    def _id_of(self, name: str) -> int | None:
+    def role_id(self, name: str) -> int | None:
+        """The id of 'bos_token', 'eos_token', ...; None where the tokenizer names none.
+
+        Raises ValueError for a token that is not in the vocabulary.
+        """
         token = self.special_tokens.get(name)
         if token is None:
             return None

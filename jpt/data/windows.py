@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jpt.data.alignment import SecondReader
 from jpt.data.blend import Order, derive_seed, permutation
 from jpt.data.chat import ChatTokens, RenderedChat, encode_rendered, render_chat
 from jpt.data.config import DataConfig
 from jpt.data.packing import PACKINGS, Row, cut_to_fill
 from jpt.data.records import Chat, DataError, Record, check_unicode
 from jpt.data.sources import Source
-from jpt.data.template import ChatTemplate
 from jpt.data.tokenizer import Tokenizer
 
 BLOCK = 256  # documents whose sizes are looked up at once
@@ -27,6 +27,8 @@ MOST_DOCUMENTS = 1 << 16  # in a window, however short they are
 FORMAT = 1  # counts up when a change of this package changes which token stands where
 # What happens to documents; counted, and reported by Pipeline.progress().
 COUNTS = ('skipped', 'empty', 'split', 'truncated', 'dropped')
+
+_Chats = list[RenderedChat]  # of a conversation by the student's template, and by its teacher's where that reads too
 
 
 class Window(NamedTuple):
@@ -55,8 +57,9 @@ class WindowReader:
         seq_len: int,
         seed: int,
         evaluate: bool = False,
+        second: SecondReader | None = None,
     ):
-        """evaluate: the order of the files, without weights.
+        """evaluate: the order of the files, without weights. second: reads every text with a teacher's tokenizer too.
 
         Raises ValueError where a source is empty, weights do not match, or the tokenizer lacks what the config wants.
         """
@@ -68,12 +71,14 @@ class WindowReader:
         if config.weights and len(config.weights) != len(sources):
             raise ValueError(f'DataConfig.weights={config.weights!r}: expected one for each of {len(sources)} sources')
         self.config, self.tokenizer, self.sources, self.seq_len = config, tokenizer, sources, seq_len
+        self.second = second
         self._shuffle, self._seed = config.shuffle and not evaluate, seed
         weights = None if evaluate else config.weights or None
         self.order = Order([len(source) for source in sources], weights, seed, self._shuffle)
         self._bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
         day = datetime.datetime.fromisoformat(config.chat_date)
-        self._template = tokenizer.chat_template(now=day) if config.is_chat else None
+        readers = [tokenizer] if second is None else [tokenizer, second.tokenizer]
+        self._templates = [(each, each.chat_template(now=day)) for each in readers] if config.is_chat else []
 
     def read(self, position: int, taken: Sequence[int]) -> Window:
         """The window that begins at `position` of the order, in which source i gave taken[i] documents before."""
@@ -94,17 +99,18 @@ class WindowReader:
         config = dataclasses.asdict(self.config)
         for name in ('paths', 'prefetch'):  # content counts, not where it lies
             del config[name]
-        template = hashlib.sha256(self._template.source.encode()).hexdigest()[:16] if self._template else ''
+        templates = [hashlib.sha256(own.source.encode()).hexdigest()[:16] for _, own in self._templates]
         return {
             **{name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
             'sources': [source.fingerprint() for source in self.sources],
             'tokenizer': self.tokenizer.fingerprint(),
-            'chat_template': template,
+            'chat_template': '+'.join(templates),
             'format': FORMAT,
             'seq_len': self.seq_len,
             'seed': self._seed,
             'shuffle': self._shuffle,
             'weights': list(self.order.weights or ()),
+            **({} if self.second is None else {'teacher': self.second.fingerprint()}),
         }
 
     def _extent(self, position: int, taken: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,13 +136,13 @@ class WindowReader:
     def _documents(
         self, source: np.ndarray, index: np.ndarray, counts: collections.Counter[str]
     ) -> tuple[list[ChatTokens], list[tuple[int, int]]]:
-        records: list[str | RenderedChat | np.ndarray] = []
+        records: list[str | _Chats | np.ndarray] = []
         places: list[tuple[int, int]] = []
         for s, i in zip(source.tolist(), index.tolist(), strict=True):
             try:
                 record = self.sources[s][i]
-                place = self.sources[s].place(i) if self._template else ''
-                records.append(record if self._template is None else self._render(self._template, record, place))
+                place = self.sources[s].place(i) if self._templates else ''
+                records.append(self._render(record, place) if self._templates else record)
                 places.append((s, i))
             except DataError as error:
                 if self.config.malformed == 'error':
@@ -144,27 +150,53 @@ class WindowReader:
                 counts['skipped'] += 1
                 _report(error)
         # Encoded together, on all cores.
-        chats = encode_rendered(self.tokenizer, [record for record in records if isinstance(record, RenderedChat)])
-        texts = [record for record in records if isinstance(record, str)]
-        encoded = self.tokenizer.encode_batch(texts, bos=self._bos, eos=self.config.add_eos)
-        next_chat, next_text = iter(chats), iter(encoded)
+        next_chat = iter(self._encode_chats([record for record in records if isinstance(record, list)]))
+        next_text = iter(self._encode_texts([record for record in records if isinstance(record, str)]))
         documents = []
-        for record in records:
-            if isinstance(record, RenderedChat):
-                documents.append(next(next_chat))
+        for record, (s, i) in zip(records, places, strict=True):
+            if isinstance(record, np.ndarray):
+                if self.second is not None:
+                    raise DataError(
+                        self.sources[s].place(i),
+                        'token ids, but a teacher with another tokenizer (config.distill.alignment) must read the '
+                        'text: expected text',
+                    )
+                documents.append(_all_learned(record))
             else:
-                documents.append(_all_learned(next(next_text) if isinstance(record, str) else record))
+                documents.append(next(next_text if isinstance(record, str) else next_chat))
         return documents, places
 
-    def _render(self, template: ChatTemplate, record: Record, place: str) -> RenderedChat:
+    def _encode_texts(self, texts: list[str]) -> list[ChatTokens]:
+        if self.second is not None:
+            read = self.second.read(texts, self._bos, self.config.add_eos)
+            return [_all_learned(ids)._replace(reading=reading) for ids, reading in read]
+        encoded = self.tokenizer.encode_batch(texts, bos=self._bos, eos=self.config.add_eos)
+        return [_all_learned(ids) for ids in encoded]
+
+    def _encode_chats(self, chats: list[_Chats]) -> list[ChatTokens]:
+        found = encode_rendered(self.tokenizer, [ours for ours, *_ in chats])
+        if self.second is None:
+            return found
+        readings = self.second.read_answers([(ours, theirs) for ours, theirs in chats], [len(x.ids) for x in found])
+        return [chat._replace(reading=reading) for chat, reading in zip(found, readings, strict=True)]
+
+    def _render(self, record: Record, place: str) -> _Chats:
+        """A conversation as the student's template writes it, and the teacher's where it has another tokenizer."""
         if not isinstance(record, Chat):
             raise DataError(place, "not a conversation, which kind='chat' needs")
         try:
-            chat = render_chat(self.tokenizer, template, record.messages, tools=record.tools)
+            chats = [
+                render_chat(tokenizer, template, record.messages, tools=record.tools)
+                for tokenizer, template in self._templates
+            ]
         except ValueError as error:  # also a TemplateError
             raise DataError(place, str(error)) from error
-        check_unicode(chat.text, place)
-        return chat
+        if len({len(chat.answers) for chat in chats}) > 1:
+            counts = ' and '.join(str(len(chat.answers)) for chat in chats)
+            raise DataError(place, f'the templates of student and teacher mark {counts} answers: expected equally many')
+        for chat in chats:
+            check_unicode(chat.text, place)
+        return chats
 
     def _length(self, document: ChatTokens, place: tuple[int, int], counts: collections.Counter[str]) -> int:
         """How many positions of the document are packed; 0 leaves it out."""

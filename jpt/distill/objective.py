@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jpt.data.batch import Batch
+from jpt.distill.aligned import SharedWords, aligned_head_loss, as_read, target_of
 from jpt.distill.mixture import changing, token_loss
 from jpt.distill.pairs import add_pairs, check_pairs, taps_of
 from jpt.kernels.distillation_loss import Teacher, own_name
@@ -42,13 +43,15 @@ def logit_distillation(
     auxiliary: Auxiliary = Auxiliary(),  # noqa: B008 (frozen)
     shares: Sequence[float] = (1.0,),
     teacher_dtype: str | None = None,
+    words: SharedWords | None = None,
 ) -> Objective:
     """Divergences from teachers at temperature T, and cross-entropy: see kernels/distillation_loss.py.
 
     On top of them the losses of pairs of hidden states, see distill/pairs.py.
 
     teachers: by their names in `frozen`. shares: of each in every divergence, in all 1. teacher_dtype: of the teachers'
-    activations and products, where it is another than `compute` says.
+    activations and products, where it is another than `compute` says. words: of one teacher whose tokenizer is another,
+    see kernels/aligned_loss.py; it reads the batch's `teacher`.
 
     Raises:
         ValueError: a pair that these models do not have.
@@ -64,24 +67,30 @@ def logit_distillation(
     def models(params: Tree, frozen: Tree) -> dict[str, Any]:
         return {'student': merge(params, frozen['model']), **{name: frozen[name] for name in teachers}}
 
+    def read(name: str, micro: Batch) -> Batch:
+        return as_read(micro) if words is not None and name != 'student' else micro
+
     def counts(batch: Batch, step: Any = 0) -> Counts:
         return token_counts(batch) | auxiliary.counts(student, batch) | weights_at(changing(distill), step, batch)
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
         both = models(params, frozen)
-        return {name: first_carry(cfg, both[name], micro, computes[name], taps[name]) for name, cfg in configs.items()}
+        return {
+            name: first_carry(cfg, both[name], read(name, micro), computes[name], taps[name])
+            for name, cfg in configs.items()
+        }
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
         both = models(layers, frozen_layers)
         # A pipeline differentiates a stage in the whole carry: no cotangent goes back through a teacher's layers.
         carry = carry | {name: jax.lax.stop_gradient(carry[name]) for name in teachers}
-        where = {
-            name: locate(cfg, micro.positions, micro.segment_ids, computes[name].dtype) for name, cfg in configs.items()
-        }
-        return {
-            name: Carry(*run_layers(cfg, both[name], *carry[name], where[name], computes[name]))
-            for name, cfg in configs.items()
-        }
+
+        def run(name: str, cfg: ModelConfig) -> Carry:
+            seen = read(name, micro)
+            where = locate(cfg, seen.positions, seen.segment_ids, computes[name].dtype)
+            return Carry(*run_layers(cfg, both[name], *carry[name], where, computes[name]))
+
+        return {name: run(name, cfg) for name, cfg in configs.items()}
 
     def last(
         params: Tree, frozen: Tree, carry: dict[str, Carry], micro: Batch, counts: Counts
@@ -93,7 +102,11 @@ def logit_distillation(
         args = loss_args(micro, counts)
         if len(teachers) > 1:
             args['share'] = for_all_tokens(jnp.asarray(shares, weights.dtype), micro)
-        result = _head_loss(configs, both, hidden, weights, args, loss)
+        if words is None:
+            result = _head_loss(configs, both, hidden, weights, args, loss)
+        else:
+            args['aligned_target'] = target_of(words, configs, both, hidden, micro)
+            result = aligned_head_loss(words, configs['student'], both['student'], hidden, weights, args)
         slots = {name: carry[name].taps | {NORMED: hidden[name]} for name in configs}
         result = add_pairs(result, distill.pairs, both['student'], slots, weights)
         after = After(both['student'], hidden['student'], carry['student'].router)

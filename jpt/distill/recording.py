@@ -39,8 +39,9 @@ from jpt.distill.teacher import TeacherProgram, make_teacher
 from jpt.kernels.likely_words import Likely
 from jpt.kernels.sparse_target import SparseTarget
 from jpt.training.job import make_job
-from jpt.training.run import check_models, check_teachers, open_assets, say
+from jpt.training.run import check_models, check_teachers, say
 from jpt.training.settings import TrainConfig, teacher_alone
+from jpt.training.tokenizers import open_assets
 
 
 def record(config: TrainConfig, output: Path) -> Manifest:

@@ -12,7 +12,7 @@ from jpt.models.config import ModelConfig
 from jpt.models.transformer import final_norm, head_kernel
 from jpt.sharding.grads import outputs
 from jpt.training.freeze import merge
-from jpt.training.job import Job, load_placed, words_of
+from jpt.training.job import Job, load_placed, vocabulary_of
 from jpt.training.objective import Carry, Counts, Objective, Sums, Tree
 from jpt.training.settings import RecordConfig, TrainConfig
 
@@ -47,7 +47,7 @@ def make_teacher(config: TrainConfig, job: Job, student: int | None = None) -> T
         ValueError: more words are asked for than it has.
     """
     cfg = job.models['model'].cfg
-    vocab_size = words_of(config.record, cfg.vocab_size, student)
+    vocab_size = vocabulary_of(config.record, cfg.vocab_size, student)
     objective = said(job.objective, cfg, config.record, config.distill.temperature, vocab_size)
     frozen = jax.tree.map(lambda leaf: None, job.state.params)
 

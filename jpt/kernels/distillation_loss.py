@@ -57,7 +57,7 @@ class Distillation:
         lse = vocab.log_normalizer(logits_CV, peak)
         target_logit = vocab.sum(vocab.pick(logits_CV, targets))
         ce = lse - target_logit
-        weights, ce_weight = self._weights(args)
+        weights, ce_weight = self.weights(args)
         against = self._sparse if self.form is not None else self._dense
         values, gradient, metrics = against(weights, logits_CV, args, shared, vocab)
         squared = temperature**2 if self.squared else 1
@@ -72,7 +72,7 @@ class Distillation:
         metrics |= {'loss': loss, 'ce': ce, 'accuracy': (target_logit >= peak).astype(loss.dtype)}
         return loss, dlogits, metrics
 
-    def _weights(self, args):
+    def weights(self, args):
         """Of every divergence, and of the cross-entropy: numbers, or one for each token."""
         if 'mixture' in args:
             *weights, ce = (args['mixture'][:, k] for k in range(len(self.terms) + 1))

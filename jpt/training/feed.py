@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch
 from jpt.data.config import DataConfig
 from jpt.data.pipeline import Pipeline, make_pipeline
@@ -14,7 +15,7 @@ from jpt.distill.teacher import TeacherProgram
 
 
 class Feed:
-    """An iterator of global batches [B, T] on devices, with `targets` beside the tokens, or what a `teacher` says.
+    """An iterator of global batches [B, T] on devices, with what `targets`, `second` or a `teacher` add to the tokens.
 
     Each process makes only its own rows where rows are divided evenly over processes, and all rows where several
     processes hold the same ones (tensor or pipeline parallelism across hosts).
@@ -31,6 +32,7 @@ class Feed:
         evaluate: bool = False,
         targets: RecordedTargets | None = None,
         teacher: TeacherProgram | None = None,
+        second: SecondReader | None = None,
     ) -> None:
         self._shardings, self._shape, self._teacher = shardings, shape, teacher
         rows = rows_of_process(shardings.tokens, shape)
@@ -46,6 +48,7 @@ class Feed:
             process_count=count if self._own else 1,
             evaluate=evaluate,
             targets=targets,
+            second=second,
         )
 
     def __iter__(self) -> 'Feed':
@@ -58,7 +61,7 @@ class Feed:
         return batch._replace(sparse_target=self._teacher.answer(batch, self._shardings.sparse_target))
 
     def _place(self, leaf: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-        shape = (*self._shape, *leaf.shape[2:])
+        shape = (self._shape[0], *leaf.shape[1:])
         if self._own:
             return jax.make_array_from_process_local_data(where, leaf, shape)
         return jax.make_array_from_callback(shape, where, lambda index: leaf[index])

@@ -14,8 +14,10 @@ from jpt.checkpoint.fingerprint import fingerprint_of
 from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
+from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch, empty_batch
 from jpt.data.recorded import RecordedTargets
+from jpt.distill.aligned import words_of
 from jpt.distill.mixture import changing, token_loss
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import new_projections
@@ -41,6 +43,7 @@ from jpt.training.schedule import make_schedule
 from jpt.training.settings import ModelSource, RecordConfig, TeacherMesh, TrainConfig, teacher_alone
 from jpt.training.state import TrainState
 from jpt.training.step import make_eval_step, make_step
+from jpt.training.tokenizers import open_second
 
 
 class Weights(NamedTuple):
@@ -68,6 +71,7 @@ class Job(NamedTuple):
     targets: RecordedTargets | None = None  # what a teacher said, where it was recorded
     apart: Any = None  # the job of a teacher on a mesh of its own, where there is one
     teacher: Any = None  # the same as a program with its weights (distill.teacher), once these are read
+    second: SecondReader | None = None  # reads the texts for a teacher whose tokenizer is another
 
 
 def open_weights(given: ModelSource, dtype: str | None) -> Weights:
@@ -114,17 +118,19 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             '(num_nextn_predict_layers): expected 0'
         )
     targets = _targets(config, models)
+    second = _second(config, mesh)
     apart = None
     if config.teacher_mesh is not None:
         apart = make_job(teacher_alone(config, config.teacher_mesh, config.teacher_mesh.microbatches), theirs)
-    objective = _objective(config, models, compute, targets, apart)
+    objective = _objective(config, models, compute, targets, second, apart)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
-    batch = _abstract_batch(config, targets, apart)
+    batch = _abstract_batch(config, targets, second, apart)
     correct = make_correction(models['model'].cfg, plan.layouts['model'], config.router.correction_rate)
     step = make_step(objective, optimizer, plan, config.ema, correct if config.router.correction_rate else None)
     placed = batch_shardings(mesh, batch)
-    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, targets, apart)
+    beside: dict[str, Any] = {'targets': targets, 'second': second, 'apart': apart}
+    job = Job(config, models, mesh, plan, objective, optimizer, None, batch, placed, None, None, **beside)
     state = _abstract_state(job)
     where = places_of(state)
     return job._replace(
@@ -157,7 +163,7 @@ def teacher_dtype(config: TrainConfig) -> str:
     return config.compute.teacher_dtype or config.compute.dtype
 
 
-def words_of(record: RecordConfig, vocab_size: int, student: int | None = None) -> int:
+def vocabulary_of(record: RecordConfig, vocab_size: int, student: int | None = None) -> int:
     """How many words of a teacher with so many take part, beside a student with so many.
 
     Raises:
@@ -174,7 +180,7 @@ def words_of(record: RecordConfig, vocab_size: int, student: int | None = None) 
 
 def _words_apart(config: TrainConfig, models: dict[str, Weights], apart: Job | None) -> int:
     assert apart is not None
-    return words_of(config.record, apart.models['model'].cfg.vocab_size, models['model'].cfg.vocab_size)
+    return vocabulary_of(config.record, apart.models['model'].cfg.vocab_size, models['model'].cfg.vocab_size)
 
 
 def _objective(
@@ -182,6 +188,7 @@ def _objective(
     models: dict[str, Weights],
     compute: Compute,
     targets: RecordedTargets | None,
+    second: SecondReader | None,
     apart: Job | None,
 ) -> Objective:
     cfg = models['model'].cfg
@@ -195,10 +202,20 @@ def _objective(
         return language_modeling(cfg, compute, auxiliary, loss, changing(distill))
     if config.task == 'distill':
         teachers = {name: models[name].cfg for name in config.named_teachers()}
-        return logit_distillation(
-            cfg, teachers, compute, distill, auxiliary, config.teacher_shares(), teacher_dtype(config)
-        )
+        words = None if second is None else words_of(distill, cfg, teachers['teacher'], second)
+        shares, dtype = config.teacher_shares(), teacher_dtype(config)
+        return logit_distillation(cfg, teachers, compute, distill, auxiliary, shares, dtype, words)
     return language_modeling(cfg, compute, auxiliary)
+
+
+def _second(config: TrainConfig, mesh: Mesh) -> SecondReader | None:
+    """What reads the texts for a teacher with another tokenizer."""
+    if config.distill.alignment is not None and mesh.shape['context'] > 1:
+        raise ValueError(
+            f'mesh.context={mesh.shape["context"]}: with config.distill.alignment a position of the student looks for '
+            "the teacher's anywhere in the row: expected 1"
+        )
+    return open_second(config)
 
 
 def _targets(config: TrainConfig, models: dict[str, Weights]) -> RecordedTargets | None:
@@ -234,12 +251,16 @@ def _targets(config: TrainConfig, models: dict[str, Weights]) -> RecordedTargets
     return found
 
 
-def _abstract_batch(config: TrainConfig, targets: RecordedTargets | None, apart: Job | None) -> Batch:
+def _abstract_batch(
+    config: TrainConfig, targets: RecordedTargets | None, second: SecondReader | None, apart: Job | None
+) -> Batch:
     """Shapes of a batch."""
     shape = (config.batch.size, config.batch.length)
     batch = empty_batch(*shape)
     if targets is not None:
         batch = batch._replace(sparse_target=targets.empty(shape))
+    if second is not None:
+        batch = batch._replace(teacher=second.empty(shape[:1], shape[1]))
     if apart is not None:
         wide = jnp.promote_types(teacher_dtype(config), jnp.float32)
         batch = batch._replace(sparse_target=no_words(shape, config.record.likely, wide))

@@ -48,7 +48,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
         NotFiniteError: naming the batch, which is saved under workdir.
     """
     config = job.config
-    feed = open_feed(job, config.data, tokenizer, seed=config.seed)
+    feed = open_feed(job, config.data, tokenizer)
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
         manager = stack.enter_context(open_manager(job, workdir, assets))
@@ -92,6 +92,21 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
             raise StoppedError(STOPPED)
         metrics.say(f'data     {feed.pipeline.describe()}')
     return state
+
+
+def open_feed(job: Job, data: DataConfig, tokenizer: Tokenizer, *, evaluate: bool = False) -> Feed:
+    """The batches of a job, or of an evaluation within it: one pass in the order of the files."""
+    return Feed(
+        data,
+        tokenizer,
+        job.batch_shardings,
+        (job.config.batch.size, job.config.batch.length),
+        seed=0 if evaluate else job.config.seed,
+        evaluate=evaluate,
+        targets=job.targets,
+        second=job.second,
+        teacher=job.teacher,
+    )
 
 
 class _Saver:
@@ -149,8 +164,10 @@ def check_finite(values: dict[str, float] | None, batch: tuple[int, Batch] | Non
 
 def _named(batch: Batch) -> list[tuple[str, jax.Array]]:
     """The arrays of a batch by name; numpy has no file format for bfloat16, so such values are widened."""
-    target = batch.sparse_target
-    parts = batch._replace(sparse_target=None)._asdict() | ({} if target is None else target._asdict())
+    parts = dict(batch._asdict())
+    target, teacher = parts.pop('sparse_target'), parts.pop('teacher')
+    parts |= {} if target is None else target._asdict()
+    parts |= {} if teacher is None else {f'teacher_{name}': leaf for name, leaf in teacher._asdict().items()}
     found = {name: leaf for name, leaf in parts.items() if leaf is not None}
     return [(name, leaf.astype(np.float32) if leaf.dtype.kind == 'V' else leaf) for name, leaf in found.items()]
 
@@ -171,26 +188,17 @@ def evaluate(
         return None
     state = state._replace(params=averaged(state.ema, state.params))  # what the run exports in the end
     sums: dict[str, tuple[float, float]] = {}
-    with metrics.timed('eval'):
-        feed = open_feed(job, settings.data, tokenizer, evaluate=True)
-        with contextlib.closing(feed):
-            for number, batch in enumerate(feed):
-                if settings.batches and number == settings.batches:
-                    break
-                dog.beat(step, f'evaluation, batch {number}')
-                for name, (total, count) in jax.device_get(job.eval_step(state, batch)).items():
-                    before = sums.get(name, (0.0, 0.0))
-                    sums[name] = before[0] + float(total), before[1] + float(count)
+    with metrics.timed('eval'), contextlib.closing(open_feed(job, settings.data, tokenizer, evaluate=True)) as feed:
+        for number, batch in enumerate(feed):
+            if settings.batches and number == settings.batches:
+                break
+            dog.beat(step, f'evaluation, batch {number}')
+            for name, (total, count) in jax.device_get(job.eval_step(state, batch)).items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = before[0] + float(total), before[1] + float(count)
     scores = {f'eval_{name}': total / count for name, (total, count) in sums.items() if count}
     metrics.record(step, scores)
     return scores
-
-
-def open_feed(job: Job, data: DataConfig, tokenizer: Tokenizer, *, seed: int = 0, evaluate: bool = False) -> Feed:
-    """The batches of a job, with what its teacher says of them where that comes with the batch."""
-    shape = (job.config.batch.size, job.config.batch.length)
-    beside: dict[str, Any] = {'targets': job.targets, 'teacher': job.teacher}
-    return Feed(data, tokenizer, job.batch_shardings, shape, seed=seed, evaluate=evaluate, **beside)
 
 
 def open_manager(job: Job, workdir: Path, assets: Path | None) -> CheckpointManager:

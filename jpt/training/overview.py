@@ -39,10 +39,12 @@ def flops_of(job: Job) -> float:
         cfg = dataclasses.replace(cfg, mtp=())
     model = flops_per_token(cfg, config.batch.length, trained).training
     teachers = [dataclasses.replace(w.cfg, mtp=()) for name, w in job.models.items() if name != 'model']
+    read = config.batch.length if job.second is None else job.second.length
+    theirs = sum(flops_per_token(cfg, read).forward for cfg in teachers) * read / config.batch.length
     beside = 6 * count_parameters(job.state.params.get(BESIDE))  # products forward, and both of backward
     if config.teacher_mesh is not None and not config.teacher_mesh.devices:  # it has the same devices
-        teachers.append(job.apart.models['model'].cfg)
-    return model + beside + sum(flops_per_token(cfg, config.batch.length).forward for cfg in teachers)
+        theirs += flops_per_token(job.apart.models['model'].cfg, config.batch.length).forward
+    return model + beside + theirs
 
 
 def describe_data(data: DataConfig) -> str:
@@ -93,6 +95,12 @@ def overview(job: Job) -> str:
         lines.append(f'teacher  {job.models[name].cfg.family}, {count:,} parameters, from {teacher.path}{which}')
     if job.apart is not None:
         lines += describe_apart(job.apart, config)
+    if job.second is not None:
+        words = job.second.shared_words
+        lines.append(
+            f'aligned  the student has {(words >= 0).sum():,} of the {len(words):,} words of the teacher, which reads '
+            f'rows of {job.second.length:,} tokens of its own'
+        )
     if config.task == 'distill' and config.distill.pairs:
         maps = count_parameters(job.state.params.get(BESIDE))
         names = ', '.join(f'{pair.weight:g} {pair.name}' for pair in config.distill.pairs)

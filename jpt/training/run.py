@@ -24,6 +24,7 @@ from jpt.training.loop import make_watchdog, train
 from jpt.training.overview import overview
 from jpt.training.settings import TrainConfig
 from jpt.training.state import TrainState
+from jpt.training.tokenizers import open_assets
 
 RESULTS = 'results.json'  # which step each result is of
 
@@ -166,23 +167,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def open_assets(config: TrainConfig) -> tuple[Tokenizer, Path]:
-    """The tokenizer of a job and the directory that it lies in.
-
-    Raises:
-        ValueError: nothing names a tokenizer.
-    """
-    given = [config.tokenizer, config.model.path, *(teacher.path for teacher in config.named_teachers().values())]
-    for path in given:
-        if path is None:
-            continue
-        assets = Path(path) if path == config.tokenizer else open_model(path).assets
-        tokenizer = open_tokenizer(assets)
-        if tokenizer is not None and assets is not None:
-            return tokenizer, assets
-    raise ValueError('config.tokenizer=None: expected a directory with tokenizer.json, since no model here has one')
-
-
 def check_targets(job: Job, tokenizer: Tokenizer) -> None:
     """Raises ValueError where a teacher's recorded words are of another tokenizer."""
     if job.targets is None or job.targets.manifest.tokenizer == tokenizer.fingerprint():
@@ -194,17 +178,19 @@ def check_targets(job: Job, tokenizer: Tokenizer) -> None:
 
 
 def check_models(job: Job, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where the tokenizer has ids, or a row positions, for which a model has no embedding."""
+    """Raises ValueError where a tokenizer has ids, or a row positions, for which a model has no embedding."""
+    second = job.second
     for name, weights in job.models.items():
-        cfg = weights.cfg
-        if cfg.learned_positions and job.config.batch.length > cfg.max_length:
+        cfg, read, length, setting = weights.cfg, tokenizer, job.config.batch.length, 'batch.length'
+        if second is not None and name != 'model':
+            read, length, setting = second.tokenizer, second.length, 'distill.alignment.length'
+        if cfg.learned_positions and length > cfg.max_length:
             raise ValueError(
-                f'config.batch.length={job.config.batch.length}: expected at most the {cfg.max_length} positions of '
-                f'the {name}'
+                f'config.{setting}={length}: expected at most the {cfg.max_length} positions of the {name}'
             )
-        if tokenizer.vocab_size > cfg.vocab_size:
+        if read.vocab_size > cfg.vocab_size:
             raise ValueError(
-                f'the tokenizer in {tokenizer.source} has ids up to {tokenizer.vocab_size - 1}: expected less than '
+                f'the tokenizer in {read.source} has ids up to {read.vocab_size - 1}: expected less than '
                 f'vocab_size={cfg.vocab_size} of the {name}'
             )
 
@@ -212,15 +198,18 @@ def check_models(job: Job, tokenizer: Tokenizer) -> None:
 def check_teachers(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raises ValueError where a teacher has no weights, or a tokenizer of its own that gives other ids.
 
-    A teacher without a tokenizer is taken to have this one.
+    A teacher without a tokenizer is taken to have this one. With config.distill.alignment it may have another.
     """
     for name, teacher in config.named_teachers().items():
         if teacher.path is None:
             place = f'config.{"teacher" if teacher is config.teacher else f"teachers.{name}"}'
             raise ValueError(f'{place}.architecture: a teacher needs trained weights: expected {place}.path')
+        if config.distill.alignment is not None:
+            continue
         theirs = open_tokenizer(open_model(teacher.path).assets)
         if theirs is not None and theirs.fingerprint() != tokenizer.fingerprint():
             raise ValueError(
                 f'the {name} {teacher.path} has another tokenizer ({theirs.fingerprint()[:12]}) than the student '
-                f'({tokenizer.fingerprint()[:12]}, from {tokenizer.source}): its words are not those of the student'
+                f'({tokenizer.fingerprint()[:12]}, from {tokenizer.source}): its words are not those of the student; '
+                'config.distill.alignment (docs/distill.md) learns from the words that both have'
             )

@@ -63,6 +63,23 @@ class MixtureSchedule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Alignment:
+    """How a student learns from a teacher with another tokenizer: from the words that both have, where both begin one.
+
+    The teacher reads the same texts in tokens of its own, see jpt.data.alignment and jpt.kernels.aligned_loss.
+    """
+
+    length: int | None = None  # the teacher's tokens of a row; None: batch.length
+    likely: int = 64  # words of each side that are looked at: the teacher's likeliest ones; all others are one more
+    uld: float = 1.0  # weight of the sorted differences between words that only one side has
+
+    def __post_init__(self) -> None:
+        require(self, 'length', self.length is None or self.length > 0, 'a positive integer or None')
+        require(self, 'likely', self.likely > 0, 'a positive integer')
+        require(self, 'uld', 0 <= self.uld < math.inf, 'a finite number of 0 or more')
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """How a student learns from its teacher: weights of divergences by name, see jpt.kernels.divergences, and pairs."""
 
@@ -82,6 +99,7 @@ class DistillConfig:
     pairs: tuple[HiddenPair, ...] = ()  # of hidden states; their losses, by their weights, are added
     targets: str | None = None  # a directory of jpt.distill.record: the teacher itself is not run
     form: Literal['tail', 'truncated', 'renormalized'] = 'tail'  # of likely words: what becomes of those left out
+    alignment: Alignment | None = None  # of a teacher whose tokenizer is another one; None refuses that
     more_context: bool = False  # targets: also those whose teacher saw more of a document to the left than a row shows
 
     def __post_init__(self) -> None:
@@ -99,6 +117,10 @@ class DistillConfig:
         require(self, 'more_context', not self.more_context or self.targets is not None, 'False where targets is None')
         for name in ('temperature', *NAMES):
             require(self, name, math.isfinite(getattr(self, name)), 'a finite number')
+        online = self.alignment is None or self.targets is None
+        require(self, 'alignment', online, "None where targets is given: those are of the student's tokens")
+        alike = self.alignment is None or not self.pairs
+        require(self, 'pairs', alike, "none where alignment is given: the teacher's positions are others")
         runs = self.targets is None or not self.pairs
         require(self, 'pairs', runs, 'none where targets is given: a teacher that is not run has no hidden states')
 
@@ -327,13 +349,16 @@ class TrainConfig:
         require(self, 'compare', has_text, 'None, unless eval.data.paths names held-out text to compare on')
         traced = self.log.profile[1] if self.log.profile else 1
         require(self, 'steps', traced <= self.steps, f'at least {traced}, the last step of log.profile')
+        if self.distill.alignment is not None:
+            require(self, 'teachers', not self.teachers, 'one teacher where distill.alignment is given')
+            require(self, 'compare', self.compare is None, 'None where distill.alignment is given: no common tokens')
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
 
     def _check_likely_words(self) -> None:
         """Of a teacher that is not in the student's program: settings that need it there, or are for such a one."""
         distill, apart = self.distill, self.teacher_mesh is not None
-        runs = self.teacher is not None and distill.targets is None and not distill.pairs
-        allowed = 'None, unless there is one teacher, without distill.targets and distill.pairs'
+        runs = self.teacher is not None and distill.targets is None and not distill.pairs and distill.alignment is None
+        allowed = 'None, unless there is one teacher, without distill.targets, distill.pairs and distill.alignment'
         require(self, 'teacher_mesh', runs or not apart, allowed)
         if distill.form != 'tail' and not apart and distill.targets is None:
             allowed = "'tail' where neither distill.targets nor teacher_mesh is given: no words are left out"
@@ -365,12 +390,17 @@ def teacher_alone(config: TrainConfig, mesh: MeshConfig, microbatches: int) -> T
     """The job of a distillation's teacher alone, which trains nothing, on a mesh without a pipeline.
 
     Raises:
-        ValueError: the job has no single teacher with weights, or the mesh a pipeline.
+        ValueError: the job has no single teacher with weights, or one with another tokenizer, or the mesh a pipeline.
     """
     if config.teacher is None:
         raise ValueError('config.teacher=None: expected the model whose words are asked for')
     if config.teacher.path is None:
         raise ValueError('config.teacher.architecture: a teacher needs trained weights: expected config.teacher.path')
+    if config.distill.alignment is not None:
+        raise ValueError(
+            f'config.distill.alignment={config.distill.alignment}: what a teacher says is recorded of its own tokens: '
+            'expected None, and a student with its tokenizer'
+        )
     if mesh.pipe != 1:
         raise ValueError(
             f'config.mesh.pipe={mesh.pipe}: a teacher is recorded without a pipeline: expected 1 '

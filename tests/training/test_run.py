@@ -23,7 +23,9 @@ def job(length, learned):
     cfg = SimpleNamespace(vocab_size=100, max_length=64, learned_positions=learned)
     batch = SimpleNamespace(length=length)
     return SimpleNamespace(
-        models={'model': SimpleNamespace(cfg=cfg)}, config=SimpleNamespace(batch=batch, named_teachers=dict)
+        models={'model': SimpleNamespace(cfg=cfg)},
+        config=SimpleNamespace(batch=batch, named_teachers=dict),
+        second=None,
     )
 
 
@@ -54,7 +56,8 @@ def test_a_teacher_with_other_words_is_refused(monkeypatch):
     own = {'same': Words(100, words='a'), 'other': Words(100, words='b'), 'none': None}
     monkeypatch.setattr(run, 'open_model', lambda path: SimpleNamespace(assets=path))
     monkeypatch.setattr(run, 'open_tokenizer', own.get)
-    config = SimpleNamespace(batch=SimpleNamespace(length=8), teacher=None)
+    distill = SimpleNamespace(alignment=None)
+    config = SimpleNamespace(batch=SimpleNamespace(length=8), teacher=None, distill=distill)
     for name in own:
         config.named_teachers = lambda name=name: {'math': SimpleNamespace(path=name)}
         if name == 'other':
@@ -69,7 +72,13 @@ def test_a_teacher_with_other_words_is_refused(monkeypatch):
         check_teachers(config, Words(100, words='a'))
     small = SimpleNamespace(cfg=SimpleNamespace(vocab_size=99, learned_positions=False))
     with pytest.raises(ValueError, match='expected less than vocab_size=99 of the math'):
-        check_models(SimpleNamespace(models={'math': small}, config=config), Words(100, words='a'))
+        check_models(SimpleNamespace(models={'math': small}, config=config, second=None), Words(100, words='a'))
+    # With an alignment it may have any words, and its table is to hold those.
+    distill.alignment = object()
+    config.named_teachers = lambda: {'math': SimpleNamespace(path='other')}
+    check_teachers(config, Words(100, words='a'))
+    second = SimpleNamespace(tokenizer=Words(98, words='b'), length=8)
+    check_models(SimpleNamespace(models={'math': small}, config=config, second=second), Words(100, words='a'))
 
 
 DISTILL = {
