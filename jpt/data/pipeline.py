@@ -102,6 +102,7 @@ def make_pipeline(
     evaluate: bool = False,
     sources: Sequence[Source] | None = None,
     targets: 'RecordedTargets | None' = None,
+    routes: Sequence[str] = (),
 ) -> Pipeline:
     """An iterator of Batch [batch_size / process_count, seq_len].
 
@@ -110,6 +111,7 @@ def make_pipeline(
     evaluate: one pass in the order of the files, without weights; every host gets the same number of batches.
     sources: what to read instead of config.paths, such as MemorySource(texts).
     targets: what a teacher said of these documents; batches then have it as sparse_target.
+    routes: the names that config.route_key may find in a record; batches then have their numbers as route.
     Raises ValueError naming the argument, and what the parts raise: DataError, FileNotFoundError.
     """
     for name, value in (('batch_size', batch_size), ('seq_len', seq_len), ('process_count', process_count)):
@@ -129,7 +131,7 @@ def make_pipeline(
         sources = [open_source(path, config.fields, config.is_chat, config.separator) for path in config.paths]
     if evaluate:
         num_epochs = 1
-    reader = WindowReader(config, tokenizer, sources, seq_len=seq_len, seed=seed, evaluate=evaluate)
+    reader = WindowReader(config, tokenizer, sources, seq_len=seq_len, seed=seed, evaluate=evaluate, routes=routes)
     share = batch_size // process_count
     local = slice(process_index * share, (process_index + 1) * share)
     batches = Batches(reader, num_epochs, batch_size, local, config.prefetch, targets)

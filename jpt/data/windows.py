@@ -17,7 +17,7 @@ from jpt.data.blend import Order, derive_seed, permutation
 from jpt.data.chat import ChatTokens, RenderedChat, encode_rendered, render_chat
 from jpt.data.config import DataConfig
 from jpt.data.packing import PACKINGS, Row, cut_to_fill
-from jpt.data.records import Chat, DataError, Record, check_unicode
+from jpt.data.records import Chat, DataError, Record, Routed, check_unicode
 from jpt.data.sources import Source
 from jpt.data.template import ChatTemplate
 from jpt.data.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ class Window(NamedTuple):
     rows: list[Row]
     documents: list[ChatTokens]
     places: list[tuple[int, int]]  # of each document: source, and index in it
+    routes: list[int]  # of each document: the number of its teacher, 0 where data have no routes
     end: int
     taken: list[int]
     counts: dict[str, int]
@@ -55,10 +56,12 @@ class WindowReader:
         seq_len: int,
         seed: int,
         evaluate: bool = False,
+        routes: Sequence[str] = (),
     ):
-        """evaluate: the order of the files, without weights.
+        """evaluate: the order of the files, without weights. routes: what config.route_key may say, by number.
 
-        Raises ValueError where a source is empty, weights do not match, or the tokenizer lacks what the config wants.
+        Raises ValueError where a source is empty, weights do not match, the tokenizer lacks what the config wants, or
+        there are routes without a key or a key without routes.
         """
         empty = [source.name for source in sources if not len(source)]
         if empty and (config.weights or len(empty) == len(sources)):
@@ -68,6 +71,12 @@ class WindowReader:
         if config.weights and len(config.weights) != len(sources):
             raise ValueError(f'DataConfig.weights={config.weights!r}: expected one for each of {len(sources)} sources')
         self.config, self.tokenizer, self.sources, self.seq_len = config, tokenizer, sources, seq_len
+        if bool(routes) != bool(config.route_key):
+            names = ', '.join(routes) or 'none'
+            raise ValueError(
+                f'DataConfig.route_key={config.route_key!r}: expected a key where routes are given: {names}'
+            )
+        self._routes = {name: number for number, name in enumerate(routes)}
         self._shuffle, self._seed = config.shuffle and not evaluate, seed
         weights = None if evaluate else config.weights or None
         self.order = Order([len(source) for source in sources], weights, seed, self._shuffle)
@@ -79,7 +88,7 @@ class WindowReader:
         """The window that begins at `position` of the order, in which source i gave taken[i] documents before."""
         source, index = self._extent(position, taken)
         counts: collections.Counter[str] = collections.Counter(dict.fromkeys(COUNTS, 0))
-        documents, places = self._documents(source, index, counts)
+        documents, places, routes = self._documents(source, index, counts)
         lengths = [self._length(document, place, counts) for document, place in zip(documents, places, strict=True)]
         rows = PACKINGS[self.config.packing](lengths, self.seq_len)
         rows = cut_to_fill(rows, self.seq_len, self.config.cut_until)
@@ -87,13 +96,15 @@ class WindowReader:
         if self._shuffle:  # best fit puts long documents first
             rows = [rows[i] for i in permutation(len(rows), derive_seed('rows', self._seed, position))]
         given = np.asarray(taken) + np.bincount(source, minlength=len(self.sources))
-        return Window(rows, documents, places, position + len(source), given.tolist(), dict(counts))
+        return Window(rows, documents, places, routes, position + len(source), given.tolist(), dict(counts))
 
     def fingerprint(self) -> dict[str, Any]:
         """Whatever decides which token stands where; equal for pipelines that give the same rows."""
         config = dataclasses.asdict(self.config)
         for name in ('paths', 'prefetch'):  # content counts, not where it lies
             del config[name]
+        if not self._routes:  # a place in data without routes is one of before there were any
+            del config['route_key']
         template = hashlib.sha256(self._template.source.encode()).hexdigest()[:16] if self._template else ''
         return {
             **{name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
@@ -105,6 +116,7 @@ class WindowReader:
             'seed': self._seed,
             'shuffle': self._shuffle,
             'weights': list(self.order.weights or ()),
+            **({'routes': sorted(self._routes)} if self._routes else {}),
         }
 
     def _extent(self, position: int, taken: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -129,15 +141,17 @@ class WindowReader:
 
     def _documents(
         self, source: np.ndarray, index: np.ndarray, counts: collections.Counter[str]
-    ) -> tuple[list[ChatTokens], list[tuple[int, int]]]:
-        records: list[str | RenderedChat | np.ndarray] = []
+    ) -> tuple[list[ChatTokens], list[tuple[int, int]], list[int]]:
+        routes: list[int] = []
+        records: list[str | Chat | RenderedChat | np.ndarray] = []
         places: list[tuple[int, int]] = []
         for s, i in zip(source.tolist(), index.tolist(), strict=True):
             try:
-                record = self.sources[s][i]
+                raw, route = self._routed(self.sources[s][i], s, i)
                 place = self.sources[s].place(i) if self._template else ''
-                records.append(record if self._template is None else self._render(self._template, record, place))
+                records.append(raw if self._template is None else self._render(self._template, raw, place))
                 places.append((s, i))
+                routes.append(route)
             except DataError as error:
                 if self.config.malformed == 'error':
                     raise
@@ -154,9 +168,21 @@ class WindowReader:
                 documents.append(next(next_chat))
             else:
                 documents.append(_all_learned(next(next_text) if isinstance(record, str) else record))
-        return documents, places
+        return documents, places, routes
 
-    def _render(self, template: ChatTemplate, record: Record, place: str) -> RenderedChat:
+    def _routed(self, record: Record, source: int, index: int) -> tuple[str | Chat | np.ndarray, int]:
+        """A record without its route, and the number of that; 0 where there are none."""
+        given = record.route if isinstance(record, Routed) else None
+        plain = record.record if isinstance(record, Routed) else record
+        if not self._routes:
+            return plain, 0
+        if not isinstance(given, str) or given not in self._routes:
+            key, place = self.config.route_key, self.sources[source].place(index)
+            found = f'{key!r} is {given!r}' if given is not None else f'no teacher in {key!r}'
+            raise DataError(place, f'{found}: expected one of {", ".join(self._routes)}')
+        return plain, self._routes[given]
+
+    def _render(self, template: ChatTemplate, record: str | Chat | np.ndarray, place: str) -> RenderedChat:
         if not isinstance(record, Chat):
             raise DataError(place, "not a conversation, which kind='chat' needs")
         try:

@@ -1,5 +1,6 @@
 """Batches of a pipeline as arrays on the mesh, with a place to resume from."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jpt.data.tokenizer import Tokenizer
 
 
 class Feed:
-    """An iterator of global batches [B, T] on devices, with `targets` those beside the tokens.
+    """An iterator of global batches [B, T] on devices, with `targets` and `routes` those beside the tokens.
 
     Each process makes only its own rows where rows are divided evenly over processes, and all rows where several
     processes hold the same ones (tensor or pipeline parallelism across hosts).
@@ -29,6 +30,7 @@ class Feed:
         seed: int = 0,
         evaluate: bool = False,
         targets: RecordedTargets | None = None,
+        routes: Sequence[str] = (),
     ) -> None:
         self._shardings, self._shape = shardings, shape
         rows = rows_of_process(shardings.tokens, shape)
@@ -44,6 +46,7 @@ class Feed:
             process_count=count if self._own else 1,
             evaluate=evaluate,
             targets=targets,
+            routes=routes,
         )
 
     def __iter__(self) -> 'Feed':

@@ -114,7 +114,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     objective = _objective(config, models, compute, targets)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
-    batch = _abstract_batch((config.batch.size, config.batch.length), targets)
+    batch = _abstract_batch((config.batch.size, config.batch.length), targets, routed=bool(config.routes()))
     correct = make_correction(models['model'].cfg, plan.layouts['model'], config.router.correction_rate)
     step = make_step(objective, optimizer, plan, config.ema, correct if config.router.correction_rate else None)
     placed = batch_shardings(mesh, batch)
@@ -178,9 +178,11 @@ def _targets(config: TrainConfig, models: dict[str, Weights]) -> RecordedTargets
     return found
 
 
-def _abstract_batch(shape: tuple[int, int], targets: RecordedTargets | None) -> Batch:
+def _abstract_batch(shape: tuple[int, int], targets: RecordedTargets | None, *, routed: bool) -> Batch:
     """Shapes of a batch."""
     batch = empty_batch(*shape)
+    if routed:
+        batch = batch._replace(route=batch.segment_ids)
     if targets is not None:
         batch = batch._replace(sparse_target=targets.empty(shape))
     return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch))

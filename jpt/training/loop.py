@@ -12,6 +12,7 @@ import numpy as np
 
 from jpt.checkpoint.manager import CheckpointManager
 from jpt.data.batch import Batch
+from jpt.data.config import DataConfig
 from jpt.data.tokenizer import Tokenizer
 from jpt.metrics import Metrics, Run, Window, make_writers
 from jpt.sharding.watchdog import STOPPED, Watchdog
@@ -47,8 +48,7 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
         NotFiniteError: naming the batch, which is saved under workdir.
     """
     config = job.config
-    shape = (config.batch.size, config.batch.length)
-    feed = Feed(config.data, tokenizer, job.batch_shardings, shape, seed=config.seed, targets=job.targets)
+    feed = make_feed(job, tokenizer, config.data)
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
         manager = stack.enter_context(open_manager(job, workdir, assets))
@@ -92,6 +92,21 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
             raise StoppedError(STOPPED)
         metrics.say(f'data     {feed.pipeline.describe()}')
     return state
+
+
+def make_feed(job: Job, tokenizer: Tokenizer, data: DataConfig, *, evaluate: bool = False) -> Feed:
+    """The batches of a job from its own or from held-out data."""
+    config = job.config
+    return Feed(
+        data,
+        tokenizer,
+        job.batch_shardings,
+        (config.batch.size, config.batch.length),
+        seed=config.seed,
+        evaluate=evaluate,
+        targets=job.targets,
+        routes=config.routes(),
+    )
 
 
 class _Saver:
@@ -166,14 +181,13 @@ def evaluate(
     job: Job, state: TrainState, tokenizer: Tokenizer, metrics: Metrics, step: int, dog: Watchdog
 ) -> dict[str, float] | None:
     """Means over the held-out text, written as eval_*, of the moving average if there is one; None without text."""
-    settings, config = job.config.eval, job.config
+    settings = job.config.eval
     if settings.data is None:
         return None
     state = state._replace(params=averaged(state.ema, state.params))  # what the run exports in the end
     sums: dict[str, tuple[float, float]] = {}
-    shape = (config.batch.size, config.batch.length)
     with metrics.timed('eval'):
-        feed = Feed(settings.data, tokenizer, job.batch_shardings, shape, evaluate=True, targets=job.targets)
+        feed = make_feed(job, tokenizer, settings.data, evaluate=True)
         with contextlib.closing(feed):
             for number, batch in enumerate(feed):
                 if settings.batches and number == settings.batches:

@@ -304,6 +304,7 @@ class TrainConfig:
         require(self, 'steps', end <= self.steps, f'at least {end}, the end of distill.schedule')
         named = all(name.isidentifier() and name not in ('model', 'student') for name in self.teachers)
         require(self, 'teachers', named, "names of letters, digits and underscores other than 'model' and 'student'")
+        self._check_routes()
         compares = self.compare is None or self.teacher is not None
         require(self, 'compare', compares, 'None where there is no single teacher to compare with')
         has_text = self.compare is None or self.eval.data is not None
@@ -311,6 +312,21 @@ class TrainConfig:
         traced = self.log.profile[1] if self.log.profile else 1
         require(self, 'steps', traced <= self.steps, f'at least {traced}, the last step of log.profile')
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
+
+    def _check_routes(self) -> None:
+        """Raises ConfigError where records name teachers and these settings do not go with that."""
+        key, held_out = self.data.route_key, self.eval.data
+        several = "two teachers or more, task 'distill', and distill.targets=None where data.route_key is set"
+        require(self, 'teachers', not key or len(self.teachers) > 1, several)
+        weighed = key and any(teacher.weight != 1 for teacher in self.teachers.values())
+        require(self, 'teachers', not weighed, 'weights of 1 where data.route_key is set: each record has one teacher')
+        both = held_out is None or bool(held_out.route_key) == bool(key)
+        wanted = 'data.route_key set in both or in neither: the same teachers are looked at on held-out text'
+        require(self, 'eval', both, wanted)
+
+    def routes(self) -> tuple[str, ...]:
+        """What the field data.route_key of a record may hold: the names of the teachers; () without that."""
+        return tuple(self.teachers) if self.data.route_key else ()
 
     def named_teachers(self) -> dict[str, ModelSource]:
         """All teachers by name; a single one is called 'teacher'."""
