@@ -72,9 +72,9 @@ class WindowReader:
             raise ValueError(f'DataConfig.weights={config.weights!r}: expected one for each of {len(sources)} sources')
         self.config, self.tokenizer, self.sources, self.seq_len = config, tokenizer, sources, seq_len
         if bool(routes) != bool(config.route_key):
-            names = ', '.join(routes) or 'none'
             raise ValueError(
-                f'DataConfig.route_key={config.route_key!r}: expected a key where routes are given: {names}'
+                f'DataConfig.route_key={config.route_key!r}: expected a key where there are routes: '
+                f'{", ".join(routes) or "none"}'
             )
         self._routes = {name: number for number, name in enumerate(routes)}
         self._shuffle, self._seed = config.shuffle and not evaluate, seed
