@@ -7,7 +7,7 @@ from typing import Literal
 from jpt.config import require
 from jpt.data.config import DataConfig
 from jpt.distill.pairs import HiddenPair
-from jpt.kernels.divergences import NAMES, Divergence
+from jpt.kernels.divergences import NAMES, SKEWED, Divergence
 from jpt.models.block import remat_policy
 from jpt.sharding.mesh import MeshConfig
 from jpt.sharding.multihost import MultihostConfig
@@ -99,10 +99,16 @@ class DistillConfig:
         for name in ('form', 'more_context'):
             plain = getattr(self, name) == getattr(type(self), name)
             require(self, name, plain or self.targets is not None, 'no setting of it where targets is None')
+        for name, of in (('beta', ('jsd',)), ('jsd_normalized', ('jsd',)), ('skew', tuple(SKEWED))):
+            used = any(getattr(self, each) or self._last(each) for each in of)
+            plain = getattr(self, name) == getattr(type(self), name)
+            require(self, name, used or plain, f'no setting of it without a weight of {" or ".join(of)}')
         for name in ('temperature', *NAMES):
             require(self, name, math.isfinite(getattr(self, name)), 'a finite number')
         runs = self.targets is None or not self.pairs
         require(self, 'pairs', runs, 'none where targets is given: a teacher that is not run has no hidden states')
+        if self.form == 'renormalized':
+            _warn_of_renormalized()
 
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         """The divergences that have a weight at first or in the end, with the first, as `distillation` takes them.
@@ -117,6 +123,15 @@ class DistillConfig:
     def _last(self, name: str) -> float:
         """The weight at the end of the schedule; 0 where that does not name it."""
         return 0.0 if self.schedule is None else self.schedule.to.get(name, 0.0)
+
+
+def _warn_of_renormalized() -> None:
+    from absl import logging  # takes a while to import, and few need it
+
+    logging.warning(
+        "config.distill.form='renormalized' compares shares of the recorded words only: a student may have any mass "
+        "outside of them at no cost, and the gradient is not that of the whole distributions; form='tail' counts it"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +150,8 @@ class RecordConfig:
         positive = self.vocab_size is None or self.vocab_size >= self.likely
         require(self, 'vocab_size', positive, f'at least likely={self.likely}, or None')
         require(self, 'at_least', 0 < self.at_least <= self.likely, f'an integer from 1 to likely={self.likely}')
+        effect = self.at_least == 1 or self.top_p is not None
+        require(self, 'at_least', effect, '1 where top_p is None: only top_p leaves words out')
 
 
 @dataclasses.dataclass(frozen=True)
