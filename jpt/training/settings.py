@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from jpt.config import require
+from jpt.config import ConfigError, require
 from jpt.data.config import DataConfig
 from jpt.distill.pairs import HiddenPair
 from jpt.kernels.divergences import NAMES, SKEWED, Divergence
@@ -331,15 +331,17 @@ class TrainConfig:
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
 
     def _check_routes(self) -> None:
-        """Raises ConfigError where records name teachers and these settings do not go with that."""
+        """Raises ConfigError, by the setting, where records name teachers and others do not go with that."""
         key, held_out = self.data.route_key, self.eval.data
-        several = "two teachers or more, task 'distill', and distill.targets=None where data.route_key is set"
-        require(self, 'teachers', not key or len(self.teachers) > 1, several)
-        weighed = key and any(teacher.weight != 1 for teacher in self.teachers.values())
-        require(self, 'teachers', not weighed, 'weights of 1 where data.route_key is set: each record has one teacher')
-        both = held_out is None or bool(held_out.route_key) == bool(key)
-        wanted = 'data.route_key set in both or in neither: the same teachers are looked at on held-out text'
-        require(self, 'eval', both, wanted)
+        if key and len(self.teachers) < 2:
+            raise ConfigError('TrainConfig', 'data.route_key', key, "'', unless teachers names two or more of them")
+        for name, teacher in self.teachers.items() if key else ():
+            if teacher.weight != 1:
+                allowed = '1 where data.route_key is set: a record has one teacher'
+                raise ConfigError('TrainConfig', f'teachers.{name}.weight', teacher.weight, allowed)
+        if held_out is not None and bool(held_out.route_key) != bool(key):
+            allowed = f'a key, as data.route_key is {key!r}' if key else "'', as data.route_key is"
+            raise ConfigError('TrainConfig', 'eval.data.route_key', held_out.route_key, allowed)
 
     def routes(self) -> tuple[str, ...]:
         """What the field data.route_key of a record may hold: the names of the teachers; () without that."""

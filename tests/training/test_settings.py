@@ -27,19 +27,25 @@ def test_routes_are_the_names_of_the_teachers(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'task': 'pretrain', 'teachers': {}}, r'teachers=\{\}: expected two teachers or more, task .distill.'),
-        ({'teachers': {'code': SEVERAL['code']}}, r'teachers=.* expected two teachers or more'),
-        ({'teachers': {}, 'teacher': SEVERAL['code']}, r'teachers=\{\}: expected two teachers or more'),
         (
-            {'teachers': {}, 'distill': {'targets': 'recorded'}},
-            r'expected two .*distill\.targets=None where data',
+            {'task': 'pretrain', 'teachers': {}},
+            r"route_key='subject': expected '', unless teachers names two",
         ),
+        ({'teachers': {'code': SEVERAL['code']}}, r"data\.route_key='subject': expected ''"),
+        ({'teachers': {}, 'teacher': SEVERAL['code']}, r"data\.route_key='subject': expected ''"),
+        ({'teachers': {}, 'distill': {'targets': 'recorded'}}, r"data\.route_key='subject': expected ''"),
         (
             {'teachers': SEVERAL | {'code': {'path': 'models/code', 'weight': 3.0}}},
-            r'teachers=.* expected weights of 1 where data\.route_key is set',
+            r'config\.teachers\.code\.weight=3\.0: expected 1 where data\.route_key is set',
         ),
-        ({'eval': {'data': TEXT}}, r'eval=.*expected data\.route_key set in both or in neither'),
-        ({'data': TEXT, 'eval': {'data': ROUTED}}, r'eval=.*expected data\.route_key set in both or in neither'),
+        (
+            {'eval': {'data': TEXT}},
+            r"eval\.data\.route_key='': expected a key, as data\.route_key is 'subj",
+        ),
+        (
+            {'data': TEXT, 'eval': {'data': ROUTED}},
+            r"eval\.data\.route_key='subject': expected '', as data",
+        ),
     ],
 )
 def test_a_key_of_routes_needs_teachers_to_go_to(tmp_path, changes, message):
