@@ -2,6 +2,8 @@
 
 Name the student, then the teachers: --config=configs/distill_teachers.py:STUDENT,TEACHER,TEACHER
 --config.data.paths="('train.jsonl',)". All must have one tokenizer; their tables may be padded to several sizes.
+Where every record says who teaches it ({"text": ..., "subject": "first"}), name the field, and weigh all alike:
+--config.data.route_key=subject --config.teachers.second.weight=1.0
 Weights move from forward to reverse KL over the first half of the run, and cross-entropy has a tenth throughout.
 Without directories the file describes the job by its numbers, for jpt.plan.
 """
@@ -34,7 +36,7 @@ def get_config(directories: str = '') -> ConfigDict:
                 'alpha': 0.9,
                 'schedule': {'to': {'forward_kl': 0.2, 'reverse_kl': 0.8}, 'end': STEPS // 2, 'kind': 'cosine'},
             },
-            'data': {'paths': ('train.jsonl',)},
+            'data': {'paths': ('train.jsonl',)},  # with route_key a record has one of the teachers, else both
             'batch': {'size': 64, 'length': 4096, 'microbatches': 8},
             'steps': STEPS,
             'optimizer': {'moments': 'bfloat16'},

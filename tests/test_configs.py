@@ -124,6 +124,32 @@ def test_the_config_that_is_recorded_first(tmp_path, monkeypatch):
     assert offline[-1]['eval_kl'] == pytest.approx(online[-1]['eval_kl'], rel=1e-3)
 
 
+def test_teachers_by_a_field_of_the_data(tmp_path, monkeypatch, checkpoint):
+    """The config of several teachers, each one's documents named in the data; it goes on where it was stopped."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
+    config = get('distill_teachers', f'{checkpoint},{TEACHER},{checkpoint}')
+    config.teachers.second.weight = 1.0
+    rows = [{'text': f'{i} + {i} = {2 * i}. ' * 3, 'subject': ('first', 'second')[i % 3 == 0]} for i in range(40)]
+    for name, lines in (('train', rows), ('held_out', rows[:6])):
+        (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in lines))
+    config.data.paths, config.data.route_key = (str(tmp_path / 'train.jsonl'),), 'subject'
+    config.eval.data = {'paths': (str(tmp_path / 'held_out.jsonl'),), 'route_key': 'subject'}
+    config.checkpoint.every = 1
+    given = made_small(config, tmp_path)
+    given = dataclasses.replace(given, batch=dataclasses.replace(given.batch, size=8))
+    run_job(dataclasses.replace(given, steps=2), tmp_path / 'run')
+    run_job(dataclasses.replace(given, steps=3), tmp_path / 'run')
+    found = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    steps = [row for row in found if 'loss' in row]
+    assert [row['step'] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert row['share/first'] + row['share/second'] == pytest.approx(1)
+    assert steps[0]['kl/second'] < 1e-4 < steps[0]['kl/first']  # the second one is the student itself
+    scores = found[-1]
+    assert scores['eval_share/first'] == pytest.approx(2 / 3, abs=0.1)
+
+
 def test_what_a_config_may_be_given():
     with pytest.raises(ValueError, match="expected MODEL or MODEL,lora, found 'loar'"):
         get('sft', 'path/to/model,loar')

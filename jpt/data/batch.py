@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     segment_ids: Any  # int32, 1.. per document in a row, 0 where there is padding
     sparse_target: Any = None  # a SparseTarget, what a teacher said of each target, where it was recorded
     teacher: Any = None  # TeacherTokens, the same text as a teacher with another tokenizer reads it
+    route: Any = None  # int32, the number of the teacher that a document's record names; where data are routed
 
 
 def make_targets(ids: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

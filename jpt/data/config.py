@@ -29,6 +29,8 @@ class DataConfig:
     """With kind 'chat', both given: a conversation of one question and answer, instead of messages_key."""
     separator: str = ''
     """Cuts plain text files into documents, such as '<|endoftext|>'. Empty: a file is a document."""
+    route_key: str = ''
+    """A field of every record that names one of config.teachers: that one alone teaches this record."""
     add_bos: bool | None = None
     """Of a text: a token in front. None: as the tokenizer does."""
     add_eos: bool = True
@@ -90,7 +92,7 @@ class DataConfig:
     @property
     def fields(self) -> Fields:
         """The keys of a record."""
-        return Fields(self.text_key, self.messages_key, self.prompt_key, self.completion_key)
+        return Fields(self.text_key, self.messages_key, self.prompt_key, self.completion_key, self.route_key)
 
     @property
     def long_policy(self) -> str:

@@ -179,6 +179,8 @@ class BatchIterator(grain.DatasetIterator):
         for array in (batch.tokens, batch.targets):
             if array.size and not 0 <= array.min() <= array.max() < tokenizer.vocab_size:
                 self._refuse(rows)
+        if self._reader.config.route_key:
+            batch = batch._replace(route=_routes(rows, batch.segment_ids))
         if self._targets is not None:
             batch = batch._replace(sparse_target=self._recorded(rows, size))
         if self._reader.second is not None:
@@ -224,3 +226,12 @@ class BatchIterator(grain.DatasetIterator):
                     source, index = window.places[piece.document]
                     place = self._reader.sources[source].place(index)
                     raise DataError(place, f'token id {wrong[0]}, but the vocabulary of the tokenizer has {size}')
+
+
+def _routes(rows: list[tuple[Window, Row]], segment_ids: np.ndarray) -> np.ndarray:
+    """The number of every position's teacher, int32 [B, T], from the segments of packed rows; 0 in padding."""
+    route = np.zeros_like(segment_ids)
+    for b, (window, row) in enumerate(rows):
+        of_segment = np.array([0, *(window.routes[piece.document] for piece in row)], route.dtype)
+        route[b] = of_segment[segment_ids[b]]
+    return route

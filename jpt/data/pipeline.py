@@ -104,6 +104,7 @@ def make_pipeline(
     sources: Sequence[Source] | None = None,
     targets: 'RecordedTargets | None' = None,
     second: 'SecondReader | None' = None,
+    routes: Sequence[str] = (),
 ) -> Pipeline:
     """An iterator of Batch [batch_size / process_count, seq_len].
 
@@ -113,6 +114,7 @@ def make_pipeline(
     sources: what to read instead of config.paths, such as MemorySource(texts).
     targets: what a teacher said of these documents; batches then have it as sparse_target.
     second: reads the texts with a teacher's tokenizer too; batches then have its tokens as teacher.
+    routes: the names that config.route_key may find in a record; batches then have their numbers as route.
     Raises ValueError naming the argument, and what the parts raise: DataError, FileNotFoundError.
     """
     for name, value in (('batch_size', batch_size), ('seq_len', seq_len), ('process_count', process_count)):
@@ -132,7 +134,9 @@ def make_pipeline(
         sources = [open_source(path, config.fields, config.is_chat, config.separator) for path in config.paths]
     if evaluate:
         num_epochs = 1
-    reader = WindowReader(config, tokenizer, sources, seq_len=seq_len, seed=seed, evaluate=evaluate, second=second)
+    reader = WindowReader(
+        config, tokenizer, sources, seq_len=seq_len, seed=seed, evaluate=evaluate, second=second, routes=routes
+    )
     share = batch_size // process_count
     local = slice(process_index * share, (process_index + 1) * share)
     batches = Batches(reader, num_epochs, batch_size, local, config.prefetch, targets)

@@ -24,26 +24,42 @@ class Chat(NamedTuple):
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
-Record = str | Chat | np.ndarray
+class Routed(NamedTuple):
+    """A record, and what its field of DataConfig.route_key holds, whatever that is; None where it has none."""
+
+    record: str | Chat
+    route: Any
+
+
+Record = str | Chat | np.ndarray | Routed
 
 
 class Fields(NamedTuple):
     """Which keys of a JSON object or parquet row make a record.
 
     text: of a document. messages: of a conversation. prompt, completion: of a conversation of one question and answer,
-    if both are given.
+    if both are given. route: what names the record's teacher, if given.
     """
 
     text: str = 'text'
     messages: str = 'messages'
     prompt: str = ''
     completion: str = ''
+    route: str = ''
 
 
 def make_record(row: Any, fields: Fields, chat: bool, place: str) -> Record:
-    """A text or a conversation from a JSON object. Raises DataError naming the place and what is missing."""
+    """A text or a conversation from a JSON object, with its route where the fields have one.
+
+    Raises DataError naming the place and what is missing.
+    """
     if not isinstance(row, Mapping):
         raise DataError(place, f'expected a JSON object, found {type(row).__name__}')
+    record = _text_or_chat(row, fields, chat, place)
+    return Routed(record, row.get(fields.route)) if fields.route else record
+
+
+def _text_or_chat(row: Mapping[str, Any], fields: Fields, chat: bool, place: str) -> str | Chat:
     for key in record_keys(fields, chat):
         if key not in row:
             other = fields.text if chat else fields.messages

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jpt.data.indexed import IndexedDataset
-from jpt.data.records import Chat, DataError, Fields, Record, check_chat, make_record, record_keys
+from jpt.data.records import Chat, DataError, Fields, Record, Routed, check_chat, make_record, record_keys
 
 TEXT_SUFFIXES = ('.txt', '.md')
 JSON_SUFFIXES = ('.jsonl', '.ndjson')
@@ -61,7 +61,7 @@ class Source(abc.ABC):
 
 
 class MemorySource(Source):
-    """Records that are already here: texts, or conversations as `Chat`."""
+    """Records that are already here: texts, or conversations as `Chat`; with a route as `Routed`."""
 
     def __init__(self, records: Sequence[Record], name: str = 'memory'):
         self.name, self._records = name, records
@@ -71,8 +71,9 @@ class MemorySource(Source):
 
     def __getitem__(self, i: int) -> Record:
         record = self._records[i]
-        if isinstance(record, Chat):
-            check_chat(record.messages, self.place(i))
+        chat = record.record if isinstance(record, Routed) else record
+        if isinstance(chat, Chat):
+            check_chat(chat.messages, self.place(i))
         return record
 
     def place(self, i: int) -> str:
@@ -147,8 +148,9 @@ class ParquetSource(Source):
             raise ImportError(f"{path}: parquet files need pyarrow: pip install 'jpt[parquet]'") from error
         self.name, self._fields, self._chat = str(path), fields, chat
         columns = pyarrow.parquet.read_schema(path).names
-        wanted = [name for name in (*record_keys(fields, chat), 'tools') if name in columns]
-        missing = [name for name in record_keys(fields, chat) if name not in columns]
+        needed = (*record_keys(fields, chat), *([fields.route] if fields.route else []))
+        wanted = [name for name in (*needed, 'tools') if name in columns]
+        missing = [name for name in needed if name not in columns]
         if missing:
             raise ValueError(f'{path} has no column {missing[0]!r}: its columns are {", ".join(columns)}')
         self._table = pyarrow.parquet.read_table(path, columns=wanted).combine_chunks()
@@ -225,7 +227,8 @@ def open_source(path: str, fields: Fields = FIELDS, chat: bool = False, separato
     """The source at a path: a file, a glob pattern (its files sorted by name), or stdlib:train, stdlib:held_out.
 
     chat: whether records are conversations. separator: cuts plain text files into documents.
-    Raises FileNotFoundError for a path that names nothing, ValueError for a kind of file that is not read.
+    Raises FileNotFoundError for a path that names nothing, ValueError for a kind of file that is not read, or that
+    lacks what `fields` name.
     """
     parts = [_open(name, fields, chat, separator) for name in _expand(path)]
     return parts[0] if len(parts) == 1 else Concatenated(parts, path)
@@ -235,6 +238,7 @@ def _open(name: str, fields: Fields, chat: bool, separator: str) -> Source:
     if name.startswith('stdlib:'):
         from jpt.data.stdlib_corpus import load_stdlib
 
+        _check_route(name, fields, 'this corpus')
         return MemorySource(load_stdlib(name.removeprefix('stdlib:')), name)
     suffixes = [s for s in Path(name).suffixes if s not in COMPRESSED]
     suffix = suffixes[-1] if suffixes else ''
@@ -248,11 +252,20 @@ def _open(name: str, fields: Fields, chat: bool, separator: str) -> Source:
         if suffix in known:
             if chat and known in (TEXT_SUFFIXES, ('.bin', '.idx')):
                 raise ValueError(f'{name}: conversations come from JSON lines or parquet, not from {suffix} files')
+            if known in (TEXT_SUFFIXES, ('.bin', '.idx')):
+                _check_route(name, fields, f'{suffix} files')
             return make()
     allowed = ', '.join(s for known in makers for s in known)
     raise ValueError(
         f'{name}: unknown kind of file {suffix!r}: expected {allowed}, or text and JSON lines in .gz or .xz'
     )
+
+
+def _check_route(name: str, fields: Fields, kind: str) -> None:
+    if fields.route:
+        raise ValueError(
+            f'{name}: DataConfig.route_key={fields.route!r} is a field of JSON lines or of parquet: {kind} have none'
+        )
 
 
 def _expand(path: str) -> list[str]:
@@ -303,6 +316,8 @@ def _decode(raw: bytes, place: str) -> str:
 
 
 def _size(record: Record) -> int:
+    if isinstance(record, Routed):
+        record = record.record
     if isinstance(record, np.ndarray):
         return len(record)
     return _guess_tokens(len(record if isinstance(record, str) else str(record.messages)))

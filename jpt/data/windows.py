@@ -18,7 +18,7 @@ from jpt.data.blend import Order, derive_seed, permutation
 from jpt.data.chat import ChatTokens, RenderedChat, encode_rendered, render_chat
 from jpt.data.config import DataConfig
 from jpt.data.packing import PACKINGS, Row, cut_to_fill
-from jpt.data.records import Chat, DataError, Record, check_unicode
+from jpt.data.records import Chat, DataError, Record, Routed, check_unicode
 from jpt.data.sources import Source
 from jpt.data.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ class Window(NamedTuple):
     rows: list[Row]
     documents: list[ChatTokens]
     places: list[tuple[int, int]]  # of each document: source, and index in it
+    routes: list[int]  # of each document: the number of its teacher, 0 where data have no routes
     end: int
     taken: list[int]
     counts: dict[str, int]
@@ -58,10 +59,13 @@ class WindowReader:
         seed: int,
         evaluate: bool = False,
         second: SecondReader | None = None,
+        routes: Sequence[str] = (),
     ):
         """evaluate: the order of the files, without weights. second: reads every text with a teacher's tokenizer too.
+        routes: what config.route_key may say, by number.
 
-        Raises ValueError where a source is empty, weights do not match, or the tokenizer lacks what the config wants.
+        Raises ValueError where a source is empty, weights do not match, the tokenizer lacks what the config wants, or
+        there are routes without a key or a key without routes.
         """
         empty = [source.name for source in sources if not len(source)]
         if empty and (config.weights or len(empty) == len(sources)):
@@ -72,6 +76,12 @@ class WindowReader:
             raise ValueError(f'DataConfig.weights={config.weights!r}: expected one for each of {len(sources)} sources')
         self.config, self.tokenizer, self.sources, self.seq_len = config, tokenizer, sources, seq_len
         self.second = second
+        if bool(routes) != bool(config.route_key):
+            raise ValueError(
+                f'DataConfig.route_key={config.route_key!r}: expected a key where there are routes: '
+                f'{", ".join(routes) or "none"}'
+            )
+        self._routes = {name: number for number, name in enumerate(routes)}
         self._shuffle, self._seed = config.shuffle and not evaluate, seed
         weights = None if evaluate else config.weights or None
         self.order = Order([len(source) for source in sources], weights, seed, self._shuffle)
@@ -84,7 +94,7 @@ class WindowReader:
         """The window that begins at `position` of the order, in which source i gave taken[i] documents before."""
         source, index = self._extent(position, taken)
         counts: collections.Counter[str] = collections.Counter(dict.fromkeys(COUNTS, 0))
-        documents, places = self._documents(source, index, counts)
+        documents, places, routes = self._documents(source, index, counts)
         lengths = [self._length(document, place, counts) for document, place in zip(documents, places, strict=True)]
         rows = PACKINGS[self.config.packing](lengths, self.seq_len)
         rows = cut_to_fill(rows, self.seq_len, self.config.cut_until)
@@ -92,13 +102,15 @@ class WindowReader:
         if self._shuffle:  # best fit puts long documents first
             rows = [rows[i] for i in permutation(len(rows), derive_seed('rows', self._seed, position))]
         given = np.asarray(taken) + np.bincount(source, minlength=len(self.sources))
-        return Window(rows, documents, places, position + len(source), given.tolist(), dict(counts))
+        return Window(rows, documents, places, routes, position + len(source), given.tolist(), dict(counts))
 
     def fingerprint(self) -> dict[str, Any]:
         """Whatever decides which token stands where; equal for pipelines that give the same rows."""
         config = dataclasses.asdict(self.config)
         for name in ('paths', 'prefetch'):  # content counts, not where it lies
             del config[name]
+        if not self._routes:  # a place in data without routes is one of before there were any
+            del config['route_key']
         templates = [hashlib.sha256(own.source.encode()).hexdigest()[:16] for _, own in self._templates]
         return {
             **{name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
@@ -111,6 +123,7 @@ class WindowReader:
             'shuffle': self._shuffle,
             'weights': list(self.order.weights or ()),
             **({} if self.second is None else {'teacher': self.second.fingerprint()}),
+            **({'routes': sorted(self._routes)} if self._routes else {}),
         }
 
     def _extent(self, position: int, taken: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -135,15 +148,17 @@ class WindowReader:
 
     def _documents(
         self, source: np.ndarray, index: np.ndarray, counts: collections.Counter[str]
-    ) -> tuple[list[ChatTokens], list[tuple[int, int]]]:
-        records: list[str | _Chats | np.ndarray] = []
+    ) -> tuple[list[ChatTokens], list[tuple[int, int]], list[int]]:
+        records: list[str | Chat | _Chats | np.ndarray] = []
         places: list[tuple[int, int]] = []
+        routes: list[int] = []
         for s, i in zip(source.tolist(), index.tolist(), strict=True):
             try:
-                record = self.sources[s][i]
+                raw, route = self._routed(self.sources[s][i], s, i)
                 place = self.sources[s].place(i) if self._templates else ''
-                records.append(self._render(record, place) if self._templates else record)
+                records.append(self._render(raw, place) if self._templates else raw)
                 places.append((s, i))
+                routes.append(route)
             except DataError as error:
                 if self.config.malformed == 'error':
                     raise
@@ -164,7 +179,19 @@ class WindowReader:
                 documents.append(_all_learned(record))
             else:
                 documents.append(next(next_text if isinstance(record, str) else next_chat))
-        return documents, places
+        return documents, places, routes
+
+    def _routed(self, record: Record, source: int, index: int) -> tuple[str | Chat | np.ndarray, int]:
+        """A record without its route, and the number of that; 0 where there are none."""
+        given = record.route if isinstance(record, Routed) else None
+        plain = record.record if isinstance(record, Routed) else record
+        if not self._routes:
+            return plain, 0
+        if not isinstance(given, str) or given not in self._routes:
+            key, place = self.config.route_key, self.sources[source].place(index)
+            found = f'{key!r} is {given!r}' if given is not None else f'no teacher in {key!r}'
+            raise DataError(place, f'{found}: expected one of {", ".join(self._routes)}')
+        return plain, self._routes[given]
 
     def _encode_texts(self, texts: list[str]) -> list[ChatTokens]:
         if self.second is not None:
@@ -180,7 +207,7 @@ class WindowReader:
         readings = self.second.read_answers([(ours, theirs) for ours, theirs in chats], [len(x.ids) for x in found])
         return [chat._replace(reading=reading) for chat, reading in zip(found, readings, strict=True)]
 
-    def _render(self, record: Record, place: str) -> _Chats:
+    def _render(self, record: str | Chat | np.ndarray, place: str) -> _Chats:
         """A conversation as the student's template writes it, and the teacher's where it has another tokenizer."""
         if not isinstance(record, Chat):
             raise DataError(place, "not a conversation, which kind='chat' needs")

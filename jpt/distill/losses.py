@@ -62,6 +62,71 @@ def label_cross_entropy(student_logits: jax.Array, targets: jax.Array, weights: 
     return _summed(cross_entropy(), student_logits, {'targets': targets.reshape(-1)}, weights)
 
 
+def sampled_forward_kl(student_logp: jax.Array, teacher_logp: jax.Array, weights: jax.Array) -> Pair:
+    """sum of weight * (log P(w) - log Q(w)) over words w that the teacher P drew, and the sum of the weights.
+
+    In expectation over w that is KL(P || Q), and the gradient is its gradient: that of the cross-entropy on w, from
+    which the value differs by an estimate of the teacher's entropy (Kim and Rush 2016).
+
+    Args:
+        student_logp, teacher_logp: [...], log-probabilities of each drawn word in the whole vocabulary, at the
+            temperature at which it was drawn; the student's is differentiated.
+        weights: [...], 0 where a word does not count.
+    """
+    return _over_words(lambda apart: -apart, student_logp, teacher_logp, weights)
+
+
+def sampled_reverse_kl(
+    student_logp: jax.Array,
+    teacher_logp: jax.Array,
+    weights: jax.Array,
+    *,
+    estimator: Literal['k2', 'k3'] = 'k2',
+) -> Pair:
+    """sum of weight * an estimator of KL(Q || P) over words w that the student Q drew, and the sum of the weights.
+
+    With d = log Q(w) - log P(w), the estimators of Schulman 2020 ("Approximating KL Divergence"), differentiated in
+    log Q(w) while w stays:
+
+        k2 = d^2 / 2              gradient d log Q', in expectation that of KL(Q || P); the value is biased
+        k3 = exp(-d) - 1 + d      the value is KL(Q || P) in expectation, the gradient that of the forward KL(P || Q)
+
+    So k2 is the one to train with and k3 the one to measure with. k1 = d has the right expected value, but its
+    gradient log Q' is 0 in expectation: whatever a step does by it is noise.
+
+    Args: as `sampled_forward_kl`, of words that the student drew itself, with these weights of it.
+
+    Raises:
+        ValueError: k1 as a loss, or an unknown estimator.
+    """
+    if estimator == 'k1':
+        raise ValueError(
+            "sampled_reverse_kl: estimator='k1': its gradient is 0 in expectation, so it teaches nothing: expected k2 "
+            'as a loss, or k3 as a measure'
+        )
+    if estimator not in SAMPLED:
+        raise ValueError(f'sampled_reverse_kl: estimator={estimator!r}: expected one of {", ".join(SAMPLED)}')
+    return _over_words(SAMPLED[estimator], student_logp, teacher_logp, weights)
+
+
+# Estimators of KL(Q || P) by d = log Q(w) - log P(w), w drawn by Q.
+SAMPLED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'k2': lambda apart: jnp.square(apart) / 2,
+    'k3': lambda apart: jnp.expm1(-apart) + apart,
+}
+
+
+def _over_words(
+    estimator: Callable[[jax.Array], jax.Array], student: jax.Array, teacher: jax.Array, weights: jax.Array
+) -> Pair:
+    """The weighted sum of a function of log Q(w) - log P(w), of which the teacher's part is not trained."""
+    wide = jnp.promote_types(student.dtype, jnp.float32)
+    used = weights != 0
+    apart = jnp.where(used, student.astype(wide), 0) - jnp.where(used, jax.lax.stop_gradient(teacher).astype(wide), 0)
+    values = jnp.where(used, weights.astype(wide) * estimator(apart), 0)
+    return jnp.sum(values), jnp.sum(weights.astype(wide))
+
+
 def _summed(loss: TokenLoss, logits: jax.Array, args: Any, weights: jax.Array) -> Pair:
     flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.promote_types(logits.dtype, jnp.float32))
     weights = weights.reshape(-1).astype(flat.dtype)

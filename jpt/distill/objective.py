@@ -49,9 +49,10 @@ def logit_distillation(
 
     On top of them the losses of pairs of hidden states, see distill/pairs.py.
 
-    teachers: by their names in `frozen`. shares: of each in every divergence, in all 1. teacher_dtype: of the teachers'
-    activations and products, where it is another than `compute` says. words: of one teacher whose tokenizer is another,
-    see kernels/aligned_loss.py; it reads the batch's `teacher`.
+    teachers: by their names in `frozen`. shares: of each in every divergence, in all 1; where a batch has routes, a
+    token has its own teacher alone, in divergences and pairs. teacher_dtype: of the teachers' activations and products,
+    where it is another than `compute` says. words: of one teacher whose tokenizer is another, see
+    kernels/aligned_loss.py; it reads the batch's `teacher`.
 
     Raises:
         ValueError: a pair that these models do not have.
@@ -101,14 +102,14 @@ def logit_distillation(
         weights = token_weights(micro, counts)
         args = loss_args(micro, counts)
         if len(teachers) > 1:
-            args['share'] = for_all_tokens(jnp.asarray(shares, weights.dtype), micro)
+            args['share'] = _shares(shares, micro, weights.dtype)
         if words is None:
             result = _head_loss(configs, both, hidden, weights, args, loss)
         else:
             args['aligned_target'] = target_of(words, configs, both, hidden, micro)
             result = aligned_head_loss(words, configs['student'], both['student'], hidden, weights, args)
         slots = {name: carry[name].taps | {NORMED: hidden[name]} for name in configs}
-        result = add_pairs(result, distill.pairs, both['student'], slots, weights)
+        result = add_pairs(result, distill.pairs, both['student'], slots, _own(weights, micro, list(teachers)))
         after = After(both['student'], hidden['student'], carry['student'].router)
         total, sums = in_tokens(result, counts)
         result = total, _by_teacher(sums, list(teachers)) if len(teachers) > 1 else sums
@@ -137,6 +138,20 @@ def _head_loss(
         vocab_size=student.vocab_size,
         soft_cap=student.logit_soft_cap,
     )
+
+
+def _shares(shares: Sequence[float], micro: Batch, dtype: Any) -> jax.Array:
+    """How much of every token's divergences is against each teacher [B, T, teachers]."""
+    if micro.route is None:
+        return for_all_tokens(jnp.asarray(shares, dtype), micro)
+    return jax.nn.one_hot(micro.route, len(shares), dtype=dtype)
+
+
+def _own(weights_BT: jax.Array, micro: Batch, teachers: list[str]) -> dict[str, jax.Array]:
+    """The weights [B, T] of every teacher's tokens: all, or where these are routed its own."""
+    if micro.route is None:
+        return dict.fromkeys(teachers, weights_BT)
+    return {name: jnp.where(micro.route == number, weights_BT, 0) for number, name in enumerate(teachers)}
 
 
 def _by_teacher(sums: Sums, teachers: list[str]) -> Sums:

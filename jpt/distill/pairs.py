@@ -136,31 +136,34 @@ def add_pairs(
     pairs: Iterable[HiddenPair],
     params: Mapping[str, Any],
     taps: Mapping[str, Mapping[str, jax.Array]],
-    weights_BT: jax.Array,
+    weights: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, dict[str, Summed]]:
     """A loss with those of the pairs on top, and its metrics with each pair's, as sums and counts.
 
-    Metrics are 'loss' with all of them and 'logits_loss' without; a pair's by its name, and 'NAME-weighted' with its
-    weight.
+    Metrics are 'loss' with all of them and 'logits_loss' without; a pair's by its name, over the tokens of its teacher,
+    and 'NAME-weighted', what it adds to the loss of all tokens.
 
     Args:
         result: the loss of the logits; its metrics have the weights of these tokens as their counts.
         params: of the student, with its projections.
         taps: hidden states [B, T, D] by name, of 'student' and of each teacher. What they hold where a weight is 0 does
             not matter.
+        weights: [B, T] by teacher; 0 where a token is not taught by it.
     """
     total, sums = result
+    loss, all_tokens = sums['loss']
     added: dict[str, Summed] = {}
-    used_BT1 = (weights_BT != 0)[..., None]
     for pair in pairs:
+        weights_BT = weights[pair.of]
+        used_BT1 = (weights_BT != 0)[..., None]
         hidden_BTD = taps['student'][pair.student]
         if pair.projection:
             # Cleared before the product, which adds up over tokens in the gradient of its kernel.
             hidden_BTD = dot(jnp.where(used_BT1, hidden_BTD, 0), params[BESIDE][pair.key]['to_teacher']['kernel'])
         value, count = pair.distance()(hidden_BTD, taps[pair.of][pair.teacher], weights_BT)
         total = total + pair.weight * value
-        added |= {pair.name: (value, count), f'{pair.name}-weighted': (pair.weight * value, count)}
+        added |= {pair.name: (value, count), f'{pair.name}-weighted': (pair.weight * value, all_tokens)}
     if not added:
         return result
-    loss, count = sums['loss']
-    return total, sums | jax.lax.stop_gradient({'loss': (total, count), 'logits_loss': (loss, count)} | added)
+    now = {'loss': (total, all_tokens), 'logits_loss': (loss, all_tokens)}
+    return total, sums | jax.lax.stop_gradient(now | added)

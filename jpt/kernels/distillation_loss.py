@@ -145,6 +145,9 @@ class Distillation:
         logits = jax.lax.dot_general(
             hidden, kernel.astype(hidden.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype
         )
+        bias = _of(shared.get('teacher_bias'), which)
+        if bias is not None:
+            logits += bias.astype(dtype)[None]
         cap = self.teachers[which].soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -193,11 +196,12 @@ def distillation(
     """alpha * T^2 * sum of weight * divergence (both sides at temperature T) + (1 - alpha) * cross-entropy.
 
     With one forward KL that is Hinton et al. 2015. Reads args['targets'] (int32 [N]), and of the teacher
-    args['teacher_hidden'] ([N, E]) and shared['teacher_kernel'] ([V, E], padded as the student's), whose logits are
-    made chunk by chunk, or args['teacher_logits'] of the columns that are here (after any soft cap), or
-    args['sparse_target'], a SparseTarget at this temperature. Of several teachers these are tuples; a divergence is
-    then its mean over them, or weighed for every token by args['share'] ([N, teachers]). args['mixture'] ([N, terms +
-    1]), where it is given, has the weights alpha * weight of every divergence and 1 - alpha, for every token.
+    args['teacher_hidden'] ([N, E]) and shared['teacher_kernel'] ([V, E], padded as the student's; beside it
+    shared['teacher_bias'], [V], where there is one), whose logits are made chunk by chunk, or args['teacher_logits'] of
+    the columns that are here (after any soft cap), or args['sparse_target'], a SparseTarget at this temperature. Of
+    several teachers these are tuples; a divergence is then its mean over them, or weighed for every token by
+    args['share'] ([N, teachers]). args['mixture'] ([N, terms + 1]), where it is given, has the weights alpha * weight
+    of every divergence and 1 - alpha, for every token.
 
     Reports 'loss', 'ce' (at 1), every divergence (at T, unweighted; 'kl' is the forward one) and what each contributes
     to the loss ('kl_weighted', 'ce_weighted'), 'agreement' (teacher and student share a largest logit), 'accuracy',

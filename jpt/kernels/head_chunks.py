@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     """How operands are split over the automatic axes: specs and the axes that tokens and columns go over."""
 
     tokens: P
-    kernel: P
+    kernel: P  # and every other table [V, ...]
     dkernel: P
     token_axes: tuple[str, ...]
     vocab_axes: tuple[str, ...]
@@ -64,7 +64,7 @@ def layout_of(vocab_axes: tuple[str, ...], hidden) -> Layout:
     scatter = 'fsdp' if 'fsdp' in rows and hidden.shape[-1] % auto_size(['fsdp']) == 0 else None
     return Layout(
         tokens=P(rows, sequence) if hidden.ndim == 3 else P(rows),
-        kernel=P(vocab, None),
+        kernel=P(vocab),
         dkernel=P(vocab, scatter),
         token_axes=(*rows, *sequence),
         vocab_axes=vocab,
@@ -85,9 +85,11 @@ def chunked(chunk: int, x):
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
-def capped_logits(h_CD, kernel_VD, vocab: VocabShard, soft_cap: float | None, stats):
+def capped_logits(h_CD, kernel_VD, vocab: VocabShard, soft_cap: float | None, stats, bias_V=None):
     """Logits [C, V] of the local columns, padding masked, and the slope of the soft cap (None without one)."""
     logits = lax.dot_general(h_CD, kernel_VD, (((1,), (1,)), ((), ())), preferred_element_type=stats)
+    if bias_V is not None:
+        logits += bias_V.astype(stats)[None]
     slope = None
     if soft_cap is not None:
         capped = jnp.tanh(logits / soft_cap)

@@ -1,5 +1,6 @@
 """Batches of a pipeline as arrays on the mesh, with a place to resume from."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jpt.distill.teacher import TeacherProgram
 
 
 class Feed:
-    """An iterator of global batches [B, T] on devices, with what `targets`, `second` or a `teacher` add to the tokens.
+    """An iterator of global batches [B, T] on devices, with what the settings below add to the tokens.
 
     Each process makes only its own rows where rows are divided evenly over processes, and all rows where several
     processes hold the same ones (tensor or pipeline parallelism across hosts).
@@ -33,6 +34,7 @@ class Feed:
         targets: RecordedTargets | None = None,
         teacher: TeacherProgram | None = None,
         second: SecondReader | None = None,
+        routes: Sequence[str] = (),
     ) -> None:
         self._shardings, self._shape, self._teacher = shardings, shape, teacher
         rows = rows_of_process(shardings.tokens, shape)
@@ -49,6 +51,7 @@ class Feed:
             evaluate=evaluate,
             targets=targets,
             second=second,
+            routes=routes,
         )
 
     def __iter__(self) -> 'Feed':

@@ -257,6 +257,8 @@ def _abstract_batch(
     """Shapes of a batch."""
     shape = (config.batch.size, config.batch.length)
     batch = empty_batch(*shape)
+    if config.routes():
+        batch = batch._replace(route=batch.segment_ids)
     if targets is not None:
         batch = batch._replace(sparse_target=targets.empty(shape))
     if second is not None:

@@ -106,6 +106,7 @@ def open_feed(job: Job, data: DataConfig, tokenizer: Tokenizer, *, evaluate: boo
         targets=job.targets,
         second=job.second,
         teacher=job.teacher,
+        routes=job.config.routes(),
     )
 
 

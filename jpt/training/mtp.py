@@ -21,8 +21,8 @@ def ahead(batch: Batch, depth: int) -> Iterator[Batch]:
 
     Where a text ends before that, the segment is 0 and the target weighs nothing. Positions stay.
     """
-    # What a teacher says is of the next token, not of further ones.
-    later = batch = batch._replace(sparse_target=None, teacher=None)
+    # What teachers say is of the next token, not of further ones.
+    later = batch = batch._replace(sparse_target=None, teacher=None, route=None)
     for _ in range(depth):
         # Targets may be anything where they weigh nothing: the tokens themselves move up.
         later = jax.tree.map(lambda x: next_column(x, [SEQUENCE]), later)

@@ -91,7 +91,8 @@ def overview(job: Job) -> str:
         if name not in job.models:  # what it said is recorded
             continue
         count = count_parameters(job.state.frozen[name])
-        which = f' ({name}, {share:.0%} of every divergence)' if config.teachers else ''
+        part = f'of {config.data.route_key}={name}' if config.routes() else f'{share:.0%} of every divergence'
+        which = f' ({name}, {part})' if config.teachers else ''
         lines.append(f'teacher  {job.models[name].cfg.family}, {count:,} parameters, from {teacher.path}{which}')
     if job.apart is not None:
         lines += describe_apart(job.apart, config)

@@ -7,7 +7,7 @@ from typing import Literal
 from jpt.config import ConfigError, require
 from jpt.data.config import DataConfig
 from jpt.distill.pairs import HiddenPair
-from jpt.kernels.divergences import NAMES, Divergence
+from jpt.kernels.divergences import NAMES, SKEWED, Divergence
 from jpt.models.block import remat_policy
 from jpt.sharding.mesh import MeshConfig
 from jpt.sharding.multihost import MultihostConfig
@@ -115,6 +115,10 @@ class DistillConfig:
         require(self, 'beta', inside, 'a number between 0 and 1, or with jsd_normalized from 0 to 1')
         require(self, 'skew', 0 <= self.skew < 1, 'a number from 0 to below 1')
         require(self, 'more_context', not self.more_context or self.targets is not None, 'False where targets is None')
+        for name, of in (('beta', ('jsd',)), ('jsd_normalized', ('jsd',)), ('skew', tuple(SKEWED))):
+            used = any(getattr(self, each) or self._last(each) for each in of)
+            plain = getattr(self, name) == getattr(type(self), name)
+            require(self, name, used or plain, f'no setting of it without a weight of {" or ".join(of)}')
         for name in ('temperature', *NAMES):
             require(self, name, math.isfinite(getattr(self, name)), 'a finite number')
         online = self.alignment is None or self.targets is None
@@ -123,6 +127,8 @@ class DistillConfig:
         require(self, 'pairs', alike, "none where alignment is given: the teacher's positions are others")
         runs = self.targets is None or not self.pairs
         require(self, 'pairs', runs, 'none where targets is given: a teacher that is not run has no hidden states')
+        if self.form == 'renormalized':
+            _warn_of_renormalized()
 
     def terms(self) -> tuple[tuple[float, Divergence], ...]:
         """The divergences that have a weight at first or in the end, with the first, as `distillation` takes them.
@@ -137,6 +143,15 @@ class DistillConfig:
     def _last(self, name: str) -> float:
         """The weight at the end of the schedule; 0 where that does not name it."""
         return 0.0 if self.schedule is None else self.schedule.to.get(name, 0.0)
+
+
+def _warn_of_renormalized() -> None:
+    from absl import logging  # takes a while to import, and few need it
+
+    logging.warning(
+        "config.distill.form='renormalized' compares shares of the recorded words only: a student may have any mass "
+        "outside of them at no cost, and the gradient is not that of the whole distributions; form='tail' counts it"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +170,8 @@ class RecordConfig:
         positive = self.vocab_size is None or self.vocab_size >= self.likely
         require(self, 'vocab_size', positive, f'at least likely={self.likely}, or None')
         require(self, 'at_least', 0 < self.at_least <= self.likely, f'an integer from 1 to likely={self.likely}')
+        effect = self.at_least == 1 or self.top_p is not None
+        require(self, 'at_least', effect, '1 where top_p is None: only top_p leaves words out')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +360,7 @@ class TrainConfig:
         require(self, 'steps', end <= self.steps, f'at least {end}, the end of distill.schedule')
         named = all(name.isidentifier() and name not in ('model', 'student') for name in self.teachers)
         require(self, 'teachers', named, "names of letters, digits and underscores other than 'model' and 'student'")
+        self._check_routes()
         compares = self.compare is None or self.teacher is not None
         require(self, 'compare', compares, 'None where there is no single teacher to compare with')
         has_text = self.compare is None or self.eval.data is not None
@@ -363,6 +381,23 @@ class TrainConfig:
         if distill.form != 'tail' and not apart and distill.targets is None:
             allowed = "'tail' where neither distill.targets nor teacher_mesh is given: no words are left out"
             raise ConfigError(type(self).__name__, 'distill.form', distill.form, allowed)
+
+    def _check_routes(self) -> None:
+        """Raises ConfigError, by the setting, where records name teachers and others do not go with that."""
+        key, held_out = self.data.route_key, self.eval.data
+        if key and len(self.teachers) < 2:
+            raise ConfigError('TrainConfig', 'data.route_key', key, "'', unless teachers names two or more of them")
+        for name, teacher in self.teachers.items() if key else ():
+            if teacher.weight != 1:
+                allowed = '1 where data.route_key is set: a record has one teacher'
+                raise ConfigError('TrainConfig', f'teachers.{name}.weight', teacher.weight, allowed)
+        if held_out is not None and bool(held_out.route_key) != bool(key):
+            allowed = f'a key, as data.route_key is {key!r}' if key else "'', as data.route_key is"
+            raise ConfigError('TrainConfig', 'eval.data.route_key', held_out.route_key, allowed)
+
+    def routes(self) -> tuple[str, ...]:
+        """What the field data.route_key of a record may hold: the names of the teachers; () without that."""
+        return tuple(self.teachers) if self.data.route_key else ()
 
     def named_teachers(self) -> dict[str, ModelSource]:
         """All teachers by name; a single one is called 'teacher'."""

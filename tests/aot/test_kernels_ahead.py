@@ -73,17 +73,20 @@ def test_head_loss_holds_one_chunk_of_logits():
     assert temporary(compiled(mesh_of({'data': 1}), frozen, *operands)) < 1024, 'a frozen head needs no gradient'
 
 
-@pytest.mark.parametrize(('dtype', 'most'), [('bfloat16', 3392), ('float32', 3700)])
-def test_distillation_from_likely_words_holds_little_beside_its_gradients(dtype, most):
+@pytest.mark.parametrize(
+    ('dtype', 'most', 'biased'), [('bfloat16', 3392, False), ('float32', 3700, False), ('bfloat16', 3392, True)]
+)
+def test_distillation_from_likely_words_holds_little_beside_its_gradients(dtype, most, biased):
     """64 words of 131,072 for 8,192 tokens: MiB of temporaries and outputs, whatever dW is held in."""
     tokens, width, words, likely = 8192, 4096, 131072, 64
 
-    def step(hidden, kernel, weights, targets, ids, logp):
-        def total(hidden, kernel):
+    def step(hidden, kernel, weights, targets, ids, logp, bias):
+        def total(hidden, kernel, bias):
             args, loss = {'targets': targets, 'sparse_target': SparseTarget(ids, logp)}, distillation(form='tail')
-            return linear_loss(hidden, kernel, weights, args, loss, vocab_size=words)[0]
+            own = bias if biased else None
+            return linear_loss(hidden, kernel, weights, args, loss, vocab_size=words, bias_V=own)[0]
 
-        return jax.value_and_grad(total, argnums=(0, 1))(hidden, kernel)
+        return jax.value_and_grad(total, argnums=(0, 1, 2) if biased else (0, 1))(hidden, kernel, bias)
 
     program = compiled(
         mesh_of({'data': 1}),
@@ -94,6 +97,7 @@ def test_distillation_from_likely_words_holds_little_beside_its_gradients(dtype,
         ((tokens,), jnp.int32, P()),
         ((tokens, likely), jnp.int32, P()),
         ((tokens, likely), jnp.float32, P()),
+        ((words,), jnp.float32, P()),
     )
     assert temporary(program) + program.memory_analysis().output_size_in_bytes / MIB <= most
 

@@ -161,17 +161,33 @@ def step_on(
     microbatches: int = 1,
     **options: Any,
 ) -> Step:
-    """One training step in float64 on as many devices as the mesh has."""
+    """One training step with one teacher in float64 on as many devices as the mesh has."""
+    models, weights = {'student': student, 'teacher': teacher}, {'student': params, 'teacher': frozen}
+    return step_of(models, distill, weights, make_batch(student.vocab_size), sizes, microbatches, **options)
+
+
+def step_of(
+    models: dict[str, ModelConfig],
+    distill: DistillConfig,
+    weights: dict[str, Any],
+    batch: Batch,
+    sizes: dict[str, int],
+    microbatches: int = 1,
+    **options: Any,
+) -> Step:
+    """The same with any number of teachers, which are all models but the student, on any batch."""
+    student, params = models['student'], weights['student']
+    configs, trees = ({n: x for n, x in every.items() if n != 'student'} for every in (models, weights))
     mesh = make_mesh(MeshConfig(**{'data': 1} | sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
-    trees = {'model': jax.tree.map(lambda _: None, params), 'teacher': frozen}
-    configs = {'model': student, 'teacher': teacher}
-    plan = make_plan(mesh, configs, params, trees, num_microbatches=microbatches, dtype='float64', **options)
-    objective = logit_distillation(student, {'teacher': teacher}, Compute('float64'), distill, Auxiliary())
+    frozen = {'model': jax.tree.map(lambda _: None, params)} | trees
+    all_configs = {'model': student} | configs
+    plan = make_plan(mesh, all_configs, params, frozen, num_microbatches=microbatches, dtype='float64', **options)
+    shares = (1 / len(configs),) * len(configs)
+    objective = logit_distillation(student, configs, Compute('float64'), distill, Auxiliary(), shares)
     places = shardings(mesh, (plan.specs, plan.frozen_specs))
     placed = jax.device_put(to_device_layout(plan.layouts['model'], params), places[0])
-    trees['teacher'] = to_device_layout(plan.layouts['teacher'], frozen)
-    batch = make_batch(student.vocab_size)
-    arguments = placed, jax.device_put(trees, places[1]), jax.device_put(batch, batch_shardings(mesh, batch))
+    frozen |= {name: to_device_layout(plan.layouts[name], tree) for name, tree in trees.items()}
+    arguments = placed, jax.device_put(frozen, places[1]), jax.device_put(batch, batch_shardings(mesh, batch))
     run = jax.jit(lambda *given: loss_and_grads(objective, *given, plan))
     total, grads, sums = run(*arguments)
     home = to_canonical_layout(plan.layouts['model'], jax.tree.map(np.asarray, grads))

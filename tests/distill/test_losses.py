@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpt.distill.losses import cosine_distance, divergence, label_cross_entropy, mean_squared_error, smooth_l1
+from jpt.distill.losses import (
+    cosine_distance,
+    divergence,
+    label_cross_entropy,
+    mean_squared_error,
+    sampled_forward_kl,
+    sampled_reverse_kl,
+    smooth_l1,
+)
 from jpt.kernels.divergences import Divergence
 from jpt.kernels.sparse_target import SparseTarget
 
@@ -134,3 +142,56 @@ def test_bfloat16_is_summed_in_float32():
     assert float(total) == pytest.approx(float(wide), rel=1e-5)
     gradient = jax.grad(lambda s: divergence(s, teacher, jnp.asarray(WEIGHTS, jnp.float32))[0])(student)
     assert gradient.dtype == jnp.bfloat16
+
+
+def enumerated(loss, drawn_by):
+    """(value, gradient in the student's logits) in expectation over a word: every word, weighed by who draws it.
+
+    Beside them both distributions [V]. The weights are numbers: drawing is not differentiated.
+    """
+    logits, teacher = draw(V, seed=7)[:, 0, 0]
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (teacher, logits))
+    weights = {'teacher': p, 'student': q}[drawn_by]
+    run = jax.value_and_grad(lambda z: loss(jax.nn.log_softmax(z), jnp.log(p), weights)[0])
+    return *run(jnp.asarray(logits)), p, q
+
+
+def test_words_that_the_teacher_drew_give_the_forward_kl_and_its_gradient():
+    value, gradient, p, q = enumerated(sampled_forward_kl, 'teacher')
+    np.testing.assert_allclose(value, np.sum(p * np.log(p / q)), rtol=1e-12)
+    np.testing.assert_allclose(gradient, q - p, atol=1e-14)
+
+
+def test_words_that_the_student_drew_give_the_gradient_by_k2_and_the_value_by_k3():
+    def reverse(p, q):
+        return np.sum(q * np.log(q / p))
+
+    value, gradient, p, q = enumerated(lambda *given: sampled_reverse_kl(*given), 'student')
+    np.testing.assert_allclose(gradient, q * (np.log(q / p) - reverse(p, q)), atol=1e-14)
+    np.testing.assert_allclose(value, np.sum(q * np.log(q / p) ** 2) / 2, rtol=1e-12)
+    assert abs(value / reverse(p, q) - 1) > 0.1
+    value, gradient, p, q = enumerated(lambda *given: sampled_reverse_kl(*given, estimator='k3'), 'student')
+    np.testing.assert_allclose(value, reverse(p, q), rtol=1e-12)
+    np.testing.assert_allclose(gradient, q - p, atol=1e-14)  # of the forward KL
+    _, gradient, _, _ = enumerated(lambda s, t, w: (jnp.sum(w * (s - t)), None), 'student')
+    np.testing.assert_allclose(gradient, np.zeros(V), atol=1e-15)  # k1: none
+
+
+def test_an_estimator_without_a_gradient_is_no_loss():
+    for estimator, message in (
+        ('k1', r"estimator='k1': its gradient is 0 in expectation.*expected k2 as a loss, or k3 as a measure"),
+        ('k4', r"estimator='k4': expected one of k2, k3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampled_reverse_kl(jnp.zeros(3), jnp.zeros(3), jnp.ones(3), estimator=estimator)
+
+
+@pytest.mark.parametrize('loss', [sampled_forward_kl, sampled_reverse_kl])
+def test_drawn_words_without_weight_may_hold_anything(loss):
+    student, teacher = -np.abs(draw(seed=8))
+    run = jax.value_and_grad(lambda s, t: loss(s, t, WEIGHTS)[0])
+    clean, dirty = run(student, teacher), run(spoiled(student), spoiled(teacher, np.inf))
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    assert float(loss(student, teacher, WEIGHTS)[1]) == WEIGHTS.sum()
+    narrow = loss(*(jnp.asarray(x, jnp.bfloat16) for x in (student, teacher)), jnp.asarray(WEIGHTS, jnp.float32))
+    assert narrow[0].dtype == narrow[1].dtype == jnp.float32

@@ -77,7 +77,7 @@ def test_tokens_without_weight_may_hold_anything_and_teachers_are_not_trained():
 
     def loss(params, student, teacher):
         nothing = jnp.zeros(()), {'loss': (jnp.zeros(()), jnp.ones(()))}
-        return add_pairs(nothing, pairs, params, {'student': student, 'teacher': teacher}, jnp.asarray(weights))[0]
+        return add_pairs(nothing, pairs, params, {'student': student, 'teacher': teacher}, {'teacher': weights})[0]
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     spoil = functools.partial(jax.tree.map, lambda x: np.where(weights[..., None] == 0, np.nan, x))

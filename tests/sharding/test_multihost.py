@@ -12,6 +12,7 @@ import numpy as np
 import processes
 import pytest
 
+from jpt.data.config import DataConfig
 from jpt.sharding.multihost import LAUNCHERS, MultihostConfig, join_processes
 from jpt.sharding.watchdog import EXIT_CODE
 from jpt.training.settings import TrainConfig
@@ -98,7 +99,7 @@ def test_every_setting_that_the_page_and_the_script_name_exists(name):
     settings = set(re.findall(r'config\.(\w+\.\w+)', text)) | set(re.findall(r'\b(multihost\.\w+)', text))
     settings.discard('multihost.md')
     assert settings
-    config = dataclasses.asdict(TrainConfig(task='pretrain', model=None, data=None))
+    config = dataclasses.asdict(TrainConfig(task='pretrain', model=None, data=DataConfig()))
     for setting in settings:
         group, field = setting.split('.')
         assert field in config[group], setting
