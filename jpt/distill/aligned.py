@@ -61,7 +61,8 @@ def words_of(distill: DistillConfig, student: ModelConfig, teacher: ModelConfig,
     lacking[: len(own)] = own
     # Every word of the student may be in the teacher's tail, whatever the size of its table.
     divergences = token_loss(distill, (Teacher(),), 'tail')
-    return SharedWords(table, lacking, likely, aligned_distillation(divergences, uld=distill.alignment.uld))
+    uld = distill.alignment.uld if lacking.any() else 0.0  # a student without words of its own has nothing to sort
+    return SharedWords(table, lacking, likely, aligned_distillation(divergences, uld=uld))
 
 
 def as_read(micro: Batch) -> Batch:

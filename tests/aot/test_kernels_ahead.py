@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jpt.kernels.aligned_loss import AlignedTarget, aligned_distillation
 from jpt.kernels.attention import attention
 from jpt.kernels.distillation_loss import distillation
 from jpt.kernels.head_loss import linear_loss
@@ -100,6 +101,32 @@ def test_distillation_from_likely_words_holds_little_beside_its_gradients(dtype,
         ((words,), jnp.float32, P()),
     )
     assert temporary(program) + program.memory_analysis().output_size_in_bytes / MIB <= most
+
+
+def test_sorted_differences_of_two_vocabularies_fit_beside():
+    """A teacher with another tokenizer, 64 of its words for 8,192 tokens, and 64 of the student's 131,072 by rank."""
+    tokens, width, words, likely = 8192, 4096, 131072, 64
+
+    def step(hidden, kernel, weights, targets, ids, logp, lacking):
+        def total(hidden, kernel):
+            target = AlignedTarget(SparseTarget(ids, logp), logp, weights)
+            args, loss = {'targets': targets, 'aligned_target': target}, aligned_distillation(distillation(form='tail'))
+            return linear_loss(hidden, kernel, weights, args, loss, shared={'lacking': lacking}, vocab_size=words)[0]
+
+        return jax.value_and_grad(total, argnums=(0, 1))(hidden, kernel)
+
+    program = compiled(
+        mesh_of({'data': 1}),
+        step,
+        ((tokens, width), jnp.bfloat16, P()),
+        ((words, width), jnp.bfloat16, P()),
+        ((tokens,), jnp.float32, P()),
+        ((tokens,), jnp.int32, P()),
+        ((tokens, likely), jnp.int32, P()),
+        ((tokens, likely), jnp.float32, P()),
+        ((words, 1), jnp.bool_, P()),
+    )
+    assert temporary(program) + program.memory_analysis().output_size_in_bytes / MIB <= 3392
 
 
 def test_head_loss_over_tensor_gathers_no_vocabulary():

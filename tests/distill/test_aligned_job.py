@@ -146,6 +146,11 @@ def test_special_tokens_and_rows_without_a_word_are_nobodys_words(folder):
     assert not words.lacking[WORDS:].any()
     assert not words.lacking[sorted(student.special_ids)].any()
     assert not words.lacking[words.table[words.table >= 0]].any()
+    assert words.loss.uld == 1
+    config = settings(folder, tokenizer=str(recorded.TOKENIZER), model={'architecture': recorded.STUDENT})
+    everything = words_of(config.distill, cfgs[1], cfgs[1], open_second(config))
+    assert not everything.lacking.any()
+    assert everything.loss.uld == 0
     text = teacher.encode('for')
     assert len(text) == 1
     spelled = student.encode('for')
