@@ -34,11 +34,13 @@ from students import LENGTH, add_options, held_out_of, importance_of, machine, o
 import jpt
 from jpt.data.batch import Batch
 from jpt.distill.losses import divergence, label_cross_entropy
+from jpt.distill.pairs import HiddenPair
 from jpt.distill.recording import record
+from jpt.distill.settings import DistillConfig
 from jpt.kernels.divergences import Divergence
 from jpt.model import Model
 from jpt.models.shapes import QUICKSTART_STUDENT
-from jpt.training.settings import DistillConfig, EvalConfig, HiddenPair, ModelSource
+from jpt.training.settings import EvalConfig, ModelSource
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     'forward KL': {'distill': DistillConfig()},

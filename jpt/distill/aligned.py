@@ -10,6 +10,7 @@ import numpy as np
 from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch
 from jpt.distill.mixture import token_loss
+from jpt.distill.settings import DistillConfig
 from jpt.kernels.aligned_loss import AlignedDistillation, AlignedTarget, align_target, aligned_distillation
 from jpt.kernels.distillation_loss import Teacher
 from jpt.kernels.head_loss import linear_loss
@@ -19,7 +20,6 @@ from jpt.kernels.vocab import VOCAB
 from jpt.models.config import ModelConfig
 from jpt.models.transformer import head_kernel
 from jpt.training.auxiliary import Sums
-from jpt.training.settings import DistillConfig
 
 
 class SharedWords(NamedTuple):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jpt.distill.settings import DistillConfig
 from jpt.kernels.distillation_loss import Teacher, distillation
 from jpt.kernels.divergences import NAMES
 from jpt.kernels.token_losses import TokenLoss
 from jpt.training.objective import Mixture
-from jpt.training.settings import DistillConfig
 
 
 def token_loss(config: DistillConfig, teachers: tuple[Teacher, ...], form: str | None = None) -> TokenLoss:

@@ -11,6 +11,7 @@ from jpt.data.batch import Batch
 from jpt.distill.aligned import SharedWords, aligned_head_loss, as_read, target_of
 from jpt.distill.mixture import changing, token_loss
 from jpt.distill.pairs import add_pairs, check_pairs, taps_of
+from jpt.distill.settings import DistillConfig
 from jpt.kernels.distillation_loss import Teacher, own_name
 from jpt.kernels.head_loss import linear_loss
 from jpt.kernels.token_losses import TokenLoss
@@ -32,7 +33,6 @@ from jpt.training.objective import (
     token_weights,
     weights_at,
 )
-from jpt.training.settings import DistillConfig
 
 
 def logit_distillation(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jpt.data.batch import Batch
+from jpt.distill.settings import RecordConfig
 from jpt.kernels.likely_words import Likely, likely_words
 from jpt.kernels.sparse_target import SparseTarget
 from jpt.models.config import ModelConfig
@@ -14,7 +15,7 @@ from jpt.sharding.grads import outputs
 from jpt.training.freeze import merge
 from jpt.training.job import Job, load_placed, vocabulary_of
 from jpt.training.objective import Carry, Counts, Objective, Sums, Tree
-from jpt.training.settings import RecordConfig, TrainConfig
+from jpt.training.settings import TrainConfig
 
 
 class TeacherProgram(NamedTuple):

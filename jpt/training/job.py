@@ -21,6 +21,7 @@ from jpt.distill.aligned import words_of
 from jpt.distill.mixture import changing, token_loss
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import new_projections
+from jpt.distill.settings import RecordConfig, TeacherMesh
 from jpt.kernels.distillation_loss import Teacher
 from jpt.kernels.sparse_target import no_words
 from jpt.models.config import Compute, ModelConfig
@@ -40,7 +41,7 @@ from jpt.training.objective import Objective, language_modeling
 from jpt.training.optimizer import Optimizer, make_optimizer
 from jpt.training.router import make_correction
 from jpt.training.schedule import make_schedule
-from jpt.training.settings import ModelSource, RecordConfig, TeacherMesh, TrainConfig, teacher_alone
+from jpt.training.settings import ModelSource, TrainConfig, teacher_alone
 from jpt.training.state import TrainState
 from jpt.training.step import make_eval_step, make_step
 from jpt.training.tokenizers import open_second

@@ -16,6 +16,7 @@ from sharded_steps import MODELS, make_batch
 from jpt.data.batch import Batch
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import HiddenPair, new_projections
+from jpt.distill.settings import DistillConfig
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import forward, init, unembed
 from jpt.sharding.grads import loss_and_grads
@@ -24,7 +25,6 @@ from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
 from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
 from jpt.training.auxiliary import Auxiliary
-from jpt.training.settings import DistillConfig
 
 # Six layers with norms after, soft caps and tied tables; five of another width; of one kind each, to compile quickly.
 WIDE = dataclasses.replace(MODELS['mixed'], segments=(Segment((LayerKind(Rope(), 4, 24),), 6),))

@@ -17,6 +17,7 @@ from jpt.data.alignment import TeacherTokens
 from jpt.distill.aligned import SharedWords
 from jpt.distill.mixture import token_loss
 from jpt.distill.objective import logit_distillation
+from jpt.distill.settings import DistillConfig
 from jpt.kernels.aligned_loss import aligned_distillation
 from jpt.kernels.distillation_loss import Teacher
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment
@@ -26,7 +27,6 @@ from jpt.sharding.layout import to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
 from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
-from jpt.training.settings import DistillConfig
 
 # Layers of one kind, to compile quickly; norms after, soft caps, tied tables.
 STUDENT = dataclasses.replace(MODELS['mixed'], segments=(Segment((LayerKind(Rope(), 4, 24),), 3),))

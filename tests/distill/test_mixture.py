@@ -7,7 +7,8 @@ import pytest
 
 from jpt.config import ConfigError, from_config_dict
 from jpt.distill.mixture import mixture
-from jpt.training.settings import DistillConfig, MixtureSchedule, TeacherSource
+from jpt.distill.settings import DistillConfig, MixtureSchedule
+from jpt.training.settings import TeacherSource
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from sharded_steps import MODELS, make_batch, worst_error
 from jpt.config import ConfigError
 from jpt.distill.objective import logit_distillation
 from jpt.distill.pairs import HiddenPair, add_pairs, check_pairs, new_projections
+from jpt.distill.settings import DistillConfig
 from jpt.models.config import Compute
-from jpt.training.settings import DistillConfig
 
 MESHES = {
     'one': ('widths', {'data': 1}, 1, {}),

@@ -12,6 +12,7 @@ import jpt
 from jpt.checkpoint.manager import CheckpointManager
 from jpt.checkpoint.safetensors import load_file
 from jpt.config import ConfigError, from_config_dict
+from jpt.distill.settings import DistillConfig
 from jpt.model import Model
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
@@ -19,7 +20,6 @@ from jpt.training import job as jobs
 from jpt.training import loop
 from jpt.training.overview import flops_of, overview
 from jpt.training.run import train_model
-from jpt.training.settings import DistillConfig
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / 'training'))
 from tiny import ARCHITECTURE, TOKENIZER, settings

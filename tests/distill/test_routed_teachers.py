@@ -9,9 +9,9 @@ from distilled_steps import projected, step_of
 from sharded_steps import make_batch, worst_error
 
 from jpt.distill.pairs import HiddenPair, new_projections
+from jpt.distill.settings import DistillConfig
 from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import init
-from jpt.training.settings import DistillConfig
 
 
 def model(vocab, width, layers):

@@ -11,6 +11,7 @@ import pytest
 from sharded_steps import MODELS, canonical_params, make_batch, worst_error
 
 from jpt.distill.objective import logit_distillation
+from jpt.distill.settings import DistillConfig, MixtureSchedule
 from jpt.kernels.divergences import NAMES
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import forward, init, unembed
@@ -20,7 +21,6 @@ from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
 from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
 from jpt.training.objective import language_modeling
-from jpt.training.settings import DistillConfig, MixtureSchedule
 
 
 class Job(NamedTuple):

@@ -5,7 +5,7 @@ from absl import logging
 from tiny import ARCHITECTURE, settings
 
 from jpt.config import ConfigError
-from jpt.training.settings import DistillConfig, MixtureSchedule, RecordConfig
+from jpt.distill.settings import DistillConfig, MixtureSchedule, RecordConfig
 
 STUDENT = {'architecture': ARCHITECTURE}
 SEVERAL = {name: {'path': f'models/{name}'} for name in ('code', 'math')}
