@@ -102,8 +102,8 @@ def _fill(cls: type, values: Mapping[str, Any], place: str) -> dict[str, Any]:
             value = dataclasses.asdict(value)
         if value is None:
             simple = typing.get_origin(kind) or kind
-            simple = ConfigDict if dataclasses.is_dataclass(kind) else simple
-            value = ml_config_dict.placeholder(simple) if simple in (*_SCALARS, tuple, ConfigDict) else None
+            simple = object if dataclasses.is_dataclass(kind) else simple  # a mapping, of either kind
+            value = ml_config_dict.placeholder(simple) if simple in (*_SCALARS, tuple, object) else None
         elif dataclasses.is_dataclass(kind):
             value = _fill(typing.cast(type, kind), value, f'{place}.{name}')
         elif typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0]):

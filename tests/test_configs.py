@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jpt.config import from_config_dict
 from jpt.distill.recording import record
@@ -134,7 +135,7 @@ def test_teachers_by_a_field_of_the_data(tmp_path, monkeypatch, checkpoint):
     for name, lines in (('train', rows), ('held_out', rows[:6])):
         (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in lines))
     config.data.paths, config.data.route_key = (str(tmp_path / 'train.jsonl'),), 'subject'
-    config.eval.data = {'paths': (str(tmp_path / 'held_out.jsonl'),), 'route_key': 'subject'}
+    config.eval.data = ConfigDict({'paths': (str(tmp_path / 'held_out.jsonl'),), 'route_key': 'subject'})
     config.checkpoint.every = 1
     given = made_small(config, tmp_path)
     given = dataclasses.replace(given, batch=dataclasses.replace(given.batch, size=8))
