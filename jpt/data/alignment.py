@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jpt.data.tokenizer import Tokenizer
-from jpt.data.words import shared_words, word_bytes
+from jpt.data.words import ROLES, shared_words, word_bytes
 
 
 class TeacherTokens(NamedTuple):
@@ -68,7 +68,9 @@ class SecondReader:
 
     def fingerprint(self) -> dict[str, Any]:
         """Whatever decides what stands beside the student's tokens."""
-        return {'tokenizer': self.tokenizer.fingerprint(), 'length': self.length}
+        own = self.tokenizer
+        roles = [own.role_id(role) for role in ROLES]
+        return {'tokenizer': own.fingerprint(), 'adds_bos': own.adds_bos, 'roles': roles, 'length': self.length}
 
     def read(self, texts: Sequence[str], bos: bool, eos: bool) -> list[tuple[list[int], Reading]]:
         """The student's ids of texts, with its bos and eos where asked, and how the teacher reads them.

@@ -32,6 +32,7 @@ class Source(abc.ABC):
     """A list of records; the same on every host."""
 
     name: str
+    tokenized = False  # whether records are token ids already
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -174,7 +175,7 @@ class IndexedSource(Source):
     """A Megatron .bin/.idx pair: documents that are tokens already; only the rows of this host are ever read."""
 
     def __init__(self, path: str | Path):
-        self._data = IndexedDataset(path)
+        self._data, self.tokenized = IndexedDataset(path), True
         self.name = str(self._data.bin_path)
         self._lengths = self._data.document_lengths()
 
@@ -197,6 +198,7 @@ class Concatenated(Source):
     def __init__(self, parts: Sequence[Source], name: str):
         self.name, self._parts = name, list(parts)
         self._ends = np.cumsum([len(part) for part in parts]).tolist()
+        self.tokenized = any(part.tokenized for part in parts)
 
     def __len__(self) -> int:
         return self._ends[-1]

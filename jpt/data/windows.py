@@ -76,6 +76,11 @@ class WindowReader:
             raise ValueError(f'DataConfig.weights={config.weights!r}: expected one for each of {len(sources)} sources')
         self.config, self.tokenizer, self.sources, self.seq_len = config, tokenizer, sources, seq_len
         self.second = second
+        if second is not None and (ready := [source.name for source in sources if source.tokenized]):
+            raise ValueError(
+                f'data: {", ".join(ready)} holds token ids, but a teacher with another tokenizer '
+                '(config.distill.alignment) must read the text: expected text'
+            )
         if bool(routes) != bool(config.route_key):
             raise ValueError(
                 f'DataConfig.route_key={config.route_key!r}: expected a key where there are routes: '

@@ -32,6 +32,12 @@ def word_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
             f'the tokenizer of {tokenizer.source} is a {model} model: expected a byte-level vocabulary, or BPE or '
             'Unigram pieces as SentencePiece has them: the bytes of other words are not known'
         )
+    marks = [name for name in ('end_of_word_suffix', 'continuing_subword_prefix') if described['model'].get(name)]
+    if marks:
+        raise ValueError(
+            f'the tokenizer of {tokenizer.source} has {marks[0]}={described["model"][marks[0]]!r}: expected words '
+            'without a mark of their place: what such a word adds to a text is not known'
+        )
     read = _of_byte_level if 'ByteLevel' in kinds else _of_piece
     added = backend.get_added_tokens_decoder()
     found: list[bytes | None] = [None] * tokenizer.vocab_size

@@ -52,7 +52,7 @@ def record(config: TrainConfig, output: Path) -> Manifest:
     """
     tokenizer, _ = open_assets(config)
     job = make_job(teacher_alone(config, config.mesh, config.batch.microbatches))
-    check_models(job, tokenizer)
+    check_models(job, tokenizer, alone='teacher')
     check_teachers(config, tokenizer)
     teacher = make_teacher(config, job)
     splits = {'train': config.data} | ({} if config.eval.data is None else {'eval': config.eval.data})
@@ -91,7 +91,7 @@ def manifest_of(
             'path': config.teacher.path,
             'family': model.cfg.family,
             'fingerprint': fingerprint_of(model.source),
-            'dtype': config.compute.dtype,
+            'dtype': teacher.job.config.compute.dtype,
         },
         tokenizer=tokenizer.fingerprint(),
         vocab_size=teacher.vocab_size,

@@ -12,6 +12,7 @@ from jpt.data.pipeline import make_pipeline
 from jpt.evaluation.score import Reference, score
 from jpt.model import Model, load
 from jpt.sharding.watchdog import Watchdog
+from jpt.training.job import teacher_dtype
 from jpt.training.overview import count_parameters
 from jpt.training.report import Curve, Sample, Scores, read_curve, sample_text, save_curves, smooth, table, verdict
 from jpt.training.settings import TrainConfig
@@ -29,7 +30,7 @@ def compare(config: TrainConfig, distilled: Model, scratch: Model, workdir: Path
     """
     if config.compare is None or config.teacher is None or config.teacher.path is None or config.eval.data is None:
         raise ValueError('config.compare needs config.teacher and config.eval.data')
-    teacher = load(config.teacher.path, dtype=config.compute.dtype, mtp=False)
+    teacher = load(config.teacher.path, dtype=teacher_dtype(config), mtp=False)
     if jax.process_count() > 1:  # each process compares for itself, on a device of its own
         distilled, scratch = (
             dataclasses.replace(m, params=jax.tree.map(to_host, m.params)) for m in (distilled, scratch)

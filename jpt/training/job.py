@@ -120,9 +120,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
         )
     targets = _targets(config, models)
     second = _second(config, mesh)
-    apart = None
-    if config.teacher_mesh is not None:
-        apart = make_job(teacher_alone(config, config.teacher_mesh, config.teacher_mesh.microbatches), theirs)
+    apart = _apart(config, theirs)
     objective = _objective(config, models, compute, targets, second, apart)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.schedule, config.steps))
     plan = _plan(config, models, mesh)
@@ -139,6 +137,17 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
         step=jax.jit(step, in_shardings=(where, placed), out_shardings=(where, None), donate_argnums=0),
         eval_step=jax.jit(make_eval_step(objective, plan), in_shardings=(where, placed)),
     )
+
+
+def _apart(config: TrainConfig, devices: Any) -> Job | None:
+    """The job of a teacher on a mesh of its own, where it has one; its errors say that they are of that mesh."""
+    mesh = config.teacher_mesh
+    if mesh is None:
+        return None
+    try:
+        return make_job(teacher_alone(config, mesh, mesh.microbatches), devices)
+    except ValueError as error:
+        raise ValueError(f'config.teacher_mesh: {error}') from error
 
 
 def divided(teacher: TeacherMesh | None, devices: Any) -> tuple[Any, Any]:
@@ -170,13 +179,15 @@ def vocabulary_of(record: RecordConfig, vocab_size: int, student: int | None = N
     Raises:
         ValueError: more words are asked for than it has.
     """
-    for name in ('likely', 'vocab_size'):
-        value = getattr(record, name)
-        if value is not None and value > vocab_size:
-            raise ValueError(
-                f'config.record.{name}={value}: expected at most the vocabulary of the teacher, {vocab_size}'
-            )
-    return min(record.vocab_size or vocab_size, student or vocab_size)
+    asked, most = record.vocab_size or vocab_size, student or vocab_size
+    for name, value, whose, allowed in (
+        ('vocab_size', asked, 'teacher', vocab_size),
+        ('likely', record.likely, 'teacher', vocab_size),
+        ('likely', record.likely, 'student', most),
+    ):
+        if value > allowed:
+            raise ValueError(f'config.record.{name}={value}: expected at most the vocabulary of the {whose}, {allowed}')
+    return min(asked, most)
 
 
 def _words_apart(config: TrainConfig, models: dict[str, Weights], apart: Job | None) -> int:

@@ -48,6 +48,8 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
         NotFiniteError: naming the batch, which is saved under workdir.
     """
     config = job.config
+    if config.eval.data is not None:
+        check_held_out(job, config.eval.data, tokenizer)
     feed = open_feed(job, config.data, tokenizer)
     with contextlib.ExitStack() as stack:
         stack.callback(feed.close)
@@ -94,6 +96,12 @@ def train(job: Job, workdir: Path, tokenizer: Tokenizer, assets: Path | None, do
     return state
 
 
+def check_held_out(job: Job, data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Reads the first batch of the held-out data: what is wrong with them is wrong now, not after the last step."""
+    with contextlib.closing(open_feed(job, data, tokenizer, evaluate=True)) as feed:
+        next(feed.pipeline, None)
+
+
 def open_feed(job: Job, data: DataConfig, tokenizer: Tokenizer, *, evaluate: bool = False) -> Feed:
     """The batches of a job, or of an evaluation within it: one pass in the order of the files."""
     return Feed(
@@ -137,7 +145,8 @@ def memory_parts(job: Job, batch: Any) -> dict[str, Any]:
     """What a device holds, by the names that an out-of-memory message uses."""
     state = job.state
     parts = {'params': state.params, 'optimizer': state.opt_state, 'frozen': state.frozen, 'average': state.ema}
-    return parts | {'batch': batch}
+    beside = {'teacher': job.teacher.params} if job.teacher is not None else {}
+    return parts | {'batch': batch, **beside}
 
 
 def _asked_to_stop(asked: Interrupt, step: int) -> str | None:

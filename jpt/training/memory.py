@@ -16,6 +16,7 @@ _REMEDIES: dict[str, str] = {
     'optimizer': "optimizer.moments='int8' or 'bfloat16'; mesh.fsdp larger; optimizer.name='muon' (one moment); lora",
     'frozen': 'mesh.fsdp or mesh.tensor larger; a smaller teacher',
     'average': 'ema=None',
+    'teacher': "teacher_mesh.fsdp or tensor larger; teacher_mesh.devices; compute.teacher_dtype='bfloat16'",
     'gradients': 'mesh.fsdp or mesh.tensor larger; lora, or freeze',
     'batch': 'batch.size smaller',
     'rest': "batch.microbatches larger; compute.remat='full'; batch.length smaller; mesh.context or mesh.tensor larger",
@@ -35,8 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_report(parts: Mapping[str, Any], wanted: int | None = None, limit: int | None = None) -> str:
     """A table of bytes per device by part, and what to change, beginning with the largest part.
 
-    `parts` maps the names params, optimizer, frozen, ema and batch to their trees; None trees are left out. `wanted` is
-    the allocation that failed, `limit` what the device has.
+    `parts` maps the names params, optimizer, frozen, average, teacher and batch to their trees; None trees are left
+    out. `wanted` is the allocation that failed, `limit` what the device has.
     """
     sizes = {name: bytes_per_device(tree) for name, tree in parts.items() if tree is not None}
     known = sum(sizes.values())

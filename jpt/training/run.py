@@ -21,6 +21,7 @@ from jpt.model import Model
 from jpt.training.compare import compare
 from jpt.training.job import Job, divided, make_job, trained_parameters, whole_model
 from jpt.training.loop import make_watchdog, train
+from jpt.training.memory import explain_out_of_memory
 from jpt.training.overview import overview
 from jpt.training.settings import TrainConfig
 from jpt.training.state import TrainState
@@ -65,9 +66,10 @@ def train_model(config: TrainConfig, workdir: Path, devices: Sequence[Any] | Non
         check_targets(job, tokenizer)
         say(overview(job))
         if job.apart is not None:
-            check_models(job.apart, tokenizer)
+            check_models(job.apart, tokenizer, alone='teacher')
             dog.beat(0, 'reading the teacher')
-            job = job._replace(teacher=make_teacher(config, job.apart, job.models['model'].cfg.vocab_size))
+            with explain_out_of_memory({'teacher': job.apart.state.params}):
+                job = job._replace(teacher=make_teacher(config, job.apart, job.models['model'].cfg.vocab_size))
         state = train(job, workdir, tokenizer, assets, dog)
         dog.beat(config.steps, 'export')
         cfg, origin = job.models['model'].cfg, job.models['model'].origin
@@ -177,12 +179,16 @@ def check_targets(job: Job, tokenizer: Tokenizer) -> None:
     )
 
 
-def check_models(job: Job, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where a tokenizer has ids, or a row positions, for which a model has no embedding."""
+def check_models(job: Job, tokenizer: Tokenizer, alone: str = 'model') -> None:
+    """Raises ValueError where a tokenizer has ids, or a row positions, for which a model has no embedding.
+
+    alone: what messages call the first model.
+    """
     second = job.second
-    for name, weights in job.models.items():
+    for given, weights in job.models.items():
+        name = alone if given == 'model' else given
         cfg, read, length, setting = weights.cfg, tokenizer, job.config.batch.length, 'batch.length'
-        if second is not None and name != 'model':
+        if second is not None and given != 'model':
             read, length, setting = second.tokenizer, second.length, 'distill.alignment.length'
         if cfg.learned_positions and length > cfg.max_length:
             raise ValueError(

@@ -276,12 +276,10 @@ def teacher_alone(config: TrainConfig, mesh: MeshConfig, microbatches: int) -> T
     """The job of a distillation's teacher alone, which trains nothing, on a mesh without a pipeline.
 
     Raises:
-        ValueError: the job has no single teacher with weights, or one with another tokenizer, or the mesh a pipeline.
+        ValueError: the job has no single teacher, or one with another tokenizer, or the mesh a pipeline.
     """
     if config.teacher is None:
         raise ValueError('config.teacher=None: expected the model whose words are asked for')
-    if config.teacher.path is None:
-        raise ValueError('config.teacher.architecture: a teacher needs trained weights: expected config.teacher.path')
     if config.distill.alignment is not None:
         raise ValueError(
             f'config.distill.alignment={config.distill.alignment}: what a teacher says is recorded of its own tokens: '
@@ -307,6 +305,6 @@ def teacher_alone(config: TrainConfig, mesh: MeshConfig, microbatches: int) -> T
         mtp_loss=0.0,
         router=RouterConfig(),
         batch=dataclasses.replace(config.batch, microbatches=microbatches),
-        compute=dataclasses.replace(config.compute, dtype=dtype, param_dtype=dtype, teacher_dtype=None),
+        compute=dataclasses.replace(config.compute, dtype=dtype, param_dtype=dtype, teacher_dtype=None, chunks=1),
         mesh=MeshConfig(**mesh.sizes()),
     )

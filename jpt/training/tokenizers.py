@@ -30,15 +30,26 @@ def open_second(config: TrainConfig) -> SecondReader | None:
     """What reads the job's texts for a teacher with another tokenizer; None where all read the same tokens.
 
     Raises:
-        ValueError: a teacher without a tokenizer, or a vocabulary whose bytes are not known.
+        ValueError: a teacher without a tokenizer, or with that of the student, or words whose bytes are not known.
     """
     alignment = config.distill.alignment
-    if alignment is None or config.teacher is None or config.teacher.path is None:
+    if alignment is None or config.teacher is None:
         return None
+    if config.teacher.path is None:
+        raise ValueError(
+            'config.teacher.architecture: a teacher with another tokenizer (config.distill.alignment) needs that: '
+            'expected config.teacher.path'
+        )
     theirs = open_tokenizer(open_model(config.teacher.path).assets)
     if theirs is None:
         raise ValueError(
             f'config.distill.alignment: the teacher {config.teacher.path} has no tokenizer of its own: expected '
             'tokenizer.json beside its weights, or None where it has that of the student'
         )
-    return SecondReader(open_assets(config)[0], theirs, alignment.length or config.batch.length)
+    ours, _ = open_assets(config)
+    if ours.fingerprint() == theirs.fingerprint():
+        raise ValueError(
+            f'config.distill.alignment: the student reads as the teacher does, with the tokenizer of {ours.source}: '
+            'expected None, or config.tokenizer the directory of another one'
+        )
+    return SecondReader(ours, theirs, alignment.length or config.batch.length)

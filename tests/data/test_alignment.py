@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers
 
 from jpt.data.alignment import Reading, SecondReader, align, part
 from jpt.data.config import DataConfig
+from jpt.data.indexed import IndexedWriter
 from jpt.data.pipeline import make_pipeline
 from jpt.data.records import Chat, DataError
 from jpt.data.sources import MemorySource
@@ -152,6 +153,10 @@ def test_vocabularies_of_unknown_bytes_are_refused(tmp_path, small):
     Backend(models.WordPiece(vocab=vocab, unk_token='[UNK]')).save(str(tmp_path / 'tokenizer.json'))
     with pytest.raises(ValueError, match='is a WordPiece model: expected a byte-level vocabulary'):
         SecondReader(small, Tokenizer.load(tmp_path), 8)
+    marked = models.BPE(vocab={'a': 0, 'a</w>': 1}, merges=[], end_of_word_suffix='</w>')
+    Backend(marked).save(str(tmp_path / 'tokenizer.json'))
+    with pytest.raises(ValueError, match=r"has end_of_word_suffix='</w>': expected words without a mark"):
+        SecondReader(small, Tokenizer.load(tmp_path), 8)
 
 
 def test_a_space_that_a_tokenizer_adds_is_no_place_to_compare_words_at(small, pieces):
@@ -251,8 +256,13 @@ def test_hosts_and_a_place_that_is_gone_back_to(small, quickstart):
         feed_of(small, None, seed=3).set_state(state)
 
 
-def test_tokens_without_their_text_are_refused(small, quickstart):
+def test_tokens_without_their_text_are_refused(small, quickstart, tmp_path):
     reader = SecondReader(small, quickstart, 40)
+    with IndexedWriter(tmp_path / 'x', vocab_size=300) as writer:
+        writer.add([1, 2, 3])
+    config = DataConfig((str(tmp_path / 'x'),))
+    with pytest.raises(ValueError, match=r'data: .*x\.bin holds token ids, but a teacher with another tokenizer'):
+        make_pipeline(config, small, batch_size=1, seq_len=4, second=reader)
     with pytest.raises(DataError, match=r'texts\[\d\]: token ids, but a teacher with another tokenizer'):
         next(feed_of(small, reader, records=[np.arange(9, dtype=np.int32)] * 3))
 

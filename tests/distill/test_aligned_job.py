@@ -9,6 +9,7 @@ import pytest
 import recorded
 
 from jpt.config import ConfigError
+from jpt.data.alignment import SecondReader
 from jpt.data.tokenizer import Tokenizer
 from jpt.distill.aligned import words_of
 from jpt.models.families import config_from_hf
@@ -123,6 +124,12 @@ def test_what_a_job_refuses(folder):
         make_job(settings(folder, distill={'alignment': {'likely': 4097}}), jax.devices()[:1])
     with pytest.raises(ValueError, match=r'config\.distill\.alignment=.*recorded of its own tokens'):
         teacher_alone(settings(folder), MeshConfig(), 1)
+    own = settings(folder, tokenizer=str(recorded.TOKENIZER), model={'architecture': recorded.STUDENT})
+    with pytest.raises(ValueError, match=r'the student reads as the teacher does'):
+        make_job(own, jax.devices()[:1])
+    planned = settings(folder, teacher={'architecture': recorded.TEACHER, 'path': None})
+    with pytest.raises(ValueError, match=r'config\.teacher\.architecture: a teacher with another tokenizer'):
+        make_job(planned, jax.devices()[:1])
     bare = folder / 'bare'
     shutil.copytree(folder / 'teacher', bare, ignore=shutil.ignore_patterns('tokenizer*', 'special*'))
     with pytest.raises(ValueError, match=r'the teacher .*bare has no tokenizer of its own'):
@@ -147,8 +154,7 @@ def test_special_tokens_and_rows_without_a_word_are_nobodys_words(folder):
     assert not words.lacking[sorted(student.special_ids)].any()
     assert not words.lacking[words.table[words.table >= 0]].any()
     assert words.loss.uld == 1
-    config = settings(folder, tokenizer=str(recorded.TOKENIZER), model={'architecture': recorded.STUDENT})
-    everything = words_of(config.distill, cfgs[1], cfgs[1], open_second(config))
+    everything = words_of(config.distill, cfgs[1], cfgs[1], SecondReader(teacher, teacher, 8))
     assert not everything.lacking.any()
     assert everything.loss.uld == 0
     text = teacher.encode('for')

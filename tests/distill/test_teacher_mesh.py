@@ -4,19 +4,18 @@ import dataclasses
 import json
 
 import jax
+import processes
 import pytest
 import recorded
 from online import TEMPERATURE, distance, first_batch, online
 
-from jpt.data.tokenizer import Tokenizer
+from jpt.distill.recording import record
 from jpt.distill.teacher import make_teacher
 from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout
 from jpt.training.job import first_state, make_job
 from jpt.training.overview import flops_of, overview
 from jpt.training.run import run_job
-
-TOKENIZER = Tokenizer.load(recorded.TOKENIZER)
 
 
 @pytest.fixture(scope='module')
@@ -25,6 +24,11 @@ def folder(tmp_path_factory):
     recorded.export_teacher(found / 'teacher')
     recorded.write_texts(found / 'text.txt')
     return found
+
+
+def losses(workdir):
+    rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return {row['step']: row['loss'] for row in rows if 'loss' in row}
 
 
 def job_of(folder, teacher_mesh, devices=8, **changes):
@@ -76,12 +80,34 @@ def test_a_run_on_disjoint_devices_goes_on_where_it_was(folder, tmp_path):
     run_job(whole, tmp_path / 'whole')
     run_job(dataclasses.replace(half, steps=2, compare=None), tmp_path / 'half')
     run_job(half, tmp_path / 'half')
-    rows = [(tmp_path / name / 'metrics.jsonl').read_text().splitlines() for name in ('whole', 'half')]
-    losses = [{row['step']: row['loss'] for row in map(json.loads, found) if 'loss' in row} for found in rows]
-    assert len(losses[0]) == 4
-    assert losses[0] == losses[1]
-    assert any('eval_kl' in row for row in rows[0])
+    found = [losses(tmp_path / name) for name in ('whole', 'half')]
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+    assert 'eval_kl' in (tmp_path / 'whole' / 'metrics.jsonl').read_text()
     assert '| teacher' in (tmp_path / 'whole' / 'comparison.md').read_text()
+
+
+def test_two_processes_and_a_teacher_in_another_layout(folder, tmp_path):
+    """The student divided by rows, the teacher by its weights: the losses of one process."""
+    flags = ('--config.mesh.data=2', "--config.teacher_mesh={'data': 1, 'fsdp': 2}")
+    job = processes.start_training(f'{recorded.__file__}:{folder}', tmp_path / 'two', *flags)
+    try:
+        results = [job.result(index) for index in range(2)]
+    finally:
+        job.kill()
+    assert [code for code, _, _ in results] == [0, 0], results[0][2] + results[1][2]
+    run_job(recorded.settings(folder, teacher_mesh={'data': 8}), tmp_path / 'one')
+    found = [losses(tmp_path / name) for name in ('two', 'one')]
+    assert found[0].keys() == found[1].keys() == {1, 2}
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_held_out_data_that_cannot_be_read_are_refused_before_the_first_step(folder, tmp_path):
+    (tmp_path / 'held.jsonl').write_text('{"words": "none"}\n')
+    config = recorded.settings(folder, eval={'data': {'paths': (str(tmp_path / 'held.jsonl'),)}})
+    with pytest.raises(ValueError, match=r'held\.jsonl:1'):
+        run_job(config, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 
 
 def test_what_the_overview_says_of_it(folder):
@@ -104,16 +130,40 @@ def test_the_dtype_of_teachers(folder):
     state = first_state(beside)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.frozen['teacher'])} == {'bfloat16'}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {'float32'}
-    _, sums = beside.step(state, first_batch(beside))
+    batch = first_batch(beside)
+    carries = jax.eval_shape(beside.objective.first, state.params, state.frozen, batch)
+    found = {name: carry.hidden_BTD.dtype.name for name, carry in carries.items()}
+    assert found == {'student': 'float32', 'teacher': 'bfloat16'}
+    _, sums = beside.step(state, batch)
     assert sums['accepted'][0] == 1
+
+
+def test_a_teacher_recorded_in_its_own_dtype_is_known_again(folder, tmp_path):
+    dtypes = {'compute': {'teacher_dtype': 'bfloat16'}}
+    manifest = record(recorded.settings(folder, mesh={'data': -1}, **dtypes), tmp_path / 'targets')
+    assert manifest.teacher['dtype'] == 'bfloat16'
+    teacher = {'path': str(folder / 'teacher')}
+    assert make_job(recorded.learning(folder, tmp_path / 'targets', teacher=teacher)).targets is not None
+
+
+def test_a_student_in_several_chunks_of_a_pipeline(folder):
+    changes = {'mesh': {'pipe': 2, 'data': 2}, 'batch': {'microbatches': 2}, 'compute': {'chunks': 2}}
+    deep = {'architecture': recorded.STUDENT | {'num_hidden_layers': 4}}
+    job = make_job(recorded.settings(folder, teacher_mesh={'devices': 4}, model=deep, **changes), jax.devices()[:8])
+    assert job.plan.layouts['model'].chunks == 2
+    assert job.apart.mesh.shape['data'] == 4
 
 
 REFUSED = {
     r'teacher_mesh.*expected None, unless there is one teacher': {'distill': {'targets': 'somewhere'}},
     r'teacher_mesh.pipe=2: expected 1': {'teacher_mesh': {'pipe': 2}},
     r'teacher_mesh.devices=8: expected less than the 8 devices': {'teacher_mesh': {'devices': 8}},
-    r'mesh\(.*data=3.* asks for 3 devices, but there are 8': {'teacher_mesh': {'data': 3}},
+    r'config.teacher_mesh: mesh\(.*data=3.* asks for 3 devices, but there are 8': {'teacher_mesh': {'data': 3}},
     r'record.likely=5000: expected at most the vocabulary of the teacher': {'record': {'likely': 5000}},
+    r'record.likely=8: expected at most the vocabulary of the student, 7': {
+        'model': {'architecture': recorded.STUDENT | {'vocab_size': 7}}
+    },
+    r'config.teacher_mesh: .*microbatches=3: expected a divisor of size=8': {'teacher_mesh': {'microbatches': 3}},
     r"distill.form='truncated': expected 'tail' where": {'teacher_mesh': None, 'distill': {'form': 'truncated'}},
 }
 
