@@ -24,7 +24,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 SMALL = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2}
 SMALL |= {'num_key_value_heads': 2, 'head_dim': 8, 'vocab_size': 4096}
 # Those that take a checkpoint's directory, and what follows it.
-NAMED = {'sft': '', 'distill': ',{0}', 'distill_aligned': ',{0}', 'distill_qwen3': '', 'distill_teachers': ',{0},{0}'}
+NAMED = {'sft': '', 'distill': ',{0}', 'distill_qwen3': '', 'distill_teachers': ',{0},{0}'}
 TALK = [
     {'role': 'user', 'content': 'What is 1 + 1?'},
     {'role': 'assistant', 'content': 'It is 2.'},
@@ -95,7 +95,13 @@ def made_small(config, folder):
 
 
 @pytest.mark.parametrize(
-    ('name', 'option'), [*((name, None) for name in CONFIGS if name not in NAMED), *NAMED.items(), ('sft', ',lora')]
+    ('name', 'option'),
+    [
+        *((name, None) for name in CONFIGS if name not in NAMED),
+        *NAMED.items(),
+        ('sft', ',lora'),
+        ('distill', ',{0},aligned'),
+    ],
 )
 def test_config_trains(name, option, tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(ROOT)
