@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,72 @@ from jpt.training.objective import (
 )
 
 
+class _Models(NamedTuple):
+    """Student and teachers, in one program and by name: how each is computed, and what of it pairs look at."""
+
+    configs: dict[str, ModelConfig]  # the student first
+    computes: dict[str, Compute]
+    taps: dict[str, list[str]]
+    words: SharedWords | None  # of a teacher with another tokenizer
+
+    @property
+    def teachers(self) -> list[str]:
+        return [name for name in self.configs if name != 'student']
+
+    def trees(self, params: Tree, frozen: Tree) -> dict[str, Any]:
+        """The parameters of each, or those of a run of its layers."""
+        return {'student': merge(params, frozen['model']), **{name: frozen[name] for name in self.teachers}}
+
+    def begin(self, trees: Mapping[str, Any], micro: Batch) -> dict[str, Carry]:
+        """What enters the first layers."""
+        return {
+            name: first_carry(cfg, trees[name], self._read(name, micro), self.computes[name], self.taps[name])
+            for name, cfg in self.configs.items()
+        }
+
+    def run(self, trees: Mapping[str, Any], carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
+        """The carry behind a run of layers of each."""
+        # A pipeline differentiates a stage in the whole carry: no cotangent goes back through a teacher's layers.
+        carry = carry | {name: jax.lax.stop_gradient(carry[name]) for name in self.teachers}
+        found = {}
+        for name, cfg in self.configs.items():
+            seen, compute = self._read(name, micro), self.computes[name]
+            where = locate(cfg, seen.positions, seen.segment_ids, compute.dtype)
+            found[name] = Carry(*run_layers(cfg, trees[name], *carry[name], where, compute))
+        return found
+
+    def loss(
+        self,
+        trees: Mapping[str, Any],
+        hidden: Mapping[str, jax.Array],
+        micro: Batch,
+        counts: Counts,
+        loss: TokenLoss,
+        shares: Sequence[float],
+    ) -> tuple[jax.Array, Sums]:
+        """That of the student's logits beside its teachers', which exist chunk by chunk only."""
+        weights, args, student = token_weights(micro, counts), loss_args(micro, counts), self.configs['student']
+        if self.words is not None:
+            args['aligned_target'] = target_of(self.words, self.configs, trees, hidden, micro)
+            return aligned_head_loss(self.words, student, trees['student'], hidden, weights, args)
+        args['teacher_hidden'] = tuple(hidden[name] for name in self.teachers)
+        if len(self.teachers) > 1:
+            args['share'] = _shares(shares, micro, weights.dtype)
+        return linear_loss(
+            hidden['student'],
+            head_kernel(student, trees['student']),
+            weights,
+            args,
+            loss,
+            shared={'teacher_kernel': tuple(head_kernel(self.configs[name], trees[name]) for name in self.teachers)},
+            vocab_size=student.vocab_size,
+            soft_cap=student.logit_soft_cap,
+        )
+
+    def _read(self, name: str, micro: Batch) -> Batch:
+        return as_read(micro) if self.words is not None and name != 'student' else micro
+
+
 def logit_distillation(
     student: ModelConfig,
     teachers: Mapping[str, ModelConfig],
@@ -57,87 +123,39 @@ def logit_distillation(
     Raises:
         ValueError: a pair that these models do not have.
     """
-    seen = tuple(Teacher(cfg.vocab_size, cfg.logit_soft_cap, name) for name, cfg in teachers.items())
-    loss = token_loss(distill, seen)
     check_pairs(distill.pairs, student, teachers)
+    loss = token_loss(
+        distill, tuple(Teacher(cfg.vocab_size, cfg.logit_soft_cap, name) for name, cfg in teachers.items())
+    )
     configs = {'student': student, **teachers}
     beside = dataclasses.replace(compute, dtype=teacher_dtype or compute.dtype)
     computes = {'student': compute, **dict.fromkeys(teachers, beside)}
-    taps = {name: taps_of(distill.pairs, name) for name in configs}
-
-    def models(params: Tree, frozen: Tree) -> dict[str, Any]:
-        return {'student': merge(params, frozen['model']), **{name: frozen[name] for name in teachers}}
-
-    def read(name: str, micro: Batch) -> Batch:
-        return as_read(micro) if words is not None and name != 'student' else micro
+    models = _Models(configs, computes, {name: taps_of(distill.pairs, name) for name in configs}, words)
 
     def counts(batch: Batch, step: Any = 0) -> Counts:
         return token_counts(batch) | auxiliary.counts(student, batch) | weights_at(changing(distill), step, batch)
 
     def first(params: Tree, frozen: Tree, micro: Batch) -> dict[str, Carry]:
-        both = models(params, frozen)
-        return {
-            name: first_carry(cfg, both[name], read(name, micro), computes[name], taps[name])
-            for name, cfg in configs.items()
-        }
+        return models.begin(models.trees(params, frozen), micro)
 
     def stage(layers: Tree, frozen_layers: Tree, carry: dict[str, Carry], micro: Batch) -> dict[str, Carry]:
-        both = models(layers, frozen_layers)
-        # A pipeline differentiates a stage in the whole carry: no cotangent goes back through a teacher's layers.
-        carry = carry | {name: jax.lax.stop_gradient(carry[name]) for name in teachers}
-
-        def run(name: str, cfg: ModelConfig) -> Carry:
-            seen = read(name, micro)
-            where = locate(cfg, seen.positions, seen.segment_ids, computes[name].dtype)
-            return Carry(*run_layers(cfg, both[name], *carry[name], where, computes[name]))
-
-        return {name: run(name, cfg) for name, cfg in configs.items()}
+        return models.run(models.trees(layers, frozen_layers), carry, micro)
 
     def last(
         params: Tree, frozen: Tree, carry: dict[str, Carry], micro: Batch, counts: Counts
     ) -> tuple[jax.Array, Sums]:
-        """The loss between both models' logits, which exist chunk by chunk only."""
-        both = models(params, frozen)
-        hidden = {name: final_norm(cfg, both[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
-        weights = token_weights(micro, counts)
-        args = loss_args(micro, counts)
-        if len(teachers) > 1:
-            args['share'] = _shares(shares, micro, weights.dtype)
-        if words is None:
-            result = _head_loss(configs, both, hidden, weights, args, loss)
-        else:
-            args['aligned_target'] = target_of(words, configs, both, hidden, micro)
-            result = aligned_head_loss(words, configs['student'], both['student'], hidden, weights, args)
+        """The loss of logits and of pairs, and of what is beside the student."""
+        trees = models.trees(params, frozen)
+        hidden = {name: final_norm(cfg, trees[name], carry[name].hidden_BTD) for name, cfg in configs.items()}
+        result = models.loss(trees, hidden, micro, counts, loss, shares)
         slots = {name: carry[name].taps | {NORMED: hidden[name]} for name in configs}
-        result = add_pairs(result, distill.pairs, both['student'], slots, _own(weights, micro, list(teachers)))
-        after = After(both['student'], hidden['student'], carry['student'].router)
-        total, sums = in_tokens(result, counts)
-        result = total, _by_teacher(sums, list(teachers)) if len(teachers) > 1 else sums
+        weights = _own(token_weights(micro, counts), micro, models.teachers)
+        total, sums = in_tokens(add_pairs(result, distill.pairs, trees['student'], slots, weights), counts)
+        result = total, _by_teacher(sums, models.teachers) if len(teachers) > 1 else sums
+        after = After(trees['student'], hidden['student'], carry['student'].router)
         return auxiliary.added(result, student, after, micro, counts, compute)
 
     return Objective(counts, first, stage, last, auxiliary.reads_load(student))
-
-
-def _head_loss(
-    configs: Mapping[str, ModelConfig],
-    models: Mapping[str, Any],
-    hidden: Mapping[str, jax.Array],
-    weights_BT: jax.Array,
-    args: Mapping[str, Any],
-    loss: TokenLoss,
-) -> tuple[jax.Array, Sums]:
-    """The loss of the student's logits beside its teachers', from final hidden states [B, T, D], all by name."""
-    student, teachers = configs['student'], [name for name in configs if name != 'student']
-    return linear_loss(
-        hidden['student'],
-        head_kernel(student, models['student']),
-        weights_BT,
-        {**args, 'teacher_hidden': tuple(hidden[name] for name in teachers)},
-        loss,
-        shared={'teacher_kernel': tuple(head_kernel(configs[name], models[name]) for name in teachers)},
-        vocab_size=student.vocab_size,
-        soft_cap=student.logit_soft_cap,
-    )
 
 
 def _shares(shares: Sequence[float], micro: Batch, dtype: Any) -> jax.Array:
