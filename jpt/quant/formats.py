@@ -1,0 +1,127 @@
+"""The number formats of quantized weights: what an element is, which elements share a scale, what becomes of inputs."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
+
+Element = Literal['e4m3', 'e2m1', 'int8', 'int4']
+Scale = Literal['float32', 'power_of_two', 'e8m0', 'e4m3']
+Inputs = Literal['as_they_are', 'tensor', 'token', 'block']
+
+
+class ElementType(NamedTuple):
+    """Of one element: its largest number, and how many bits it takes."""
+
+    largest: float
+    bits: int
+
+
+ELEMENTS: dict[Element, ElementType] = {
+    'e4m3': ElementType(448.0, 8),
+    'e2m1': ElementType(6.0, 4),
+    'int8': ElementType(127.0, 8),
+    'int4': ElementType(7.0, 4),
+}
+SCALE_BITS: dict[Scale, int] = {'float32': 32, 'power_of_two': 32, 'e8m0': 8, 'e4m3': 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a weight [..., out, in] is stored: number = code * scale, with a scale per block of `rows` x `columns`.
+
+    rows, columns: of a block, along out and in; 0 means all of them. Blocks at the edges may be smaller.
+    scale: 'float32' is amax / largest, rounded once; 'power_of_two' the power of two at or above it, as float32; 'e8m0'
+        the same in a byte; 'e4m3' is relative to a second, float32 scale of the whole weight (NVFP4).
+    inputs: what a linear layer makes of its input before the product: nothing; rounded with one scale known beforehand
+        ('tensor'); with one scale per token; or with one per token and `columns` of them, in the weight's element.
+
+    Raises:
+        ValueError: an unknown name, or fields that do not go together.
+    """
+
+    element: Element
+    rows: int = 0
+    columns: int = 0
+    scale: Scale = 'float32'
+    inputs: Inputs = 'as_they_are'
+
+    def __post_init__(self) -> None:
+        for name, kind in (('element', Element), ('scale', Scale), ('inputs', Inputs)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f'format: {name}={getattr(self, name)!r}: expected one of {", ".join(get_args(kind))}')
+        for name in ('rows', 'columns'):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f'format: {name}={getattr(self, name)!r}: expected a number of at least 0 (0: all)')
+        if self.scale == 'e4m3' and self.element != 'e2m1':
+            raise ValueError(f"format: scale='e4m3' with element={self.element!r}: expected element='e2m1'")
+        if self.scale != 'float32' and self.element in ('int8', 'int4'):
+            raise ValueError(f"format: scale={self.scale!r} with element={self.element!r}: expected scale='float32'")
+        if self.inputs == 'block' and not self.columns:
+            raise ValueError("format: inputs='block' with columns=0: expected the number of inputs that share a scale")
+        if self.inputs != 'as_they_are' and self.element == 'int4':
+            raise ValueError(f"format: inputs={self.inputs!r} with element='int4': expected 'as_they_are'")
+
+    @property
+    def largest(self) -> float:
+        """The largest number of an element."""
+        return ELEMENTS[self.element].largest
+
+    @property
+    def packed(self) -> bool:
+        """Whether a byte holds two elements, neighbours along `in`."""
+        return ELEMENTS[self.element].bits == 4
+
+    def scales_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a weight of this shape: [..., out / rows, in / columns], rounded up."""
+        *lead, out, inner = shape
+        return (*lead, -(-out // (self.rows or out)), -(-inner // (self.columns or inner)))
+
+    def bits(self, shape: tuple[int, ...]) -> float:
+        """Bits that an element takes, its share of the scales included."""
+        out, inner = shape[-2:]
+        one = self.scales_of((out, inner))
+        second = 32 if self.scale == 'e4m3' else 0
+        return ELEMENTS[self.element].bits + (SCALE_BITS[self.scale] * one[0] * one[1] + second) / (out * inner)
+
+    def check(self, shape: tuple[int, ...], place: str) -> None:
+        """Whether a weight of this shape can have this format.
+
+        Raises:
+            ValueError: an odd number of inputs, of which two are to share a byte.
+        """
+        if len(shape) < 2 or 0 in shape:
+            raise ValueError(f'{place}: shape {shape}: expected [..., out, in]')
+        if self.packed and shape[-1] % 2:
+            raise ValueError(f'{place}: {shape[-1]} inputs: expected an even number, two of which share a byte')
+
+
+FORMATS: dict[str, Format] = {
+    'fp8_tensor': Format('e4m3', inputs='tensor'),
+    'fp8_channel_token': Format('e4m3', rows=1, inputs='token'),
+    'fp8_block': Format('e4m3', 128, 128, inputs='block'),
+    'fp8_block_ue8m0': Format('e4m3', 128, 128, scale='power_of_two', inputs='block'),
+    'fp8_weights': Format('e4m3', rows=1),
+    'mxfp8': Format('e4m3', 1, 32, scale='e8m0', inputs='block'),
+    'nvfp4': Format('e2m1', 1, 16, scale='e4m3', inputs='block'),
+    'nvfp4_weights': Format('e2m1', 1, 16, scale='e4m3'),
+    'int8': Format('int8', rows=1, inputs='token'),
+    'int8_weights': Format('int8', rows=1),
+    'int4_weights': Format('int4', 1, 128),
+}
+
+
+def format_of(given: str | Format | dict[str, Any], place: str) -> Format:
+    """A format by its name or its fields.
+
+    Raises:
+        ValueError: an unknown name, or fields that do not go together.
+    """
+    if isinstance(given, Format):
+        return given
+    if isinstance(given, str):
+        if given not in FORMATS:
+            raise ValueError(f'{place}: format {given!r}: expected one of {", ".join(FORMATS)}, or fields of Format')
+        return FORMATS[given]
+    try:
+        return Format(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{place}: {error}') from error
