@@ -22,7 +22,7 @@ from jpt.generation.engine import GenerationResult, generate
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.names import leaves, put
 from jpt.models.transformer import KEPT, forward, last_name, unembed
-from jpt.quant.lora import is_weight
+from jpt.quant.dot import is_weight
 from jpt.sharding.layout import laid_out, make_layout, to_device_layout
 from jpt.sharding.rules import Rules, param_specs, shardings, storage_specs, units_of
 

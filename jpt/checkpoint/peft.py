@@ -20,8 +20,8 @@ from jpt.checkpoint.safetensors import load_file
 from jpt.checkpoint.safetensors_writer import save_file
 from jpt.models.config import ModelConfig
 from jpt.models.names import Leaf, Source, TreePath, get, leaves
-from jpt.quant.dot import LoraKernel
-from jpt.quant.lora import is_weight, lora_scale
+from jpt.quant.dot import LoraKernel, is_weight
+from jpt.quant.lora import lora_scale
 from jpt.quant.paths import map_with_path, path_of
 
 ADAPTER_CONFIG = 'adapter_config.json'

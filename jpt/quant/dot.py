@@ -8,13 +8,15 @@ layer of it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.quant.products import quantized, quantized_dot, quantized_grouped_dot
+from jpt.quant.tensors import FakeQuant, QTensor, dequantize
 
 Array = jax.Array | np.ndarray
 
@@ -65,9 +67,14 @@ class Transposed:
         return self.held.dtype
 
 
-Weight = Array | LoraKernel | Transposed
+Weight = Array | LoraKernel | Transposed | QTensor | FakeQuant
 Precision = Literal['highest'] | None
-KINDS = 'an array, LoraKernel, Transposed'
+KINDS = 'an array, LoraKernel, Transposed, QTensor, FakeQuant'
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a parameter tree is a weight type, to be taken whole in tree maps (`is_leaf`)."""
+    return isinstance(leaf, LoraKernel | Transposed | QTensor | FakeQuant)
 
 
 def dot(x: jax.Array, kernel: Weight, precision: Precision = None) -> jax.Array:
@@ -82,6 +89,8 @@ def dot(x: jax.Array, kernel: Weight, precision: Precision = None) -> jax.Array:
             return dot(x, base, precision) + scale * _dot_array(inner, b, precision=precision)
         case Transposed(held):
             return _dot_array(x, held, 0, precision)
+        case QTensor() | FakeQuant():
+            return quantized_dot(x, kernel)
         case jax.Array() | np.ndarray():
             return _dot_array(x, kernel, precision=precision)
         case _:
@@ -96,9 +105,15 @@ def grouped_dot(x_MI: jax.Array, kernels: Weight, sizes_E: jax.Array) -> jax.Arr
     Raises:
         TypeError: a weight type that has no grouped product.
     """
-    if not isinstance(kernels, jax.Array | np.ndarray):
-        raise TypeError(f"experts' kernels of type {type(kernels).__name__}: expected an array")
-    return grouped_matmul(x_MI, kernels, sizes_E)
+    match kernels:
+        case QTensor() | FakeQuant():
+            return quantized_grouped_dot(x_MI, kernels, sizes_E)
+        case jax.Array() | np.ndarray():
+            return grouped_matmul(x_MI, kernels, sizes_E)
+        case _:
+            raise TypeError(
+                f"experts' kernels of type {type(kernels).__name__}: expected an array, QTensor or FakeQuant"
+            )
 
 
 def dense(kernel: Weight) -> jax.Array:
@@ -110,6 +125,11 @@ def dense(kernel: Weight) -> jax.Array:
             return (dense(base).astype(wide) + scale * delta).astype(kernel.dtype)
         case Transposed(held):
             return jnp.swapaxes(held, -1, -2)
+        case FakeQuant():
+            return dense(quantized(kernel))
+        case QTensor(input_factor=factor):
+            weight = dequantize(kernel)
+            return weight if factor is None else (weight * factor[..., None, :]).astype(weight.dtype)
         case jax.Array() | np.ndarray():
             return jnp.asarray(kernel)
         case _:

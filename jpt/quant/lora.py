@@ -12,16 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jpt.quant.dot import LoraKernel, Weight, dense
+from jpt.quant.dot import LoraKernel, Weight, dense, is_weight
 from jpt.quant.paths import map_with_path, matches, paths, select
 
 # For jpt.training.freeze.partition: train the factors alone.
 FREEZE_ALL_BUT_LORA = ('**', '!**/kernel/{a,b}')
-
-
-def is_weight(leaf: Any) -> bool:
-    """Whether a node of a parameter tree is a weight type, to be taken whole in tree maps (`is_leaf`)."""
-    return isinstance(leaf, LoraKernel)
 
 
 def lora_scale(rank: int, alpha: float, rank_stabilized: bool = False) -> float:
@@ -84,8 +79,11 @@ def add_lora(
 def merge_lora(params: Any) -> Any:
     """Replaces every adapted kernel by base + scale * b a, in the dtype of the base."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_weight)
-    merged = iter(_dense_all([leaf for leaf in leaves if is_weight(leaf)]))
-    return jax.tree.unflatten(structure, [next(merged) if is_weight(leaf) else leaf for leaf in leaves])
+    adapted = [isinstance(leaf, LoraKernel) for leaf in leaves]
+    merged = iter(_dense_all([leaf for leaf, chosen in zip(leaves, adapted, strict=True) if chosen]))
+    return jax.tree.unflatten(
+        structure, [next(merged) if chosen else leaf for leaf, chosen in zip(leaves, adapted, strict=True)]
+    )
 
 
 class _Shape(NamedTuple):

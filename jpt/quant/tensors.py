@@ -1,0 +1,227 @@
+"""Quantized weights: packed as checkpoints hold them, or rounded on the way while the weight itself is trained.
+
+Both are registered dataclass pytrees of plain arrays with the logical `shape`, `ndim` and `dtype` of the weight that
+they stand for, stacked or not. What `quantize` writes is what formulas of one IEEE division each give, bit by bit, on
+every mesh and backend; see docs/quantize.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpt.kernels import low_precision as low
+from jpt.quant.formats import Format
+
+Array = jax.Array | np.ndarray
+PARTS = ('codes', 'scale', 'scale_2', 'input_scale', 'input_factor')
+CODES: dict[str, Any] = {'e4m3': low.E4M3, 'e2m1': jnp.uint8, 'int8': jnp.int8, 'int4': jnp.uint8}
+SCALES: dict[str, Any] = {
+    'float32': jnp.float32,
+    'power_of_two': jnp.float32,
+    'e8m0': jnp.uint8,
+    'e4m3': low.E4M3,
+}
+# A scale of 2^-9, the least positive E4M3 number, still tells the codes of its block.
+_LEAST_E4M3 = 2.0**-9
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A weight [..., out, in] as codes and scales.
+
+    codes: [..., out, in] in the element's dtype, or [..., out, in / 2] uint8 where two share a byte.
+    scale: one per block, [..., out / rows, in / columns]; of 'e8m0' the exponents' bytes.
+    scale_2: [..., 1, 1] float32, where `scale` is relative to it.
+    input_scale: [...] float32, what inputs are divided by before they are rounded; None where that is dynamic.
+    input_factor: [..., in] float32, what inputs are multiplied by first; the weight was divided by it (SmoothQuant,
+        AWQ).
+    weight_dtype: the dtype of the weight that was quantized, and of what stands for it.
+    """
+
+    codes: Array
+    scale: Array
+    scale_2: Array | None = None
+    input_scale: Array | None = None
+    input_factor: Array | None = None
+    format: Format = dataclasses.field(metadata={'static': True}, kw_only=True)
+    weight_dtype: str = dataclasses.field(metadata={'static': True}, kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, inner = self.codes.shape
+        return (*lead, 2 * inner if self.format.packed else inner)
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(self.weight_dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FakeQuant:
+    """A weight [..., out, in] in training that computes what its quantized form does: rounded forward, straight through
+    backward (Bengio et al. 2013, arXiv:1308.3432). `input_scale` and `input_factor` as in QTensor.
+    """
+
+    weight: Array
+    input_scale: Array | None = None
+    input_factor: Array | None = None
+    format: Format = dataclasses.field(metadata={'static': True}, kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.weight.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.weight.dtype
+
+
+def quantize(
+    weight: Array,
+    form: Format,
+    *,
+    amax: Array | None = None,
+    input_scale: Array | None = None,
+    input_factor: Array | None = None,
+    scale_2: Array | None = None,
+) -> QTensor:
+    """The quantized form of a weight [..., out, in], floating point of 16 or 32 bits.
+
+    scale = amax / largest and code = round(weight / scale), each divided once in float32; a block of zeros has the
+    scale 1 (E8M0: the least). Numbers below 2^-126 count as zero, as XLA's CPU backend takes them.
+
+    Args:
+        weight: what is quantized.
+        form: how.
+        amax: [..., out / rows, in / columns] in place of the blocks' largest absolute values; what is beyond saturates.
+        input_scale: kept with the weight.
+        input_factor: likewise; the weight is divided by it first.
+        scale_2: [..., 1, 1] in place of the one that follows from the weight.
+
+    Raises:
+        ValueError: a shape that the format does not take.
+        TypeError: a weight that is not of floating point, or of 64 bits.
+    """
+    form.check(weight.shape, 'quantize')
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or jnp.dtype(weight.dtype).itemsize not in (2, 4):
+        raise TypeError(f'quantize: a weight of {weight.dtype}: expected float32, bfloat16 or float16')
+    wide = jnp.asarray(weight).astype(jnp.float32)
+    if input_factor is not None:
+        wide = low.exact_divide(wide, jnp.asarray(input_factor)[..., None, :])
+    largest = block_amax(wide, form) if amax is None else jnp.asarray(amax)
+    scale, second = scales_of(largest, form, scale_2)
+    if form.scale == 'e8m0':  # exact, and 2^-127 is no divisor where subnormal numbers count as zero
+        quotients = wide * spread(low.from_e8m0(254 - scale), wide.shape, form)
+    else:
+        quotients = low.exact_divide(wide, spread(number_of(scale, second, form), wide.shape, form))
+    codes = codes_of(quotients, form)
+    name = jnp.dtype(weight.dtype).name
+    return QTensor(codes, scale, second, input_scale, input_factor, format=form, weight_dtype=name)
+
+
+def dequantize(weight: QTensor) -> jax.Array:
+    """What codes and scales stand for: [..., out, in] in the dtype of the weight, rounded once from float32.
+
+    Inputs multiplied by `input_factor` belong to it; `dense` has the weight of the inputs as they are.
+    """
+    return numbers_of(weight).astype(weight.dtype)
+
+
+def numbers_of(weight: QTensor) -> jax.Array:
+    """code * scale of every element, [..., out, in] float32."""
+    scale = number_of(jnp.asarray(weight.scale), weight.scale_2, weight.format)
+    return _elements(jnp.asarray(weight.codes), weight.format) * spread(scale, weight.shape, weight.format)
+
+
+def block_amax(weight: jax.Array, form: Format) -> jax.Array:
+    """The largest absolute value of every block [..., out / rows, in / columns], in the dtype of the weight."""
+    *lead, out, inner = weight.shape
+    rows, columns = form.rows or out, form.columns or inner
+    blocks = _whole_blocks(weight, rows, columns)
+    count = blocks.shape[-2] // rows, blocks.shape[-1] // columns
+    return jnp.max(jnp.abs(blocks.reshape(*lead, count[0], rows, count[1], columns)), axis=(-3, -1))
+
+
+def scales_of(amax: jax.Array, form: Format, scale_2: Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """The scales of blocks [..., n, m] with these largest values, as stored, and the second scale or None."""
+    amax = amax.astype(jnp.float32)
+    if form.scale == 'e4m3':
+        whole = jnp.max(amax, axis=(-2, -1), keepdims=True)
+        ratio = low.exact_divide(whole, form.largest * low.E4M3_MAX)
+        second = _or_one(ratio) if scale_2 is None else jnp.asarray(scale_2)
+        relative = low.exact_divide(amax, form.largest * second)
+        relative = jnp.where(amax > 0, jnp.clip(relative, _LEAST_E4M3, low.E4M3_MAX), 1.0)
+        return low.to_e4m3(relative), second
+    scale = low.exact_divide(amax, form.largest)
+    if form.scale == 'e8m0':
+        return low.to_e8m0(scale), None
+    if form.scale == 'power_of_two':
+        scale = jnp.where(scale > 0, low.from_e8m0(jnp.maximum(low.to_e8m0(scale), 1)), 0)
+    return _or_one(scale), None
+
+
+def number_of(scale: jax.Array, scale_2: Array | None, form: Format) -> jax.Array:
+    """The float32 multipliers of blocks, from their scales as stored."""
+    if form.scale == 'e8m0':
+        return low.from_e8m0(scale)
+    return scale.astype(jnp.float32) if scale_2 is None else scale.astype(jnp.float32) * scale_2
+
+
+def spread(per_block: jax.Array, shape: tuple[int, ...], form: Format) -> jax.Array:
+    """A value per block, [..., out / rows, in / columns], for every element of a weight of this shape."""
+    out, inner = shape[-2:]
+    for axis, size, block in ((-2, out, form.rows or out), (-1, inner, form.columns or inner)):
+        if per_block.shape[axis] > 1 and block > 1:
+            per_block = jnp.repeat(per_block, block, axis=axis)
+            per_block = jax.lax.slice_in_dim(per_block, 0, size, axis=per_block.ndim + axis)
+    return jnp.broadcast_to(per_block, shape)
+
+
+def _or_one(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale > 0, scale, 1.0)
+
+
+def _whole_blocks(weight: jax.Array, rows: int, columns: int) -> jax.Array:
+    """The weight with zeros at the edges, so that blocks divide it."""
+    out, inner = weight.shape[-2:]
+    short = -out % rows, -inner % columns
+    return jnp.pad(weight, [*[(0, 0)] * (weight.ndim - 2), (0, short[0]), (0, short[1])]) if any(short) else weight
+
+
+def codes_of(quotients: jax.Array, form: Format) -> jax.Array:
+    """The codes of weight / scale, as stored."""
+    match form.element:
+        case 'e4m3':
+            return low.to_e4m3(quotients)
+        case 'e2m1':
+            return low.pack(low.to_e2m1(quotients))
+        case 'int8':
+            return low.to_integer(quotients, form.largest)
+        case 'int4':
+            return low.pack(low.to_integer(quotients, form.largest))
+
+
+def _elements(codes: jax.Array, form: Format) -> jax.Array:
+    """The numbers, float32, that codes stand for before scaling."""
+    match form.element:
+        case 'e2m1':
+            return low.from_e2m1(low.unpack(codes))
+        case 'int4':
+            return low.signed(low.unpack(codes)).astype(jnp.float32)
+        case _:
+            return codes.astype(jnp.float32)

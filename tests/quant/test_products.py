@@ -1,0 +1,117 @@
+"""Products with quantized weights against float64 products of what numpy's formulas say codes and scales stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formulas import expected
+
+from jpt.quant.dot import dot, grouped_dot
+from jpt.quant.formats import FORMATS, Format
+from jpt.quant.products import round_inputs
+from jpt.quant.tensors import FakeQuant, QTensor, quantize
+
+TOKENS, OUT, IN, EXPERTS = 5, 40, 160, 3
+SIZES = np.array([2, 0, 3], np.int32)  # rows of each expert
+RNG = np.random.default_rng(1)
+X = RNG.standard_normal((TOKENS, IN)).astype(np.float32) * np.exp(RNG.uniform(-2, 2, (TOKENS, 1))).astype(np.float32)
+W = RNG.standard_t(4, (EXPERTS, OUT, IN)).astype(np.float32)
+DY = RNG.standard_normal((TOKENS, OUT)).astype(np.float32)
+SCALE = np.float32(0.013)
+
+
+def rounded(x, form):
+    """The inputs as the layer sees them: each token a weight [1, in] of its own."""
+    if form.inputs == 'as_they_are':
+        return x.astype(np.float64)
+    if form.inputs == 'tensor':
+        largest = {'e4m3': 448, 'int8': 127}[form.element]
+        codes = np.clip(x / SCALE, -largest, largest)
+        codes = codes.astype(jnp.float8_e4m3fn) if form.element == 'e4m3' else np.rint(codes)
+        return codes.astype(np.float64) * SCALE
+    own = Format(form.element, 1, form.columns if form.inputs == 'block' else 0, form.scale)
+    return np.concatenate([expected(row[None], own)[-1] for row in x]).astype(np.float64)
+
+
+def kernel_of(weight, form, kind):
+    lead = weight.shape[:-2]
+    scale = jnp.full(lead, SCALE) if form.inputs == 'tensor' else None
+    if kind is FakeQuant:
+        return FakeQuant(jnp.asarray(weight), scale, format=form)
+    return quantize(weight, form, input_scale=scale)
+
+
+def error(found, wanted):
+    return np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize('name', [*FORMATS, 'int8 in blocks'])
+def test_product_and_gradients(name):
+    form = FORMATS.get(name, Format('int8', 1, 32, inputs='block'))
+    seen, numbers = rounded(X, form), expected(W[0], form)[-1].astype(np.float64)
+
+    @jax.jit
+    def run(real, fake):
+        y = dot(X, real)
+        again, pull = jax.vjp(dot, X, fake)
+        return y, again, pull(DY), jax.vjp(lambda x: dot(x, real), X)[1](DY)[0]
+
+    y, again, (dx, dfake), dx_real = run(kernel_of(W[0], form, QTensor), kernel_of(W[0], form, FakeQuant))
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(again))  # real and fake, bit by bit
+    assert error(y, seen @ numbers.T) < 1e-6
+    assert error(dx, DY.astype(np.float64) @ numbers) < 1e-6
+    assert error(dfake.weight, DY.astype(np.float64).T @ seen) < 1e-6
+    np.testing.assert_array_equal(np.asarray(dx), np.asarray(dx_real))
+
+
+@pytest.mark.parametrize('name', ['fp8_tensor', 'fp8_block', 'nvfp4', 'int8', 'int4_weights'])
+def test_products_of_experts(name):
+    form = FORMATS[name]
+    seen = rounded(X, form)
+    numbers = np.stack([expected(w, form)[-1] for w in W]).astype(np.float64)
+    expert = np.repeat(np.arange(EXPERTS), SIZES)
+
+    @jax.jit
+    def run(real, fake):
+        again, pull = jax.vjp(lambda x, w: grouped_dot(x, w, jnp.asarray(SIZES)), X, fake)
+        return grouped_dot(X, real, jnp.asarray(SIZES)), again, pull(DY)
+
+    y, again, (dx, dfake) = run(kernel_of(W, form, QTensor), kernel_of(W, form, FakeQuant))
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(again))
+    assert error(y, np.einsum('mi,moi->mo', seen, numbers[expert])) < 1e-6
+    assert error(dx, np.einsum('mo,moi->mi', DY, numbers[expert])) < 1e-6
+    wanted = np.zeros(W.shape)
+    for row, e in enumerate(expert):
+        wanted[e] += np.outer(DY[row].astype(np.float64), seen[row])
+    assert error(dfake.weight, wanted) < 1e-6
+
+
+def test_factors_of_inputs():
+    factor = np.exp(RNG.uniform(-1, 1, (EXPERTS, IN))).astype(np.float32)
+    form = FORMATS['int8_weights']
+    numbers = np.stack([expected(w / f, form)[-1] for w, f in zip(W, factor, strict=True)]).astype(np.float64)
+    expert = np.repeat(np.arange(EXPERTS), SIZES)
+    fake = FakeQuant(jnp.asarray(W), None, jnp.asarray(factor), format=form)
+    y, pull = jax.vjp(lambda w: grouped_dot(X, w, jnp.asarray(SIZES)), fake)
+    assert error(y, np.einsum('mi,moi->mo', X * factor[expert].astype(np.float64), numbers[expert])) < 1e-6
+    wanted = np.zeros(W.shape)
+    for row, e in enumerate(expert):  # y = (x f) (w / f): the factors cancel in the weight's gradient
+        wanted[e] += np.outer(DY[row].astype(np.float64), X[row])
+    assert error(pull(DY)[0].weight, wanted) < 1e-6
+    one = jax.tree.map(lambda leaf: leaf[1], quantize(W, form, input_factor=jnp.asarray(factor)))
+    assert error(dot(X, one), (X * factor[1]) @ numbers[1].T) < 1e-6
+
+
+def test_a_token_does_not_see_the_others():
+    x = jnp.asarray(np.stack([X, X[::-1] * 100]))
+    for name in ('fp8_channel_token', 'fp8_block', 'nvfp4', 'mxfp8'):
+        whole = round_inputs(x, FORMATS[name])
+        alone = round_inputs(x[0, 2], FORMATS[name])
+        for part in ('codes', 'scale'):
+            one, other = (np.asarray(getattr(tensor, part)) for tensor in (whole, alone))
+            np.testing.assert_array_equal(one[0, 2].view(np.uint8), other.view(np.uint8))
+
+
+def test_inputs_without_calibration_are_refused():
+    with pytest.raises(ValueError, match='calibrate'):
+        dot(jnp.asarray(X), quantize(W[0], FORMATS['fp8_tensor']))
