@@ -26,10 +26,11 @@ from students import add_options, held_out_of, importance_of, machine, on_cpu, p
 
 import jpt
 from jpt.checkpoint.source import TreeSource
+from jpt.evaluation.text import mean_loss
 from jpt.model import Model
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
-from jpt.prune import in_memory, mean_loss
+from jpt.prune import in_memory
 from jpt.pruning.importance import Importance
 from jpt.pruning.target import Target, steps
 from jpt.training.settings import ModelSource

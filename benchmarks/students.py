@@ -17,10 +17,10 @@ from jpt.checkpoint.opening import model_directory
 from jpt.checkpoint.source import TreeSource
 from jpt.config import from_config_dict
 from jpt.data.batch import Batch
+from jpt.evaluation.text import Text, batches_from
 from jpt.model import Model
 from jpt.models.calibration import calibrate
 from jpt.models.config import ModelConfig
-from jpt.prune import Text, batches_from
 from jpt.pruning.importance import Importance, importance
 from jpt.pruning.target import Target, steps
 from jpt.training.run import train_model

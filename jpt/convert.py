@@ -24,8 +24,8 @@ from jpt.checkpoint.opening import open_model
 from jpt.checkpoint.resize import ResizedSource
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.shards import parse_size
-from jpt.checkpoint.source import LeafSource
-from jpt.models.names import Leaf, leaves
+from jpt.checkpoint.source import LeafSource, leaves_of
+from jpt.models.names import Leaf
 
 FORMATS = ('hf', 'jpt')
 
@@ -123,12 +123,12 @@ def _bytes_written(source: LeafSource, to: str) -> int:
     def times(leaf: Leaf) -> int:
         return 1 + len(leaf.sources[0].copies) if to == 'hf' else 1
 
-    return sum(times(leaf) * math.prod(leaf.shape) * source.dtype(leaf).itemsize for leaf in leaves(source.cfg))
+    return sum(times(leaf) * math.prod(leaf.shape) * source.dtype(leaf).itemsize for leaf in leaves_of(source))
 
 
 def _made(source: LeafSource, total: int, files: list[int], seconds: float) -> Conversion:
     """What was written: `total` bytes of weights, in files of these sizes."""
-    wanted = leaves(source.cfg)
+    wanted = leaves_of(source)
     return Conversion(
         family=source.cfg.family,
         parameters=sum(math.prod(leaf.shape) for leaf in wanted),

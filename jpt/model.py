@@ -16,11 +16,11 @@ from jpt.checkpoint.assets import open_tokenizer
 from jpt.checkpoint.hf_export import export_hf
 from jpt.checkpoint.model_dir import save_model
 from jpt.checkpoint.opening import open_model
-from jpt.checkpoint.source import LeafSource, load_tree
+from jpt.checkpoint.source import LeafSource, assembled, leaves_of, load_tree
 from jpt.data.tokenizer import Tokenizer
 from jpt.generation.engine import GenerationResult, generate
 from jpt.models.config import Compute, ModelConfig
-from jpt.models.names import leaves, put
+from jpt.models.names import put
 from jpt.models.transformer import KEPT, forward, last_name, unembed
 from jpt.quant.dot import is_weight
 from jpt.sharding.layout import laid_out, make_layout, to_device_layout
@@ -128,8 +128,9 @@ def load(
 def _load_on(mesh: Mesh, source: LeafSource) -> Any:
     """The weights on a mesh, with rows added to the vocabulary where the mesh does not divide it."""
     shapes: dict[str, Any] = {}
-    for leaf in leaves(source.cfg):
+    for leaf in leaves_of(source):
         put(shapes, leaf.path, jax.ShapeDtypeStruct(leaf.shape, source.dtype(leaf)))
+    shapes = assembled(source, shapes)
     # The layers lie as in a checkpoint: no pipeline generates, but its axis divides the vocabulary.
     layout = make_layout(shapes, {'pipe': 1, 'tensor': mesh.shape['pipe'] * mesh.shape['tensor']})
     padded = jax.eval_shape(functools.partial(to_device_layout, layout), shapes)

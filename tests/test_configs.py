@@ -1,4 +1,4 @@
-"""Every file of configs/ makes a job that trains; sizes are cut so that two steps take seconds."""
+"""Every file of configs/ makes a job that trains, in two steps of small sizes, or quantizes a small model."""
 
 import dataclasses
 import importlib.util
@@ -20,7 +20,7 @@ from jpt.training.settings import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEACHER = ROOT / 'jpt' / 'assets' / 'quickstart_teacher'
-CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != 'quantize')
 SMALL = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2}
 SMALL |= {'num_key_value_heads': 2, 'head_dim': 8, 'vocab_size': 4096}
 # Those that take a checkpoint's directory, and what follows it.

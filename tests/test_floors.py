@@ -21,6 +21,7 @@ FLOORS = {
     'training': 5,
     'distill': 5,
     'pruning': 5,
+    'quantization': 5,
     'metrics': 5,
     'model': 4,
 }

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jpt
-from jpt.prune import Text, batches_from, mean_loss, prune
+from jpt.evaluation.text import Text, batches_from, mean_loss
+from jpt.prune import prune
 from jpt.pruning.target import Target
 
 WORDS = ('the', 'cat', 'sat', 'on', 'a', 'mat', 'and', 'saw', 'dog', 'that', 'ran', 'after', 'it', 'over', 'hill')

@@ -7,7 +7,7 @@ import numpy as np
 
 from jpt.checkpoint.hf_import import is_hf_directory
 from jpt.checkpoint.peft import ADAPTER_CONFIG, read_factors
-from jpt.checkpoint.source import Index, LeafSource, merged
+from jpt.checkpoint.source import NOT_QUANTIZED, Index, LeafSource, merged, whole_weights
 from jpt.models.names import Leaf
 
 
@@ -15,12 +15,14 @@ class AdaptedSource:
     """The model of `source` with the adapter of a PEFT directory merged into its kernels, in their dtype.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_factors`.
+        FileNotFoundError, ValueError: as `read_factors`; or quantized weights, into which nothing is merged.
     """
+
+    quantized = NOT_QUANTIZED
 
     def __init__(self, source: LeafSource, adapter: Path) -> None:
         self.cfg = source.cfg
-        self._source, self._factors = source, read_factors(adapter, source.cfg)
+        self._source, self._factors = whole_weights(source, str(adapter)), read_factors(adapter, source.cfg)
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """That of the model without the adapter."""

@@ -24,6 +24,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     'F32': np.dtype(np.float32),
     'F64': np.dtype(np.float64),
 }
+E8M0 = SAFETENSORS_DTYPES['F8_E8M0']  # in memory as its bytes, uint8: it has no zero and no arithmetic
 SAFETENSORS_CODES: dict[np.dtype, str] = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 # What weights may be cast to on request; eight-bit formats need scales, so they come from jpt.quantize instead.

@@ -7,8 +7,7 @@ import json
 import numpy as np
 
 from jpt.checkpoint.about import model_to_json
-from jpt.checkpoint.source import LeafSource
-from jpt.models.names import leaves
+from jpt.checkpoint.source import LeafSource, leaves_of
 
 LOOKS = 4  # places of an axis that are looked at
 
@@ -19,9 +18,9 @@ def fingerprint_of(source: LeafSource) -> str:
     Training changes every row that it reaches, so two models differ here but for changes of other rows alone.
     """
     digest = hashlib.sha256(json.dumps(model_to_json(source.cfg), sort_keys=True, default=str).encode())
-    for leaf in leaves(source.cfg):
+    for leaf in leaves_of(source):
         axes = [_places(size, LOOKS) for size in leaf.shape[:-1]]
-        if leaf.path[0] == 'layers':
+        if leaf.path[0] == 'layers' and axes:
             axes[0] = list(range(leaf.shape[0]))
         for place in itertools.product(*axes):
             index = (*(slice(at, at + 1) for at in place), slice(0, leaf.shape[-1]))

@@ -15,17 +15,20 @@ from jpt.checkpoint.about import model_differences
 from jpt.checkpoint.assets import CARD_FILE, CONFIG_FILE, GENERATION_FILE, copy_assets, open_tokenizer
 from jpt.checkpoint.card import model_card
 from jpt.checkpoint.directories import check_absent, new_directory
+from jpt.checkpoint.dtypes import E8M0
 from jpt.checkpoint.hf_import import read_config
+from jpt.checkpoint.hf_quantized import part_source, quantization_config
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import ShardedWriter
-from jpt.checkpoint.source import Index, LeafSource, TreeSource, row_blocks, whole
+from jpt.checkpoint.source import NOT_QUANTIZED, Index, LeafSource, TreeSource, packed_leaves, row_blocks, whole
 from jpt.checkpoint.tree import listing
 from jpt.data.tokenizer import TOKENIZER_FILES
 from jpt.models.config import ModelConfig
 from jpt.models.families import config_from_hf, config_to_hf
 from jpt.models.families.fields import ACTIVATION_NAMES, HARMLESS
 from jpt.models.families.multimodal import text_part
-from jpt.models.names import Leaf, Source, leaves
+from jpt.models.names import Leaf, Source, TreePath
+from jpt.quant.packing import Packing
 
 # Of the fields that leave the computation alone, these are about the weights or the file and are written anew.
 _WRITTEN_ANEW = frozenset(['model_type', 'architectures', 'torch_dtype', 'dtype', '_name_or_path', 'name_or_path'])
@@ -51,11 +54,12 @@ class _Part:
         return self.leaf.own_shape
 
 
-def tensors_of(cfg: ModelConfig) -> dict[str, list[_Part]]:
+def tensors_of(cfg: ModelConfig, quantized: Mapping[TreePath, Packing] = NOT_QUANTIZED) -> dict[str, list[_Part]]:
     """The parts of every tensor of the model, by Hugging Face name, grouped by leaf."""
     tensors: dict[str, list[_Part]] = {}
-    for leaf in leaves(cfg):
-        for place, source in leaf.places():
+    for leaf in packed_leaves(cfg, quantized):
+        for place, weight in leaf.places():
+            source = part_source(leaf, weight)
             for name in (source.name, *source.copies):
                 tensors.setdefault(name, []).append(_Part(leaf, place, source))
     return {name: sorted(parts, key=lambda part: part.source.first) for name, parts in tensors.items()}
@@ -96,37 +100,40 @@ def write_hf(
         FileExistsError: there is something at `path`.
         ValueError: a dtype that safetensors does not have.
     """
-    tensors = tensors_of(source.cfg)
+    tensors = tensors_of(source.cfg, source.quantized)
+    quantization = {'quantization_config': quantization_config(source)} if source.quantized else {}
     specs = {}
     for name in _layer_order(source.cfg, tensors):
         parts = tensors[name]
         dtypes = {source.dtype(part.leaf) for part in parts}
         if len(dtypes) > 1:
             raise ValueError(f'{name}: its parts have different dtypes: {", ".join(sorted(map(str, dtypes)))}')
-        specs[name] = TensorSpec(dtypes.pop(), parts[0].source.stored_shape(parts[0].shape))
+        dtype = E8M0 if _is_e8m0(source, parts[0].leaf) else dtypes.pop()
+        specs[name] = TensorSpec(dtype, parts[0].source.stored_shape(parts[0].shape))
     assets = None if source_dir is None else Path(source_dir)
     with new_directory(path) as directory:
         with ShardedWriter(directory, specs, max_shard_size) as writer:
             for name, parts in tensors.items():
-                _write_tensor(writer, name, parts, source)
+                _write_tensor(writer, name, parts, source, specs[name].dtype)
                 report(name, specs[name].nbytes)
-        dtype = str(specs[next(iter(specs))].dtype)
-        _write_json(directory / CONFIG_FILE, hf_config(source.cfg, dtype, assets))
+        written = str(specs[next(iter(specs))].dtype)
+        _write_json(directory / CONFIG_FILE, hf_config(source.cfg, written, assets) | quantization)
         if assets is not None:
             copy_assets(assets, directory, (*TOKENIZER_FILES, GENERATION_FILE))
-        card = model_card(source.cfg, dtype, specs, None if origin is None else Path(origin))
+        card = model_card(source.cfg, written, specs, None if origin is None else Path(origin))
         (directory / CARD_FILE).write_text(card, 'utf-8')
         files = list(writer.shards)
     return [Path(path) / file for file in files]
 
 
-def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: LeafSource) -> None:
+def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: LeafSource, dtype: np.dtype) -> None:
+    """Writes one tensor; `dtype` is that of the file, in which scales that are bytes in memory have another name."""
     first = parts[0].source
     if first.alone:
         for part in parts:
             for rows in row_blocks(part.shape, source.dtype(part.leaf).itemsize):
                 block = _squeeze(part, source.read(part.leaf, part.index(rows)))
-                writer.write(name, block, part.source.first + rows.start)
+                writer.write(name, block.view(dtype), part.source.first + rows.start)
         return
     # Every part once and in order: with several processes the others gather as often (see export_hf).
     values = [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]
@@ -135,6 +142,12 @@ def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: 
         return
     for expert in range(parts[0].shape[0]):
         writer.write(name, _joined(parts, [value[expert : expert + 1] for value in values]), expert)
+
+
+def _is_e8m0(source: LeafSource, leaf: Leaf) -> bool:
+    """Whether a leaf is scales that are bytes in memory and have a dtype of their own in files."""
+    packing = source.quantized.get(leaf.path[:-1])
+    return leaf.part == 'scale' and packing is not None and packing.form.scale == 'e8m0'
 
 
 def _joined(parts: list[_Part], values: list[np.ndarray]) -> np.ndarray:
@@ -172,7 +185,7 @@ def export_hf(
     if jax.process_index() == 0:
         write_hf(source, path, source_dir=source_dir, origin=origin, max_shard_size=max_shard_size)
         return
-    for parts in tensors_of(cfg).values():  # takes part in gathering the arrays, in the same order
+    for parts in tensors_of(cfg, source.quantized).values():  # takes part in gathering the arrays, in the same order
         for part in parts:
             source.read(part.leaf, part.index(slice(0, 0)))
 

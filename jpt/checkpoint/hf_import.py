@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ from absl import logging
 from jax.typing import DTypeLike
 
 from jpt.checkpoint.assets import CONFIG_FILE
-from jpt.checkpoint.dtypes import cast_target, is_floating
+from jpt.checkpoint.dtypes import E8M0, cast_target, is_floating
 from jpt.checkpoint.hf_names import LeftOut, copies, current_names, is_beyond, may_differ, resolve_names, without_parts
+from jpt.checkpoint.hf_quantized import METHOD, part_source, quantized_of
 from jpt.checkpoint.mxfp4 import PackedReader
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
-from jpt.checkpoint.source import Index, load_tree, whole
+from jpt.checkpoint.source import Index, leaves_of, load_tree, whole
 from jpt.checkpoint.tree import listing
 from jpt.models.config import ModelConfig
 from jpt.models.families import FAMILIES, config_from_hf
 from jpt.models.families.multimodal import OTHER_PARTS, TEXT_NAMES, text_part
-from jpt.models.names import Leaf, Source, TreePath, leaves
+from jpt.models.names import Leaf, Source, TreePath
+from jpt.quant.packing import Packing
 
 
 def is_hf_directory(path: str | os.PathLike[str]) -> bool:
@@ -74,18 +76,18 @@ class HuggingFaceSource:
         self._target = cast_target(dtype)
         try:
             config, of_many = text_part(read_config(self.directory))
-            self.cfg = config_from_hf(config)
+            self.cfg = config_from_hf(_unquantized(config))
         except ValueError as error:
             raise ValueError(f'{self.directory}: {error}') from error
-        # Only MXFP4 has been let through, and only where a family has it.
-        packed = config.get('quantization_config') is not None
+        # Besides blocks of FP8, only MXFP4 has been let through, and only where a family has it.
+        packed = _unquantized(config).get('quantization_config') is not None
         self.reader = (PackedReader if packed else ShardedReader)(self.directory)
-        self._resolve(of_many, mtp)
+        self._resolve(config, of_many, mtp)
         self._check_copies()
         if self._target is None:
             self._check_uniform()
 
-    def _resolve(self, of_many: bool, mtp: bool) -> None:
+    def _resolve(self, config: Mapping[str, Any], of_many: bool, mtp: bool) -> None:
         """Finds the tensors of the model, and completes the model by them."""
         place, family = str(self.directory), FAMILIES[self.cfg.family]
         specs = self.reader.tensors
@@ -106,7 +108,17 @@ class HuggingFaceSource:
                 place,
                 promised,
             )
-        names = resolve_names(self.cfg, {name: specs[where] for name, where in stored.items()}, place)
+        found = {name: specs[where] for name, where in stored.items()}
+        try:
+            self.quantized: Mapping[TreePath, Packing] = quantized_of(self.cfg, config, found)
+            wanted = {
+                source.name: source.stored_shape(leaf.own_shape)
+                for leaf in leaves_of(self)
+                for source in _sources(leaf)
+            }
+        except ValueError as error:
+            raise ValueError(f'{place}: {error}') from error
+        names = resolve_names(self.cfg, found, place, wanted)
         self._names = {name: stored[found] for name, found in names.items()}
         read = {copy: name for copy, name in copies(self.cfg).items() if copy not in may_differ(self.cfg)}
         twice = {stored[copy]: self._names[name] for copy, name in read.items() if copy in stored}
@@ -114,19 +126,22 @@ class HuggingFaceSource:
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype in which a leaf is given."""
-        stored = self._spec(leaf.sources[0]).dtype
+        stored = self._spec(_sources(leaf)[0]).dtype
+        if stored == E8M0:
+            return np.dtype(np.uint8)
         return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         """A part of a leaf, copied out of the files; nothing else is read."""
         ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
-        array = np.empty([len(each) for each in ranges], self.dtype(leaf))
+        stored = self._spec(_sources(leaf)[0]).dtype
+        array = np.empty([len(each) for each in ranges], stored if stored == E8M0 else self.dtype(leaf))
         sources = np.empty(leaf.shape[: leaf.stack], object)
-        sources[...] = np.array(leaf.sources, object).reshape(sources.shape)
+        sources[...] = np.array(_sources(leaf), object).reshape(sources.shape)
         for to in np.ndindex(array.shape[: leaf.stack]):
             source = sources[tuple(each[i] for each, i in zip(ranges, to, strict=False))]
             self._fill(array[(*to, ...)], source, leaf.own_shape, index[leaf.stack :])
-        return array
+        return array.view(self.dtype(leaf))
 
     def _fill(self, target: np.ndarray, source: Source, shape: tuple[int, ...], index: Index) -> None:
         name = self._names[source.name]
@@ -156,8 +171,8 @@ class HuggingFaceSource:
 
     def _check_uniform(self) -> None:
         lines = []
-        for leaf in leaves(self.cfg):
-            dtypes = {source.name: self._spec(source).dtype for source in leaf.sources}
+        for leaf in leaves_of(self):
+            dtypes = {source.name: self._spec(source).dtype for source in _sources(leaf)}
             if len(set(dtypes.values())) > 1:
                 lines += [f'{name}: {dtype}' for name, dtype in dtypes.items()]
         if lines:
@@ -165,6 +180,18 @@ class HuggingFaceSource:
                 f'{self.directory}: layers of one kind are stored in different dtypes and cannot be stacked as they '
                 f'are; ask for a dtype:\n  {listing(lines)}'
             )
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the model without what is said of blocks of FP8."""
+    given = config.get('quantization_config')
+    block = isinstance(given, dict) and given.get('quant_method') == METHOD
+    return {name: value for name, value in config.items() if not (block and name == 'quantization_config')}
+
+
+def _sources(leaf: Leaf) -> list[Source]:
+    """Where a leaf, or a part of a quantized one, lies."""
+    return [part_source(leaf, source) for source in leaf.sources]
 
 
 def load_hf(
@@ -187,5 +214,5 @@ def load_hf(
 def iterate_hf(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> Iterator[tuple[TreePath, np.ndarray]]:
     """The same leaf by leaf: (tree path, numpy array), with one leaf in memory at a time."""
     source = HuggingFaceSource(path, dtype)
-    for leaf in leaves(source.cfg):
+    for leaf in leaves_of(source):
         yield leaf.path, source.read(leaf, whole(leaf))

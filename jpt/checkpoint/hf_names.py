@@ -77,16 +77,19 @@ def may_differ(cfg: ModelConfig) -> frozenset[str]:
     return frozenset(() if cfg.tied else FAMILIES[cfg.family].dialect.twins)
 
 
-def resolve_names(cfg: ModelConfig, found: Mapping[str, TensorSpec], place: str) -> dict[str, str]:
+def resolve_names(
+    cfg: ModelConfig,
+    found: Mapping[str, TensorSpec],
+    place: str,
+    wanted: Mapping[str, tuple[int, ...]],
+) -> dict[str, str]:
     """Maps the name of every tensor of the model to the one of those found, which may lack the model's prefix.
+
+    wanted: the shapes of the model's tensors by name.
 
     Raises:
         ValueError: names every missing, wrongly shaped and unexpected tensor.
     """
-    wanted: dict[str, tuple[int, ...]] = {}
-    for leaf in leaves(cfg):
-        for source in leaf.sources:
-            wanted[source.name] = source.stored_shape(leaf.own_shape)
     prefix = leaves(cfg)[0].sources[0].name.split('.')[0] + '.'
     bare = not any(name.startswith(prefix) for name in found)  # saved from the model without its head, as GPT-2 was
     names = {name: name.removeprefix(prefix) if bare else name for name in wanted}

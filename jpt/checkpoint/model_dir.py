@@ -1,5 +1,6 @@
 """jpt checkpoints as models: saving one, loading one, and taking the model out of a training run."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -13,13 +14,16 @@ from jax.typing import DTypeLike
 from jpt.checkpoint import about as layout
 from jpt.checkpoint.array_store import Streamed, open_array, write_state
 from jpt.checkpoint.assets import copy_companions, has_tokenizer, tokenizer_fingerprint
+from jpt.checkpoint.dequantized import numbers_at
 from jpt.checkpoint.directories import check_absent, new_directory
 from jpt.checkpoint.dtypes import cast, cast_target, is_floating
 from jpt.checkpoint.manifest import MANIFEST_FILE, verify, write_manifest
-from jpt.checkpoint.source import Index, LeafSource, TreeSource, load_tree, merged, whole
+from jpt.checkpoint.source import Index, LeafSource, TreeSource, leaves_of, load_tree, merged, whole
 from jpt.checkpoint.tree import LeafSpec, differences, listing, name_of, specs_of
 from jpt.models.config import ModelConfig
 from jpt.models.names import BESIDE, Leaf, leaves
+from jpt.quant.formats import Format
+from jpt.quant.packing import Packing
 
 PARAMS, FROZEN = 'params/', 'frozen/model/'
 STEPS = 'checkpoints'  # where a training run keeps its steps, under its workdir
@@ -86,20 +90,40 @@ class StoredSource:
             self._names |= {name.removeprefix(prefix): name for name in about.leaves if name.startswith(prefix)}
         self._names = {leaf: name for leaf, name in self._names.items() if not leaf.startswith(f'{BESIDE}/')}
         self._specs, self._statics = about.leaves, about.statics
+        self._packings = {leaf: self._packing(name) for leaf, name in self._quantized_names().items()}
+        paths = {name_of(leaf.path): leaf.path for leaf in leaves(self.cfg)}
+        self.quantized = {paths[name]: packing for name, packing in self._packings.items() if name in paths}
         self._check_leaves()
         self._stores: dict[str, Any] = {}
 
+    def _quantized_names(self) -> dict[str, str]:
+        """Weights that are held as codes and scales, also below an adapter: by name in the model, the stored name."""
+        codes = {name.removesuffix('/codes'): stored for name, stored in self._names.items() if name.endswith('/codes')}
+        return {name: stored.removesuffix('/codes') for name, stored in codes.items()}
+
+    def _packing(self, stored: str) -> Packing:
+        """How a weight is quantized, by its name in the state."""
+        try:
+            form, dtype = Format(**self._statics[f'{stored}/format']), self._statics[f'{stored}/weight_dtype']
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{self.directory}: {stored} has codes, but no format that jpt reads: {error}') from error
+        return Packing(form, dtype, *(f'{stored}/{part}' in self._specs for part in ('input_scale', 'input_factor')))
+
     def _check_leaves(self) -> None:
-        """Every leaf of the model, as an array or as a kernel with an adapter, and no other."""
+        """Every leaf of the model, as an array, in parts, or as a kernel with an adapter, and no other."""
         stored = {name: self._specs[whole] for name, whole in self._names.items()}
         wanted: dict[str, LeafSpec] = {}
         for leaf in leaves(self.cfg):
             name = name_of(leaf.path)
-            if name + '/base' in stored:
+            if {name + '/base', name + '/base/codes'} & set(stored):
                 factors = [stored.get(f'{name}/{factor}', LeafSpec('float32', ())) for factor in 'ab']
                 wanted |= dict(zip([f'{name}/a', f'{name}/b'], factors, strict=True))
                 name += '/base'
-            wanted[name] = LeafSpec(stored[name].dtype if name in stored else 'an array', leaf.shape)
+            if name in self._packings:
+                parts = self._packings[name].parts(leaf.shape)
+                wanted |= {f'{name}/{part}': LeafSpec(str(spec.dtype), spec.shape) for part, spec in parts.items()}
+            else:
+                wanted[name] = LeafSpec(stored[name].dtype if name in stored else 'an array', leaf.shape)
         lines = differences(stored, wanted)
         if lines:
             raise ValueError(f'{self.directory}: not the weights of its {self.cfg.family} model:\n  {listing(lines)}')
@@ -112,12 +136,16 @@ class StoredSource:
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         name = name_of(leaf.path)
-        stored = np.dtype(self._specs[self._names.get(name) or self._names[f'{name}/base']].dtype)
+        packing = self._packings.get(f'{name}/base')
+        if packing is None:
+            stored = np.dtype(self._specs[self._names.get(name) or self._names[f'{name}/base']].dtype)
+        else:
+            stored = np.dtype(packing.weight_dtype)
         return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         name = name_of(leaf.path)
-        array = self._part(name, index) if name in self._names else self._merged(name, index)
+        array = self._part(name, index) if name in self._names else self._merged(name, leaf.shape, index)
         return cast(array, self._target if leaf.castable else None)
 
     def _part(self, name: str, index: Index) -> np.ndarray:
@@ -128,13 +156,17 @@ class StoredSource:
             self._stores[stored] = open_array(self.directory / layout.STATE, stored)
         return np.asarray(self._stores[stored][index].read().result())
 
-    def _merged(self, name: str, index: Index) -> np.ndarray:
+    def _merged(self, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
         """A kernel with its LoRA adapter merged into it, as jpt.quant.dot.dense does."""
         repeats, rows, columns = index
-        base = self._part(f'{name}/base', index)
+        packing = self._packings.get(f'{name}/base')
+        if packing is None:
+            base = self._part(f'{name}/base', index)
+        else:
+            base = numbers_at(packing, shape, index, lambda part, where: self._part(f'{name}/base/{part}', where))
         rank = slice(None)
         a, b = self._part(f'{name}/a', (repeats, rank, columns)), self._part(f'{name}/b', (repeats, rows, rank))
-        scale = self._statics[f'{self._names[name + "/base"].removesuffix("/base")}/scale']
+        scale = self._statics[f'{self._names[name + "/a"].removesuffix("/a")}/scale']
         return merged(base, a, b, scale)
 
 
@@ -182,9 +214,9 @@ def save_model(
 
     target = check_absent(path).absolute()
     source = TreeSource(cfg, params)
-    named = {PARAMS + name_of(leaf.path): source.array(leaf) for leaf in leaves(cfg)}
+    named = {PARAMS + name_of(leaf.path): source.array(leaf) for leaf in leaves_of(source)}
     directory, card = (None if given is None else Path(given) for given in (assets, origin))
-    about = layout.About('model', specs_of(named), cfg, tokenizer_fingerprint(directory))
+    about = layout.About('model', specs_of(named), cfg, tokenizer_fingerprint(directory), _statics(source))
     if target.is_dir() and jax.process_index() == 0:
         target.rmdir()
     handler = ocp.CompositeCheckpointHandler(handler_registry=handler_registry())
@@ -206,11 +238,11 @@ def write_model(
     """
     directory = None if assets is None else Path(assets)
     streamed, specs = {}, {}
-    for leaf in leaves(source.cfg):
+    for leaf in leaves_of(source):
         name, dtype = PARAMS + name_of(leaf.path), source.dtype(leaf)
         streamed[name] = Streamed(leaf.shape, dtype, _rows_of(source, leaf))
         specs[name] = LeafSpec(str(dtype), leaf.shape)
-    about = layout.About('model', specs, source.cfg, tokenizer_fingerprint(directory))
+    about = layout.About('model', specs, source.cfg, tokenizer_fingerprint(directory), _statics(source))
     items = [layout.STATE, layout.MODEL] + ([] if directory is None else [layout.ASSETS])
     with new_directory(path) as target:
         write_state(target, streamed, report)
@@ -220,6 +252,15 @@ def write_model(
         if directory is not None:
             copy_companions(directory, None if origin is None else Path(origin), target / layout.ASSETS)
         write_manifest(target, target / layout.MANIFEST, items)
+
+
+def _statics(source: LeafSource) -> dict[str, Any]:
+    """The static fields of quantized weights, as `statics_of` finds them in a tree."""
+    found: dict[str, Any] = {}
+    for path, packing in source.quantized.items():
+        name = PARAMS + name_of(path)
+        found |= {f'{name}/format': dataclasses.asdict(packing.form), f'{name}/weight_dtype': packing.weight_dtype}
+    return found
 
 
 def _rows_of(source: LeafSource, leaf: Leaf) -> Callable[[slice], np.ndarray]:

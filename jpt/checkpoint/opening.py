@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from jpt.checkpoint.adapted import AdaptedSource, is_adapter, named_base
 from jpt.checkpoint.assets import CONFIG_FILE, open_tokenizer
+from jpt.checkpoint.dequantized import DequantizedSource
 from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
 from jpt.checkpoint.model_dir import StoredSource, find_checkpoint
 from jpt.checkpoint.source import LeafSource, WithoutMTP
@@ -55,7 +56,7 @@ def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, 
 
     A PEFT adapter is merged into the model that it names as its base, which must be a directory too. Where a tokenizer
     lies beside the adapter it is taken in place of the base's, since the adapter was trained with it. `mtp=False`
-    leaves out the modules that predict further tokens.
+    leaves out the modules that predict further tokens. Quantized weights stay so, unless a dtype is asked for.
 
     Raises:
         FileNotFoundError: none of these.
@@ -69,10 +70,16 @@ def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, 
         assets = base.assets if open_tokenizer(directory) is None else directory
         return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        return Opened(HuggingFaceSource(directory, dtype, mtp=mtp), directory, directory)
+        return Opened(_in_dtype(HuggingFaceSource(directory, dtype, mtp=mtp), dtype), directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no {CONFIG_FILE}') from error
     stored = StoredSource(directory, dtype)
-    return Opened(stored if mtp else WithoutMTP(stored), stored.assets, stored.assets)
+    source = _in_dtype(stored, dtype)
+    return Opened(source if mtp else WithoutMTP(source), stored.assets, stored.assets)
+
+
+def _in_dtype(source: LeafSource, dtype: DTypeLike | None) -> LeafSource:
+    """The source, and where a dtype is asked for, with that in place of quantized weights."""
+    return DequantizedSource(source, dtype) if source.quantized and dtype is not None else source

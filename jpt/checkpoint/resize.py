@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jpt.checkpoint.source import Index, LeafSource, TreeSource, is_vocabulary, load_tree, row_blocks
+from jpt.checkpoint.source import Index, LeafSource, TreeSource, is_vocabulary, leaves_of, load_tree, row_blocks
 from jpt.models.config import ModelConfig
-from jpt.models.names import Leaf, leaves
+from jpt.models.names import Leaf
 
 
 class ResizedSource:
@@ -36,9 +36,9 @@ class ResizedSource:
             known = f'the tokenizer has {used} ids' if used is not None else f'any of the {old} rows may be in use'
             raise ValueError(f'vocab_size={vocab_size} is too small: {known}; ask for more, or allow the cut')
         self.cfg = dataclasses.replace(source.cfg, vocab_size=vocab_size)
-        self._source = source
+        self._source, self.quantized = source, source.quantized
         self._averaged = min(old, used or old)
-        self._old = {leaf.path: leaf for leaf in leaves(source.cfg)}
+        self._old = {leaf.path: leaf for leaf in leaves_of(source)}
         self._means: dict[Any, np.ndarray] = {}
 
     def dtype(self, leaf: Leaf) -> np.dtype:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jpt.checkpoint.source import Index, LeafSource
+from jpt.checkpoint.source import NOT_QUANTIZED, Index, LeafSource, whole_weights
 from jpt.models.names import Leaf
 
 
@@ -17,9 +17,11 @@ class ScaledNorms:
             one. A norm multiplies by offset + scale; the scale becomes factor * (offset + scale) - offset.
     """
 
+    quantized = NOT_QUANTIZED
+
     def __init__(self, source: LeafSource, factors: Mapping[str, Sequence[float]]) -> None:
         self.cfg = source.cfg
-        self._source, self._factors = source, factors
+        self._source, self._factors = whole_weights(source, 'norms of other scales'), factors
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """As it was."""

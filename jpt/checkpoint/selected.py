@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jpt.checkpoint.source import Index, LeafSource
+from jpt.checkpoint.source import NOT_QUANTIZED, Index, LeafSource, whole_weights
 from jpt.models.config import ModelConfig, runs_of
 from jpt.models.families import config_from_hf, config_to_hf
 from jpt.models.names import Leaf, TreePath, leaves
@@ -23,6 +23,8 @@ class SelectedLayers:
             model of the family (dense layers behind ones with experts, where experts must come last).
     """
 
+    quantized = NOT_QUANTIZED
+
     def __init__(self, source: LeafSource, layers: Sequence[int]) -> None:
         whole = source.cfg
         if not layers or list(layers) != sorted(set(layers)):
@@ -32,7 +34,7 @@ class SelectedLayers:
         kinds = tuple(whole.layer_kinds())
         self.cfg = dataclasses.replace(whole, segments=runs_of(tuple(kinds[layer] for layer in layers)), mtp=())
         check_described(self.cfg, f'layers={tuple(layers)}')
-        self._source = source
+        self._source = whole_weights(source, f'layers={tuple(layers)}')
         self._whole = {leaf.path: leaf for leaf in leaves(whole)}
         self._before = [places(whole)[layer] for layer in layers]  # of each new layer, where it was
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jpt.checkpoint.selected import check_described
-from jpt.checkpoint.source import Index, LeafSource
+from jpt.checkpoint.source import NOT_QUANTIZED, Index, LeafSource, whole_weights
 from jpt.models.config import ModelConfig
 from jpt.models.names import Leaf, leaves
 
@@ -74,12 +74,14 @@ class SlicedSource:
             heads, a model whose layers are not plain attention and MLP, or a width that config.json cannot say.
     """
 
+    quantized = NOT_QUANTIZED
+
     def __init__(self, source: LeafSource, kept: Kept) -> None:
         check_sliced(source.cfg)
         _check(source.cfg, kept)
         self.cfg = narrowed(source.cfg, kept)
         check_described(self.cfg, sizes(self.cfg))
-        self._source, self._kept = source, kept
+        self._source, self._kept = whole_weights(source, 'a narrower model'), kept
         self._whole = {leaf.path: leaf for leaf in leaves(source.cfg)}
 
     def dtype(self, leaf: Leaf) -> np.dtype:

@@ -6,7 +6,8 @@ converting, exporting and resizing are written once and never need more memory t
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -16,9 +17,12 @@ from jax.typing import DTypeLike
 from jpt.checkpoint.dtypes import cast, cast_target, is_floating
 from jpt.checkpoint.tree import LeafSpec, differences, listing, name_of, named_leaves, specs_of
 from jpt.models.config import ModelConfig
-from jpt.models.names import Leaf, get, leaves, put
+from jpt.models.names import Leaf, TreePath, get, leaves, put
+from jpt.quant.packing import Packing, packing_of
+from jpt.quant.tensors import QTensor
 
 Index = tuple[slice, ...]
+NOT_QUANTIZED: Mapping[TreePath, Packing] = MappingProxyType({})
 BLOCK_BYTES = 64 * 2**20
 
 
@@ -28,6 +32,10 @@ class LeafSource(Protocol):
     @property
     def cfg(self) -> ModelConfig: ...
 
+    @property
+    def quantized(self) -> Mapping[TreePath, Packing]:
+        """The weights that it holds as codes and scales; `leaves_of` has their parts in place of them."""
+
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype that `read` gives for a leaf."""
 
@@ -35,11 +43,42 @@ class LeafSource(Protocol):
         """A part of a leaf; `index` has a slice per axis of leaf.shape."""
 
 
+def leaves_of(source: LeafSource) -> tuple[Leaf, ...]:
+    """The leaves that a source has."""
+    return packed_leaves(source.cfg, source.quantized)
+
+
+def packed_leaves(cfg: ModelConfig, quantized: Mapping[TreePath, Packing]) -> tuple[Leaf, ...]:
+    """The leaves of a model in which some weights are replaced by the parts that they are quantized as."""
+    found: list[Leaf] = []
+    for leaf in leaves(cfg):
+        packing = quantized.get(leaf.path)
+        if packing is None:
+            found.append(leaf)
+            continue
+        for name, part in packing.parts(leaf.shape).items():
+            found.append(dataclasses.replace(leaf, path=(*leaf.path, name), shape=part.shape))
+    return tuple(found)
+
+
+def whole_weights(source: LeafSource, what: str) -> LeafSource:
+    """The source, where none of its weights is quantized.
+
+    Raises:
+        ValueError: some are. `what` says for what they are needed as they were.
+    """
+    if source.quantized:
+        names = [name_of(path) for path in source.quantized]
+        raise ValueError(f"{what}: the weights are quantized; ask for a dtype, such as 'bfloat16':\n  {listing(names)}")
+    return source
+
+
 class WithoutMTP:
     """A source without the modules that predict further tokens, where it has any."""
 
     def __init__(self, source: LeafSource) -> None:
         self.cfg = dataclasses.replace(source.cfg, mtp=())
+        self.quantized = {path: packing for path, packing in source.quantized.items() if path[0] != 'mtp'}
         self._source = source
 
     def dtype(self, leaf: Leaf) -> np.dtype:
@@ -61,8 +100,13 @@ class TreeSource:
     def __init__(self, cfg: ModelConfig, params: Any, dtype: DTypeLike | None = None) -> None:
         self.cfg, self._params, self._target = cfg, params, cast_target(dtype)
         found = specs_of(named_leaves(params))
+        self.quantized = {
+            leaf.path: packing_of(weight)
+            for leaf in leaves(cfg)
+            if isinstance(weight := _weight_at(params, leaf.path), QTensor)
+        }
         wanted = {}
-        for leaf in leaves(cfg):
+        for leaf in leaves_of(self):
             name = name_of(leaf.path)
             have = found.get(name, LeafSpec('', leaf.shape))
             padded = is_vocabulary(leaf) and have.shape[1:] == leaf.shape[1:] and have.shape[0] >= leaf.shape[0]
@@ -87,6 +131,14 @@ class TreeSource:
             array = to_host(self.array(leaf))
             self._held = (leaf.path, array)
         return cast(array[index], self._target if leaf.castable else None)
+
+
+def _weight_at(params: Any, path: TreePath) -> Any:
+    """What stands at a path, or None."""
+    try:
+        return get(params, path)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
 
 
 def is_vocabulary(leaf: Leaf) -> bool:
@@ -137,7 +189,7 @@ def load_tree(source: LeafSource, shardings: Any = None) -> dict[str, Any]:
         ValueError: a dtype that JAX would cast (64 bits without jax_enable_x64).
     """
     params: dict[str, Any] = {}
-    for leaf in leaves(source.cfg):
+    for leaf in leaves_of(source):
         dtype = source.dtype(leaf)
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise ValueError(
@@ -148,7 +200,14 @@ def load_tree(source: LeafSource, shardings: Any = None) -> dict[str, Any]:
             put(params, leaf.path, jax.device_put(source.read(leaf, whole(leaf))))
         else:
             put(params, leaf.path, _place(source, leaf, get(shardings, leaf.path)))
-    return params
+    return assembled(source, params)
+
+
+def assembled(source: LeafSource, tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of the source's leaves, in which the parts of every quantized weight become one; changed in place."""
+    for path, packing in source.quantized.items():
+        put(tree, path, packing.assembled(get(tree, path)))
+    return tree
 
 
 def _place(source: LeafSource, leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -72,11 +72,16 @@ def statics_of(tree: Any) -> dict[str, Any]:
             for field in dataclasses.fields(item):
                 if field.metadata.get('static'):
                     name = path_of([*above, *keys, jax.tree_util.GetAttrKey(field.name)])
-                    found[name] = json.loads(json.dumps(getattr(item, field.name), default=str))
+                    found[name] = json.loads(json.dumps(getattr(item, field.name), default=_as_json))
             walk((*above, *keys), item)
 
     walk((), tree)
     return found
+
+
+def _as_json(value: Any) -> Any:
+    is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_instance else str(value)
 
 
 def parts_of(name: str) -> list[str]:

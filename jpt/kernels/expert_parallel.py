@@ -105,12 +105,21 @@ def mixture(
         return out.reshape(1, *x.shape), late[None]
 
     token = P(rows, sequence)
-    specs = (token, token, token, {name: SPECS[name] for name in kernels})
+    specs = (token, token, token, {name: _lies(name, kernel) for name, kernel in kernels.items()})
     opened = (*rows, *sequence, *partial)
     out, late = local(shard, specs, (P(partial, *token), P((*rows, *sequence))), opened)(
         x_BTD, ids_BTJ, weights_BTJ, kernels
     )
     return jnp.sum(out, axis=0, dtype=x_BTD.dtype), lax.stop_gradient(jnp.sum(late))
+
+
+def _lies(name: str, kernel: Any) -> Any:
+    """How a kernel lies; a weight type says how each of its arrays does."""
+    spec = SPECS[name]
+    if not hasattr(kernel, 'local_specs'):
+        return spec
+    sizes = {axis: auto_size([axis]) for axis in (EXPERT, TENSOR)}
+    return kernel.local_specs(P(*spec, *[None] * (kernel.ndim - len(spec))), sizes, f"experts' {name}")
 
 
 def _bias_once(kernels: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 from jpt.models.block import Block
 from jpt.models.config import Compute, ModelConfig, Segment
 from jpt.models.transformer import Params, embed, locate
-from jpt.quant.statistics import CALIBRATION, WATCH, Watch
+from jpt.quant.paths import map_with_path
+from jpt.quant.statistics import CALIBRATION, COMPARED, LARGEST, WATCH, Watch
 
 STATISTICS = ('absolute', 'square')
 
@@ -30,7 +31,7 @@ class Tokens(Protocol):
 
 
 class Calibration(NamedTuple):
-    """Sums over the real tokens of all batches, float64 on the host.
+    """Sums and maxima over the real tokens of all batches, float64 on the host.
 
     tokens: how many there were.
     layers: as params['layers'], [segment][kind] and stacked on the repeats R. In the place of a linear layer's weights
@@ -50,10 +51,13 @@ def calibrate(
     batches: Iterable[Tokens],
     statistics: tuple[str, ...] = STATISTICS,
     compute: Compute = Compute(),  # noqa: B008 (frozen)
+    compared: Params | None = None,
 ) -> Calibration:
     """The statistics of a model over batches of one shape. Padding is left out.
 
     Measured are the inputs of `Linear` modules: not those of routers and of experts, whose tokens are others.
+    `compared` is a tree of the same model with other weights, such as quantized ones: then 'output' {'signal', 'noise':
+    [R]} has the squares of every layer's output and of what it is off with the other weight, from the same input.
     Parameters and batches may lie on a mesh that divides the rows. A batch is summed in float32 at least, batches in
     float64: sums over millions of tokens would lose digits.
 
@@ -62,9 +66,10 @@ def calibrate(
     """
     found: Calibration | None = None
     for batch in batches:
-        one = layer_statistics(cfg, params, batch.tokens, batch.positions, batch.segment_ids, statistics, compute)
+        places = batch.tokens, batch.positions, batch.segment_ids
+        one = layer_statistics(cfg, params, *places, statistics, compute, compared)
         one = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), one)
-        found = one if found is None else jax.tree.map(np.add, found, one)
+        found = one if found is None else map_with_path(_joined, found, one)
     if found is None or not found.tokens:
         raise ValueError('calibration: no batch has a real token, so there is nothing to measure')
     return found._replace(tokens=float(found.tokens))
@@ -79,6 +84,7 @@ def layer_statistics(
     segments_BT: jax.Array,
     statistics: tuple[str, ...],
     compute: Compute,
+    compared: Params | None = None,
 ) -> Calibration:
     """The sums of one batch [B, T], at least float32, on device."""
     wide = jnp.promote_types(compute.dtype, jnp.float32)
@@ -86,21 +92,36 @@ def layer_statistics(
     where = locate(cfg, positions_BT, segments_BT, compute.dtype)
     hidden_BTD = embed(cfg, params, tokens_BT, positions_BT, compute)
     found = []
-    for segment, layers in zip(cfg.segments, params['layers'], strict=True):
+    others = [None] * len(cfg.segments) if compared is None else compared['layers']
+    for segment, layers, other in zip(cfg.segments, params['layers'], others, strict=True):
         period = partial(_period, cfg, segment, compute, where, watch)
-        hidden_BTD, sums = jax.lax.scan(period, hidden_BTD, list(layers))
+        hidden_BTD, sums = jax.lax.scan(period, hidden_BTD, (list(layers), other))
         found.append(sums)
     return Calibration(jnp.sum(watch.weights_BT), found, watch.total(_shares(hidden_BTD)))
 
 
+def _joined(path: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """A statistic of two sets of tokens together."""
+    return np.maximum(one, other) if path.split('/')[-1] == LARGEST else one + other
+
+
 def _period(
-    cfg: ModelConfig, segment: Segment, compute: Compute, where: Any, watch: Watch, hidden_BTD: jax.Array, layers: Any
+    cfg: ModelConfig,
+    segment: Segment,
+    compute: Compute,
+    where: Any,
+    watch: Watch,
+    hidden_BTD: jax.Array,
+    both: tuple[Any, Any],
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
     """The layers of one period, and the sums of each."""
     found = []
-    for kind, params in zip(segment.kinds, layers, strict=True):
+    layers, others = both
+    for at, (kind, params) in enumerate(zip(segment.kinds, layers, strict=True)):
         block = Block(cfg, kind, compute, parent=None)
         variables = {'params': params, WATCH: {'tokens': watch}}
+        if others is not None:
+            variables[COMPARED] = others[at]
         after, state = block.apply(variables, hidden_BTD, where, mutable=[CALIBRATION])
         after_BTD = after.hidden_BTD
         cosine, entering = watch.total(_cosine(hidden_BTD, after_BTD)), watch.total(_shares(hidden_BTD))

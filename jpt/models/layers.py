@@ -48,8 +48,8 @@ class Linear(nn.Module):
             kernel = self.get_variable('params', 'kernel')
         if kernel.shape != shape:
             raise ValueError(f'{self.scope_path()}kernel has shape {kernel.shape}: expected (out, in) = {shape}')
-        observe(self, x)
         y = dot(x, kernel)
+        observe(self, x, y)
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,))
             y = y + along_last(bias.astype(y.dtype), y)

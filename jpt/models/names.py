@@ -13,6 +13,7 @@ from jpt.models.config import ModelConfig
 from jpt.models.families import FAMILIES
 from jpt.models.families.dialect import Dialect
 from jpt.models.transformer import KEPT, init
+from jpt.quant.tensors import PARTS, QTensor
 
 # In a training run's parameters: what is trained beside the model and is no part of it. Models are opened without it.
 BESIDE = 'projections'
@@ -76,8 +77,14 @@ class Leaf:
 
     @property
     def castable(self) -> bool:
-        """Whether a cast of the weights rounds it: not what decides which experts are chosen."""
-        return self.path[-1] not in KEPT
+        """Whether a cast of the weights rounds it: not what decides which experts are chosen, nor codes and scales."""
+        return self.path[-1] not in KEPT and self.part is None
+
+    @property
+    def part(self) -> str | None:
+        """Which part of a quantized weight this is, if any: codes, scale and so on."""
+        *above, last = self.path
+        return str(last) if above and above[-1] == 'kernel' and last in PARTS else None
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -208,9 +215,9 @@ def _role(module: str, leaf: str) -> Role:
 
 
 def get(tree: Any, path: TreePath) -> Any:
-    """The leaf at a path of a parameter tree."""
+    """The leaf at a path of a parameter tree, or a part of a quantized weight."""
     for key in path:
-        tree = tree[key]
+        tree = getattr(tree, str(key)) if isinstance(tree, QTensor) else tree[key]
     return tree
 
 

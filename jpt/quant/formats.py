@@ -1,6 +1,7 @@
 """The number formats of quantized weights: what an element is, which elements share a scale, what becomes of inputs."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 Element = Literal['e4m3', 'e2m1', 'int8', 'int4']
@@ -109,7 +110,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def format_of(given: str | Format | dict[str, Any], place: str) -> Format:
+def format_of(given: str | Format | Mapping[str, Any], place: str) -> Format:
     """A format by its name or its fields.
 
     Raises:

@@ -1,8 +1,9 @@
-"""What linear layers are given over calibration data: sums over real tokens, by channel.
+"""What linear layers are given over calibration data: sums and maxima over real tokens, by channel.
 
 A layer is watched where the collection 'calibration' is mutable and a `Watch` is in the collection 'watch' of the
 whole module that is applied; elsewhere none of this is in the program. What was measured becomes the variable 'input'
-in the place of the layer's weights. Sums over tokens do not depend on how tokens are batched.
+in the place of the layer's weights, and 'output' where another weight was tried. None of it depends on how tokens are
+batched.
 """
 
 import dataclasses
@@ -12,9 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jpt.quant.dot import dot
+
 CALIBRATION = 'calibration'
 WATCH = 'watch'
-STATISTICS: dict[str, Callable[[jax.Array], jax.Array]] = {'absolute': jnp.abs, 'square': jnp.square}
+COMPARED = 'compared'  # a collection of other weights, in the places of the module's own
+SUMS: dict[str, Callable[[jax.Array], jax.Array]] = {'absolute': jnp.abs, 'square': jnp.square}
+LARGEST = 'largest'  # |x|
+STATISTICS = (*SUMS, LARGEST)
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +46,11 @@ class Watch:
         weights = weights.reshape(weights.shape + (1,) * (values_BT.ndim - 2))
         return jnp.sum(jnp.where(weights > 0, values_BT * weights, 0), axis=(0, 1))
 
+    def largest(self, values_BT: jax.Array) -> jax.Array:
+        """The largest over tokens that count of values [B, T, ...] of at least 0; 0 where none counts."""
+        weights = self.weights_BT.reshape(self.weights_BT.shape + (1,) * (values_BT.ndim - 2))
+        return jnp.max(jnp.where(weights > 0, values_BT, 0), axis=(0, 1))
+
     def measure(self, x_BTI: jax.Array) -> dict[str, jax.Array]:
         """The statistics [I] of a layer's input, at least float32.
 
@@ -49,13 +60,28 @@ class Watch:
         if x_BTI.ndim != 3 or x_BTI.shape[:2] != self.weights_BT.shape:
             raise ValueError(f'input of shape {x_BTI.shape}: expected [B, T, in] with [B, T] = {self.weights_BT.shape}')
         wide_BTI = x_BTI.astype(jnp.promote_types(x_BTI.dtype, jnp.float32))
-        return {name: self.total(STATISTICS[name](wide_BTI)) for name in self.statistics}
+        found = {name: self.total(SUMS[name](wide_BTI)) for name in self.statistics if name in SUMS}
+        return found | ({LARGEST: self.largest(jnp.abs(wide_BTI))} if LARGEST in self.statistics else {})
+
+    def compare(self, y_BTO: jax.Array, other_BTO: jax.Array) -> dict[str, jax.Array]:
+        """The squares of a layer's output, and of its difference to another, summed over tokens and channels."""
+        wide, other = (y.astype(jnp.promote_types(y.dtype, jnp.float32)) for y in (y_BTO, other_BTO))
+        return {
+            'signal': jnp.sum(self.total(jnp.square(wide))),
+            'noise': jnp.sum(self.total(jnp.square(wide - other))),
+        }
 
 
-def observe(module: nn.Module, x_BTI: jax.Array) -> None:
-    """Measures the input of a module that is being applied, where it is watched."""
+def observe(module: nn.Module, x_BTI: jax.Array, y_BTO: jax.Array) -> None:
+    """Measures the input of a linear layer that is being applied, where it is watched.
+
+    Where the collection 'compared' has another weight for it, its output with that weight is compared with `y_BTO`.
+    """
     if module.is_initializing() or not module.is_mutable_collection(CALIBRATION) or module.scope is None:
         return
     watch = module.scope.root.get_variable(WATCH, 'tokens')
     if watch is not None:
         module.put_variable(CALIBRATION, 'input', watch.measure(x_BTI))
+        if module.has_variable(COMPARED, 'kernel'):
+            other_BTO = dot(x_BTI, module.get_variable(COMPARED, 'kernel'))
+            module.put_variable(CALIBRATION, 'output', watch.compare(y_BTO, other_BTO))

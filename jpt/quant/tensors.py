@@ -8,11 +8,14 @@ every mesh and backend; see docs/quantize.md.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jpt.kernels import low_precision as low
 from jpt.quant.formats import Format
@@ -64,6 +67,55 @@ class QTensor:
     @property
     def dtype(self) -> np.dtype:
         return jnp.dtype(self.weight_dtype)
+
+    def part_specs(self, spec: P, sizes: Mapping[str, int]) -> QTensor:
+        """How the arrays lie where the weight lies by `spec`, which has an entry per axis, on a mesh of these sizes.
+
+        Scales lie as their weight where every shard holds whole blocks; else every device along that axis has them all.
+        """
+        *lead, out, inner = spec
+        blocks = (self.format.rows or self.shape[-2], self.format.columns or self.shape[-1])
+        whole = [
+            axes if self.shape[at] % (_ways(axes, sizes) * block) == 0 else None
+            for at, axes, block in ((-2, out, blocks[0]), (-1, inner, blocks[1]))
+        ]
+        halves = self.codes.shape[-1] % _ways(inner, sizes) == 0
+        parts: dict[str, Any] = {
+            'codes': P(*lead, out, inner if halves else None),
+            'scale': P(*lead, *whole),
+            'scale_2': None if self.scale_2 is None else P(*lead, None, None),
+            'input_scale': None if self.input_scale is None else P(*lead),
+            'input_factor': None if self.input_factor is None else P(*lead, inner),
+        }
+        return dataclasses.replace(self, **parts)
+
+    def local_specs(self, spec: P, sizes: Mapping[str, int], name: str) -> QTensor:
+        """The same for a product on shards alone: each must hold whole blocks, and all that a scale of inputs is of.
+
+        Raises:
+            ValueError: a shard would hold a part of a block, or a token's inputs in part that are scaled together.
+        """
+        specs = self.part_specs(spec, sizes)
+        for at, block in ((-2, self.format.rows), (-1, self.format.columns)):
+            ways = _ways(spec[at], sizes)
+            if ways > 1 and block and specs.scale[at] is None:
+                raise ValueError(
+                    f'{name} {self.shape}: blocks of {block} do not divide over {ways} shards of its axis {at}: '
+                    f'expected {self.shape[at]} to be a multiple of {ways * block}'
+                )
+        together = self.format.inputs == 'token' or (self.format.inputs == 'block' and self.format.scale == 'e4m3')
+        if together and self.input_scale is None and _ways(spec[-1], sizes) > 1:
+            raise ValueError(
+                f'{name} {self.shape}: its inputs lie on {_ways(spec[-1], sizes)} shards and have one scale per token: '
+                "expected a format with inputs='block', or tensor=1"
+            )
+        return specs
+
+
+def _ways(axes: Any, sizes: Mapping[str, int]) -> int:
+    """Into how many pieces an axis is cut by its entry of a PartitionSpec."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(sizes.get(name, 1) for name in names)
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jpt.models.config import ModelConfig
+from jpt.quant.tensors import QTensor
 
 Keys = tuple[str, ...]
 
@@ -227,10 +228,17 @@ def _checked(
 def param_specs(params: Any, rules: Rules) -> Any:
     """The PartitionSpec of every leaf of a parameter tree (arrays or ShapeDtypeStructs), in the tree's own shape.
 
+    The parts of a quantized weight lie by that of the weight, see `QTensor.part_specs`.
+
     Raises:
         ValueError: see `leaf_spec`.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf_spec(path_keys(path), leaf.shape, rules), params)
+
+    def specs_of(path: tuple[Any, ...], leaf: Any) -> Any:
+        spec = leaf_spec(path_keys(path), leaf.shape, rules)
+        return leaf.part_specs(spec, rules.sizes) if isinstance(leaf, QTensor) else spec
+
+    return jax.tree_util.tree_map_with_path(specs_of, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def state_specs(state: Any, params: Any, specs: Any, sizes: Mapping[str, int]) -> Any:

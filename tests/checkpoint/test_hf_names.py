@@ -178,7 +178,8 @@ def test_an_export_of_a_text_part_is_the_text_model(write_hf_dir: Write, tmp_pat
         ({'text_config': TEXT | {'model_type': 'llama'}}, "expected an object with model_type='gemma3_text'"),
         ({'text_config': TEXT | {'use_mrope': True}}, 'use_mrope'),
         ({'tie_word_embeddings': True, 'text_config': TEXT | {'tie_word_embeddings': False}}, 'text_config says False'),
-        ({'quantization_config': {'quant_method': 'fp8'}}, "quantization_config={'quant_method': 'fp8'}"),
+        ({'quantization_config': {'quant_method': 'fp8'}}, "quant_method='fp8', but there is no weight_scale_inv"),
+        ({'quantization_config': {'quant_method': 'awq'}}, "quantization_config={'quant_method': 'awq'}"),
     ],
 )
 def test_a_config_of_several_parts_is_read_as_strictly(write_hf_dir: Write, change: dict, message: str) -> None:

@@ -1,0 +1,1 @@
+"""Making a quantized model: calibration, the choice of scales, and the report."""

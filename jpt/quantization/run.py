@@ -1,0 +1,197 @@
+"""Quantizing a model: what its layers read, scales by that, and what it costs, layer by layer and in all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpt.data.batch import Batch
+from jpt.evaluation.score import Reference, score
+from jpt.model import Model
+from jpt.models.calibration import Calibration, calibrate
+from jpt.quant.formats import Format
+from jpt.quant.paths import paths
+from jpt.quant.recipes import Recipe, chosen, left_out, quantized_tree
+from jpt.quant.statistics import LARGEST
+from jpt.quant.tensors import QTensor, number_of, numbers_of, quantize, spread
+
+Say = Callable[[str], Any]
+
+
+class LayerReport(NamedTuple):
+    """One weight of one layer, of experts all of them together."""
+
+    layer: int  # number in the network
+    path: str
+    format: Format
+    amax: float  # largest absolute value
+    error: float  # norm of the weight's difference over the weight's norm
+    clipped: float  # share of elements beyond the largest number of their block
+    snr: float | None  # decibels of the layer's output over its error, inputs rounded too; None: not measured
+
+
+class ModelReport(NamedTuple):
+    """The model on held-out text, and its size."""
+
+    name: str
+    bytes: int
+    loss: float  # nats per token
+    kl: float  # KL(original || this), nats per token
+    agreement: float  # share of tokens where both have the same likeliest word
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+class Quantized(NamedTuple):
+    """A quantized model and what is to be known of it."""
+
+    model: Model
+    layers: list[LayerReport]
+    models: tuple[ModelReport, ModelReport]  # the original, this one
+    kept: list[str]  # matrices that were not quantized
+    tokens: int  # of calibration
+
+
+def quantize_model(
+    model: Model,
+    recipe: Recipe,
+    calibration: Sequence[Batch],
+    held_out: Sequence[Batch],
+    say: Say = lambda line: None,
+) -> Quantized:
+    """Quantizes a model by a recipe and measures it.
+
+    Args:
+        model: with weights as they are.
+        recipe: see jpt.quant.recipes.
+        calibration: batches [B, T] that say how large inputs are, and on which layers are compared.
+        held_out: batches for loss and divergence.
+        say: gets a line of progress at a time.
+
+    Raises:
+        ValueError: a recipe that does not fit the model, or experts whose inputs would need calibration.
+    """
+    formats = chosen(model.params, recipe)
+    _check_experts(formats)
+    cfg, compute = model.config, model.compute
+    say(f'calibrating on {_tokens(calibration):,} tokens')
+    statistics = calibrate(cfg, model.params, calibration, (LARGEST,), compute)
+    params = quantized_params(model.params, formats, statistics)
+    say(f'quantized {len(formats)} of {len(formats) + len(left_out(model.params, formats))} matrices; comparing layers')
+    compared = calibrate(cfg, model.params, calibration, (), compute, compared=params)
+    made = dataclasses.replace(model, params=params)
+    say(f'measuring on {int(sum(batch.loss_mask.sum() for batch in held_out)):,} held-out tokens')
+    reports = tuple(measured(name, one, model, held_out) for name, one in (('original', model), ('quantized', made)))
+    layers = layer_reports(model, params, formats, compared)
+    return Quantized(made, layers, (reports[0], reports[1]), left_out(model.params, formats), _tokens(calibration))
+
+
+def quantized_params(params: Any, formats: Mapping[str, Format], statistics: Calibration | None) -> Any:
+    """The tree with every weight that has a format quantized, and inputs scaled by what calibration saw.
+
+    A layer whose inputs are rounded with one scale gets the largest input over the largest number of its element; one
+    that read nothing but zeros gets 1.
+    """
+
+    def kernel(path: str, weight: jax.Array, form: Format) -> QTensor:
+        return _quantize(weight, form, _input_scale(path, form, statistics))
+
+    return quantized_tree(params, formats, kernel)
+
+
+_quantize = jax.jit(lambda weight, form, scale: quantize(weight, form, input_scale=scale), static_argnums=1)
+
+
+def _input_scale(path: str, form: Format, statistics: Calibration | None) -> jax.Array | None:
+    """[R], of the layers of a stacked weight."""
+    if form.inputs != 'tensor' or statistics is None:
+        return None
+    largest = np.max(_inputs_of(path, statistics)[LARGEST], axis=-1).astype(np.float32)
+    return jnp.asarray(np.where(largest > 0, largest / np.float32(form.largest), np.float32(1)))
+
+
+def _inputs_of(path: str, statistics: Calibration) -> Any:
+    return _node(path, statistics)['input']
+
+
+def _node(path: str, statistics: Calibration) -> Any:
+    """What was measured of the linear layer with this weight: 'layers/0.0/attn/q/kernel'."""
+    _, place, *modules, _ = path.split('/')
+    segment, kind = place.split('.')
+    node: Any = statistics.layers[int(segment)][int(kind)]
+    for module in modules:
+        node = node[module]
+    return node
+
+
+def _check_experts(formats: Mapping[str, Format]) -> None:
+    for path, form in formats.items():
+        if 'experts' in path.split('/') and form.inputs == 'tensor':
+            raise ValueError(
+                f"recipe: {path}: experts' inputs are not calibrated: expected a format whose inputs are rounded per "
+                f'token or block (fp8_channel_token, fp8_block), or not at all'
+            )
+
+
+def layer_reports(
+    model: Model, params: Any, formats: Mapping[str, Format], compared: Calibration | None
+) -> list[LayerReport]:
+    """A report per layer and weight, the worst output first, then the worst weight."""
+    weights = dict(zip(paths(model.params), jax.tree.leaves(model.params), strict=True))
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    tensors = dict(zip(paths(params, lambda leaf: isinstance(leaf, QTensor)), leaves, strict=True))
+    found = []
+    for path, form in formats.items():
+        amax, error, clipped = (np.asarray(part, np.float64) for part in _weight_errors(weights[path], tensors[path]))
+        output = None if compared is None or 'experts' in path.split('/') else _node(path, compared)['output']
+        segment, kind = map(int, path.split('/')[1].split('.'))
+        for repeat in range(len(amax)):
+            snr = None
+            if output is not None:
+                signal, noise = float(output['signal'][repeat]), float(output['noise'][repeat])
+                snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+            layer = model.config.layer_index(segment, kind, repeat)
+            values = float(amax[repeat]), float(error[repeat]), float(clipped[repeat])
+            found.append(LayerReport(layer, path, form, *values, snr))
+    return sorted(found, key=lambda one: (math.inf if one.snr is None else one.snr, -one.error))
+
+
+@jax.jit
+def _weight_errors(weight: jax.Array, tensor: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of every layer [R]: the largest absolute value, the relative error, and the share that is clipped."""
+    wide, numbers = weight.astype(jnp.float32), numbers_of(tensor)
+    axes = tuple(range(1, wide.ndim))
+    size = jnp.sqrt(jnp.sum(jnp.square(wide), axis=axes))
+    error = jnp.sqrt(jnp.sum(jnp.square(wide - numbers), axis=axes))
+    # What is beyond by float32's own rounding of the scale is not.
+    largest = (
+        tensor.format.largest * (1 + 2.0**-20) * number_of(jnp.asarray(tensor.scale), tensor.scale_2, tensor.format)
+    )
+    clipped = jnp.mean(jnp.abs(wide) > spread(largest, wide.shape, tensor.format), axis=axes)
+    return jnp.max(jnp.abs(wide), axis=axes), jnp.where(size > 0, error / size, 0), clipped
+
+
+def measured(name: str, model: Model, original: Model, batches: Sequence[Batch]) -> ModelReport:
+    """Loss and divergence of a model on the predicted tokens of the batches."""
+    totals = np.zeros(4)
+    for batch in batches:
+        reference = Reference(original.config, original.params)
+        scores = score(model.config, model.params, batch, reference=reference, compute=original.compute)
+        parts = -scores.log_prob, scores.kl, scores.agreement, jnp.ones_like(scores.kl)
+        totals += [float(np.sum(np.asarray(part, np.float64) * batch.loss_mask)) for part in parts]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.params))
+    loss, kl, agreement = totals[:3] / totals[3]
+    return ModelReport(name, size, float(loss), float(kl), float(agreement))
+
+
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(int((batch.segment_ids > 0).sum()) for batch in batches)

@@ -1,0 +1,49 @@
+"""What a quantization can be told: the dataclasses behind `python -m jpt.quantize --config=...`."""
+
+import dataclasses
+from typing import Literal
+
+from jpt.config import ConfigError, require
+from jpt.quant.recipes import EVERYTHING, Choice, Recipe, recipe_of
+
+KEEP = 'none'  # in place of a format: these weights stay as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Windows of text that calibrate and measure."""
+
+    calibration: str = 'stdlib:train'  # a file, a pattern, or stdlib:train
+    held_out: str = 'stdlib:held_out'  # likewise, for perplexity and divergence
+    rows: int = 128  # windows drawn of each
+    length: int = 0  # tokens of a window; 0: the model's own, 1024 at most
+    batch_size: int = 8  # windows at a time
+    seed: int = 0  # which windows are drawn
+
+    def __post_init__(self) -> None:
+        for name, least in (('rows', 1), ('batch_size', 1), ('length', 0), ('seed', 0)):
+            require(self, name, getattr(self, name) >= least, f'{least} or more')
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """A model, a recipe, and the text that says what the recipe costs."""
+
+    model: str = 'quickstart'  # a Hugging Face directory or a jpt checkpoint; 'quickstart' is the one that jpt ships
+    dtype: str | None = None  # cast the weights first; also what a quantized model is taken back to
+    # Pairs of a pattern over weights (jpt/quant/paths.py) and a format (jpt/quant/formats.py) or 'none'; the last pair
+    # that covers a weight holds for it.
+    recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'fp8_block'),)
+    to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
+    text: TextConfig = TextConfig()
+
+    def __post_init__(self) -> None:
+        try:
+            self.choices()
+        except ValueError as error:
+            raise ConfigError(type(self).__name__, 'recipe', self.recipe, str(error)) from error
+
+    def choices(self) -> Recipe:
+        """The recipe."""
+        pairs = [(pattern, None if name == KEEP else name) for pattern, name in self.recipe]
+        return tuple(Choice(*choice) for choice in recipe_of(pairs, 'recipe'))

@@ -1,0 +1,65 @@
+"""python -m jpt.quantize --config=configs/quantize.py:MODEL,FORMAT --output=DIR: a smaller model, and what it cost.
+
+The model goes through text once to see how large its layers' inputs are and how far off each of them would be, and
+through held-out text for perplexity and divergence. The result is a jpt checkpoint or a Hugging Face directory
+(config.to), with quantize.json and quantize.png beside the weights. See docs/quantize.md.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+import jpt
+from jpt.checkpoint.directories import check_absent
+from jpt.config import from_config_dict
+from jpt.evaluation.text import Text, batches_from
+from jpt.quantization import report
+from jpt.quantization.run import Quantized, quantize_model
+from jpt.quantization.settings import QuantizeConfig
+
+
+def quantize(config: QuantizeConfig, output: str | Path, console: Console | None = None) -> Quantized:
+    """Quantizes a model, writes it to a new directory and returns it with its report.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: with what is wrong, and where.
+    """
+    console = console or Console(width=160)
+    check_absent(output)
+    model = jpt.load(config.model, dtype=config.dtype)
+    if not model.config.causal:
+        raise ValueError(
+            f'config.model={config.model}: {model.config.family} is an encoder: expected one that predicts text'
+        )
+    text = config.text
+    windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
+    calibration, held_out = batches_from(model, windows)
+    made = quantize_model(model, config.choices(), calibration, held_out, lambda line: console.print(line))
+    save = made.model.export if config.to == 'hf' else made.model.save
+    save(output)
+    report.write(made, Path(output))
+    report.show(made, console)
+    console.print(f'saved {output}, with {report.JSON_FILE} and {report.PLOT_FILE}')
+    return made
+
+
+def main(argv: list[str], holder: Any) -> None:
+    """The command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its every step
+    try:
+        quantize(from_config_dict(QuantizeConfig, holder.value, 'config'), flags.FLAGS.output)
+    except (OSError, ValueError) as error:
+        sys.exit(f'jpt.quantize: {error}')
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('output', None, 'The directory to make.', required=True)
+    config_holder = config_flags.DEFINE_config_file('config', None, 'A file of configs/, with a function get_config().')
+    flags.mark_flag_as_required('config')
+    app.run(lambda argv: main(argv, config_holder))

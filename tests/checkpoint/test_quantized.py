@@ -1,0 +1,204 @@
+"""Quantized weights saved, read back, exported, imported and taken back to numbers: bit by bit at every step."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jpt
+from jpt.checkpoint.dequantized import DequantizedSource
+from jpt.checkpoint.fingerprint import fingerprint_of
+from jpt.checkpoint.model_dir import StoredSource
+from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.safetensors import SafetensorsFile
+from jpt.checkpoint.source import TreeSource, leaves_of
+from jpt.convert import convert
+from jpt.model import Model
+from jpt.models.families import config_from_hf
+from jpt.models.names import get, leaves
+from jpt.models.transformer import init
+from jpt.quant.dot import dense
+from jpt.quant.formats import FORMATS, Format
+from jpt.quant.recipes import chosen, quantized_tree, recipe_of
+from jpt.quant.tensors import QTensor, quantize
+
+# Widths that blocks of 16 do not divide: 40 = 2.5 blocks.
+LLAMA = {
+    'model_type': 'llama', 'hidden_size': 40, 'intermediate_size': 48, 'num_hidden_layers': 2, 'vocab_size': 37,
+    'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 20, 'max_position_embeddings': 64,
+    'rms_norm_eps': 1e-6, 'rope_theta': 1e4, 'tie_word_embeddings': False,
+}  # fmt: skip
+EXPERTS = LLAMA | {
+    'model_type': 'qwen3_moe', 'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 24,
+    'decoder_sparse_step': 1, 'mlp_only_layers': [], 'norm_topk_prob': True,
+}  # fmt: skip
+BLOCKS = Format('e4m3', 16, 16, inputs='block')
+
+
+def whole_model(fields, dtype='bfloat16'):
+    cfg = config_from_hf(fields)
+    return Model(
+        cfg, jax.tree.map(lambda leaf: leaf.astype(dtype), jax.jit(init, static_argnums=0)(cfg, jax.random.key(0)))
+    )
+
+
+def quantized_model(fields, form, pattern='layers/**', dtype='bfloat16'):
+    model = whole_model(fields, dtype)
+    formats = chosen(model.params, recipe_of([(pattern, form)]))
+    scaled = form.inputs == 'tensor'
+
+    def kernel(path, weight, form):
+        scale = np.full(weight.shape[:-2], 0.01, np.float32) if scaled else None
+        return quantize(weight, form, input_scale=scale)
+
+    return model, dataclasses.replace(
+        model, params=jax.jit(quantized_tree, static_argnums=(1, 2))(model.params, Frozen(formats), kernel)
+    )
+
+
+class Frozen(dict):
+    """Formats by path as a static argument."""
+
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+@pytest.mark.parametrize('name', [*FORMATS, 'experts'])
+def test_saved_and_loaded(name, tmp_path):
+    fields, form = (EXPERTS, FORMATS['nvfp4']) if name == 'experts' else (LLAMA, FORMATS[name])
+    _, model = quantized_model(fields, form)
+    model.save(tmp_path / 'saved')
+    assert_same(jpt.load(tmp_path / 'saved').params, model.params)
+    numbers = jax.tree.map(dense, model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    assert_same(jpt.load(tmp_path / 'saved', dtype='bfloat16').params, numbers)
+    convert(tmp_path / 'saved', tmp_path / 'copied', 'jpt')  # a stream of blocks, not a tree
+    assert_same(jpt.load(tmp_path / 'copied').params, model.params)
+    assert fingerprint_of(open_model(tmp_path / 'copied').source) == fingerprint_of(
+        open_model(tmp_path / 'saved').source
+    )
+
+
+@pytest.mark.parametrize('scale', ['float32', 'power_of_two', 'e8m0'])
+def test_exported_and_imported_in_blocks(scale, tmp_path):
+    """The layout of transformers' FineGrainedFP8: names, shapes, dtypes, values, and what config.json says."""
+    _, model = quantized_model(EXPERTS, dataclasses.replace(BLOCKS, scale=scale), 'layers/**')
+    model.export(tmp_path / 'hf')
+    assert_same(jpt.load(tmp_path / 'hf').params, model.params)
+    config = json.loads((tmp_path / 'hf' / 'config.json').read_text())['quantization_config']
+    assert config == {
+        'quant_method': 'fp8',
+        'fmt': 'e4m3',
+        'activation_scheme': 'dynamic',
+        'weight_block_size': [16, 16],
+        'scale_fmt': 'float' if scale == 'float32' else 'ue8m0',
+        'modules_to_not_convert': ['lm_head', 'model.layers.0.mlp.gate', 'model.layers.1.mlp.gate'],
+    }
+    file = SafetensorsFile(tmp_path / 'hf' / 'model.safetensors')
+    experts = model.params['layers'][0][0]['mlp']['experts']['down']['kernel']
+    for layer, expert in ((0, 3), (1, 0)):
+        name = f'model.layers.{layer}.mlp.experts.{expert}.down_proj.weight'
+        codes, scales = file.view(name), file.view(f'{name}_scale_inv')
+        assert codes.dtype == ml_dtypes.float8_e4m3fn
+        assert scales.shape == (3, 2)
+        assert scales.dtype == (ml_dtypes.float8_e8m0fnu if scale == 'e8m0' else np.float32)
+        np.testing.assert_array_equal(codes.view(np.uint8), np.asarray(experts.codes)[layer, expert].view(np.uint8))
+        np.testing.assert_array_equal(scales.view(np.uint8), np.asarray(experts.scale)[layer, expert].view(np.uint8))
+    assert file.view('model.layers.0.mlp.gate.weight').dtype == ml_dtypes.bfloat16
+
+
+def test_a_part_of_a_weight_is_dequantized_alone():
+    for name, form in (('llama', BLOCKS), ('llama', FORMATS['nvfp4']), ('experts', FORMATS['fp8_tensor'])):
+        _, model = quantized_model(EXPERTS if name == 'experts' else LLAMA, form)
+        source = DequantizedSource(TreeSource(model.config, model.params), 'float32')
+        random = np.random.default_rng(0)
+        for leaf in leaves(model.config):
+            weight = get(model.params, leaf.path)
+            whole = np.asarray(dense(weight)).astype(np.float32)
+            for _ in range(3):
+                ends = [sorted(random.integers(0, size + 1, 2)) for size in leaf.shape]
+                index = tuple(slice(int(a), int(max(b, a + 1))) for a, b in ends)
+                index = tuple(
+                    slice(min(part.start, size - 1), part.stop) for part, size in zip(index, leaf.shape, strict=True)
+                )
+                np.testing.assert_array_equal(source.read(leaf, index), whole[index])
+
+
+def exported(tmp_path):
+    _, model = quantized_model(LLAMA, BLOCKS)
+    model.export(tmp_path / 'hf')
+    return tmp_path / 'hf'
+
+
+def changed_config(directory, **fields):
+    path = directory / 'config.json'
+    config = json.loads(path.read_text())
+    config['quantization_config'] |= fields
+    path.write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ('fields', 'words'),
+    [
+        ({'activation_scheme': 'static'}, "activation_scheme='static': expected 'dynamic'"),
+        ({'weight_block_size': [16]}, r'weight_block_size=\[16\]'),
+        ({'weight_block_size': [8, 16]}, r'weight_scale_inv: has shape'),
+        ({'fmt': 'e5m2'}, "fmt='e5m2'"),
+        ({'expert_dtype': 'fp4'}, "expert_dtype='fp4'"),
+        ({'rotation': 'hadamard'}, 'rotation'),
+    ],
+)
+def test_configs_that_say_otherwise_are_refused(fields, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        jpt.load(changed_config(exported(tmp_path), **fields))
+
+
+def test_formats_that_no_directory_holds_are_refused(tmp_path):
+    for form in (FORMATS['nvfp4'], FORMATS['fp8_weights']):
+        _, model = quantized_model(LLAMA, form)
+        with pytest.raises(ValueError, match='blocks of E4M3'):
+            model.export(tmp_path / 'hf')
+        assert not (tmp_path / 'hf').exists()
+
+
+def test_a_missing_or_extra_part_is_named(tmp_path):
+    _, model = quantized_model(LLAMA, FORMATS['fp8_tensor'])
+    model.save(tmp_path / 'saved')
+    about = tmp_path / 'saved' / 'model' / 'model.json'
+    content = json.loads(about.read_text())
+    name = 'params/layers/0.0/attn/q/kernel/scale'
+    for change, words in (
+        (lambda c: c['leaves'].pop(name), 'attn/q/kernel/scale: not in the checkpoint'),
+        (lambda c: c['leaves'].update({name + '_2': ['float32', [2, 1, 1]]}), 'attn/q/kernel/scale_2: float32'),
+        (
+            lambda c: c['statics'].pop('params/layers/0.0/attn/q/kernel/format'),
+            'attn/q/kernel has codes, but no format',
+        ),
+    ):
+        shutil.copytree(tmp_path / 'saved', tmp_path / 'changed', dirs_exist_ok=True)
+        damaged = json.loads(json.dumps(content))
+        change(damaged)
+        (tmp_path / 'changed' / 'model' / 'model.json').write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=words):
+            StoredSource(tmp_path / 'changed', check_files=False)
+
+
+def test_what_needs_weights_as_they_were_says_so(tmp_path):
+    _, model = quantized_model(LLAMA, BLOCKS)
+    model.save(tmp_path / 'saved')
+    with pytest.raises(ValueError, match=r'layers=\(0,\): the weights are quantized; ask for a dtype'):
+        convert(tmp_path / 'saved', tmp_path / 'cut', 'jpt', layers=[0])
+    convert(tmp_path / 'saved', tmp_path / 'cut', 'jpt', layers=[0], dtype='float32')
+    assert jpt.load(tmp_path / 'cut').config.num_layers == 1
+    assert {leaf.part for leaf in leaves_of(open_model(tmp_path / 'saved').source)} == {None, 'codes', 'scale'}
