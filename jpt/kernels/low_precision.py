@@ -43,8 +43,8 @@ def to_e2m1(x: jax.Array) -> jax.Array:
     for lower, middle in enumerate(_E2M1_MIDDLES):
         # The even code of the two has the tie: the lower one where `lower` is even.
         code += (size > middle if lower % 2 == 0 else size >= middle).astype(jnp.uint8)
-    # The sign of x is kept where it rounds to zero, as the hardware's conversion does.
-    return code | (jnp.signbit(x).astype(jnp.uint8) << 3)
+    # What is below zero and rounds to it keeps its sign; a negative zero, as in ModelOpt, does not.
+    return code | ((x < 0).astype(jnp.uint8) << 3)
 
 
 def from_e2m1(codes: jax.Array) -> jax.Array:

@@ -67,6 +67,11 @@ class Format:
         return ELEMENTS[self.element].largest
 
     @property
+    def is_mx(self) -> bool:
+        """Whether this is a format of OCP Microscaling: 32 neighbours along `in` share a power of two."""
+        return (self.rows, self.columns, self.scale) == (1, 32, 'e8m0')
+
+    @property
     def packed(self) -> bool:
         """Whether a byte holds two elements, neighbours along `in`."""
         return ELEMENTS[self.element].bits == 4

@@ -31,6 +31,7 @@ SCALES: dict[str, Any] = {
 }
 # A scale of 2^-9, the least positive E4M3 number, still tells the codes of its block.
 _LEAST_E4M3 = 2.0**-9
+_E8M0_ONE = 127
 
 
 @jax.tree_util.register_dataclass
@@ -155,7 +156,7 @@ def quantize(
     """The quantized form of a weight [..., out, in], floating point of 16 or 32 bits.
 
     scale = amax / largest and code = round(weight / scale), each divided once in float32; a block of zeros has the
-    scale 1 (E8M0: the least). Numbers below 2^-126 count as zero, as XLA's CPU backend takes them.
+    scale 1 (in MX formats the least, 2^-127). Numbers below 2^-126 count as zero, as XLA's CPU backend takes them.
 
     Args:
         weight: what is quantized.
@@ -221,7 +222,8 @@ def scales_of(amax: jax.Array, form: Format, scale_2: Array | None = None) -> tu
         return low.to_e4m3(relative), second
     scale = low.exact_divide(amax, form.largest)
     if form.scale == 'e8m0':
-        return low.to_e8m0(scale), None
+        code = low.to_e8m0(scale)
+        return code if form.is_mx else jnp.where(amax > 0, code, _E8M0_ONE).astype(code.dtype), None
     if form.scale == 'power_of_two':
         scale = jnp.where(scale > 0, low.from_e8m0(jnp.maximum(low.to_e8m0(scale), 1)), 0)
     return _or_one(scale), None

@@ -42,6 +42,8 @@ def expected(weight, form):
         with np.errstate(divide='ignore'):
             exponent = np.ceil(np.log2((amax / largest).astype(np.float64)))
         stored = (np.clip(exponent, -127, 127) + 127).astype(np.uint8)
+        if (form.rows, form.columns) != (1, 32):  # a block of zeros: 1, as transformers has it; in MX the least
+            stored = np.where(amax > 0, stored, 127).astype(np.uint8)
         scale = np.ldexp(F32(1), stored.astype(int) - 127).astype(F32)
     elif form.scale == 'power_of_two':
         with np.errstate(divide='ignore'):

@@ -20,6 +20,7 @@ ODD_BLOCKS = {
     'powers of two, rows': Format('e4m3', 1, scale='power_of_two'),
     'nvfp4 in blocks of 32': Format('e2m1', 1, 32, scale='e4m3'),
     'int4 per row': Format('int4', 1),
+    'ue8m0 in blocks of 16 x 48': Format('e4m3', 16, 48, 'e8m0'),
 }
 ALL = FORMATS | ODD_BLOCKS
 
