@@ -46,13 +46,13 @@ class DequantizedSource:
         def read(name: str, where: Index) -> np.ndarray:
             return self._source.read(self._parts[*leaf.path, name], where)
 
-        return cast(numbers_at(packing, leaf.shape, index, read), target)
+        return numbers_at(packing, leaf.shape, index, read).astype(self.dtype(leaf))
 
 
 def numbers_at(
     packing: Packing, shape: tuple[int, ...], index: Index, read: Callable[[str, Index], np.ndarray]
 ) -> np.ndarray:
-    """A part of what a quantized weight of this shape stands for, in the dtype of the weight.
+    """A part of what a quantized weight of this shape stands for, float32, so that it is rounded once if at all.
 
     read: gives a part of one of its arrays, by its name and index.
     """
@@ -71,7 +71,7 @@ def numbers_at(
             'input_factor': (own_columns,),
         }[name]
         parts[name] = read(name, (*lead, *where))
-    numbers = np.asarray(_dense(packing.assembled(parts)))
+    numbers = np.asarray(_dense(packing._replace(weight_dtype='float32').assembled(parts)))
     cut_rows, cut_columns = _within(rows, own_rows), _within(columns, own_columns)
     return numbers[..., cut_rows, cut_columns]
 

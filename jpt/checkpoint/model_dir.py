@@ -163,7 +163,8 @@ class StoredSource:
         if packing is None:
             base = self._part(f'{name}/base', index)
         else:
-            base = numbers_at(packing, shape, index, lambda part, where: self._part(f'{name}/base/{part}', where))
+            numbers = numbers_at(packing, shape, index, lambda part, where: self._part(f'{name}/base/{part}', where))
+            base = numbers.astype(packing.weight_dtype)
         rank = slice(None)
         a, b = self._part(f'{name}/a', (repeats, rank, columns)), self._part(f'{name}/b', (repeats, rows, rank))
         scale = self._statics[f'{self._names[name + "/a"].removesuffix("/a")}/scale']

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -36,6 +37,7 @@ EXPERTS = LLAMA | {
     'model_type': 'qwen3_moe', 'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 24,
     'decoder_sparse_step': 1, 'mlp_only_layers': [], 'norm_topk_prob': True,
 }  # fmt: skip
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'quantized'
 BLOCKS = Format('e4m3', 16, 16, inputs='block')
 
 
@@ -124,6 +126,8 @@ def test_a_part_of_a_weight_is_dequantized_alone():
         random = np.random.default_rng(0)
         for leaf in leaves(model.config):
             weight = get(model.params, leaf.path)
+            if isinstance(weight, QTensor):  # not through bfloat16, which would round twice
+                weight = dataclasses.replace(weight, weight_dtype='float32')
             whole = np.asarray(dense(weight)).astype(np.float32)
             for _ in range(3):
                 ends = [sorted(random.integers(0, size + 1, 2)) for size in leaf.shape]
@@ -132,6 +136,20 @@ def test_a_part_of_a_weight_is_dequantized_alone():
                     slice(min(part.start, size - 1), part.stop) for part, size in zip(index, leaf.shape, strict=True)
                 )
                 np.testing.assert_array_equal(source.read(leaf, index), whole[index])
+
+
+@pytest.mark.parametrize('name', ['transformers_fp8', 'transformers_fp8_moe'])
+def test_directories_that_transformers_wrote(name):
+    """Logits of the dequantized weights, and with bfloat16 as with codes, but for the rounding of inputs."""
+    golden = np.load(GOLDEN / name / 'golden.npz')
+    model = jpt.load(GOLDEN / name, dtype='float32')
+    np.testing.assert_allclose(model.logits(golden['tokens']), golden['logits'], atol=2e-5)
+    codes = jpt.load(GOLDEN / name)
+    kernel = codes.params['layers'][0][0]['attn']['q']['kernel']
+    assert isinstance(kernel, QTensor)
+    assert kernel.format == FORMATS['fp8_block']
+    found, wanted = np.asarray(codes.logits(golden['tokens'])), golden['logits']
+    assert np.linalg.norm(found - wanted) < 0.06 * np.linalg.norm(wanted)
 
 
 def exported(tmp_path):
