@@ -17,6 +17,7 @@ from jpt.checkpoint.opening import model_directory
 from jpt.checkpoint.source import TreeSource
 from jpt.config import from_config_dict
 from jpt.data.batch import Batch
+from jpt.distill.settings import DistillConfig
 from jpt.evaluation.text import Text, batches_from
 from jpt.model import Model
 from jpt.models.calibration import calibrate
@@ -78,13 +79,14 @@ def pruned(model: Model, scores: Importance, path: Path) -> Path:
 
 
 def quickstart() -> TrainConfig:
-    """The settings of configs/quickstart.py."""
+    """The settings of configs/quickstart.py, from full logits alone."""
     spec = importlib.util.spec_from_file_location('quickstart', ROOT / 'configs' / 'quickstart.py')
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return from_config_dict(TrainConfig, module.get_config(), 'config')
+    config = from_config_dict(TrainConfig, module.get_config(), 'config')
+    return dataclasses.replace(config, distill=DistillConfig())
 
 
 def trained(
