@@ -73,6 +73,9 @@ class QTensor:
         """How the arrays lie where the weight lies by `spec`, which has an entry per axis, on a mesh of these sizes.
 
         Scales lie as their weight where every shard holds whole blocks; else every device along that axis has them all.
+
+        Raises:
+            ValueError: a byte that holds two elements would be cut.
         """
         *lead, out, inner = spec
         blocks = (self.format.rows or self.shape[-2], self.format.columns or self.shape[-1])
@@ -80,9 +83,13 @@ class QTensor:
             axes if self.shape[at] % (_ways(axes, sizes) * block) == 0 else None
             for at, axes, block in ((-2, out, blocks[0]), (-1, inner, blocks[1]))
         ]
-        halves = self.codes.shape[-1] % _ways(inner, sizes) == 0
+        if self.codes.shape[-1] % _ways(inner, sizes):
+            raise ValueError(
+                f'a weight {self.shape} of which two elements share a byte does not divide over '
+                f'{_ways(inner, sizes)} shards: expected inputs in a multiple of {2 * _ways(inner, sizes)}'
+            )
         parts: dict[str, Any] = {
-            'codes': P(*lead, out, inner if halves else None),
+            'codes': P(*lead, out, inner),
             'scale': P(*lead, *whole),
             'scale_2': None if self.scale_2 is None else P(*lead, None, None),
             'input_scale': None if self.input_scale is None else P(*lead),
@@ -241,8 +248,13 @@ def spread(per_block: jax.Array, shape: tuple[int, ...], form: Format) -> jax.Ar
     out, inner = shape[-2:]
     for axis, size, block in ((-2, out, form.rows or out), (-1, inner, form.columns or inner)):
         if per_block.shape[axis] > 1 and block > 1:
-            per_block = jnp.repeat(per_block, block, axis=axis)
-            per_block = jax.lax.slice_in_dim(per_block, 0, size, axis=per_block.ndim + axis)
+            # Not jnp.repeat: a gather, for which a sharded operand would travel.
+            at = per_block.ndim + axis + 1
+            wide = jnp.broadcast_to(
+                jnp.expand_dims(per_block, at), (*per_block.shape[:at], block, *per_block.shape[at:])
+            )
+            per_block = wide.reshape(*per_block.shape[: at - 1], -1, *per_block.shape[at:])
+            per_block = jax.lax.slice_in_dim(per_block, 0, size, axis=at - 1)
     return jnp.broadcast_to(per_block, shape)
 
 

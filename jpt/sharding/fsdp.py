@@ -1,5 +1,6 @@
 """Weights divided over `fsdp`, gathered where they are used: in the compute dtype; gradients return in float32."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jpt.kernels.local import auto_size, axis_size, local, manual
+from jpt.quant.packing import parts_of
+from jpt.quant.tensors import QTensor
 from jpt.sharding.rules import MESH_AXES, REPLICABLE, Units, logical_axes, path_keys
 
 AXIS = 'fsdp'
@@ -33,10 +36,11 @@ def gather(tree: Any, dtype: DTypeLike | None, units: Units | None = None) -> An
     """
     if not gathering():
         return tree
-    return jax.tree_util.tree_map_with_path(functools.partial(_gather_leaf, dtype, units), tree)
+    each = functools.partial(_gather_leaf, dtype, units)
+    return jax.tree_util.tree_map_with_path(each, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
-def _gather_leaf(dtype: DTypeLike | None, units: Units | None, path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+def _gather_leaf(dtype: DTypeLike | None, units: Units | None, path: tuple[Any, ...], leaf: Any) -> Any:
     keys = path_keys(path)
     axes = logical_axes(keys)
     dims = [dim for dim, axis in enumerate(axes) if axis is not None and AXIS in MESH_AXES[axis]]
@@ -45,7 +49,34 @@ def _gather_leaf(dtype: DTypeLike | None, units: Units | None, path: tuple[Any, 
     whole = [axis for axis in REPLICABLE if units is not None and getattr(units, axis) % auto_size(INNER)]
     divided = [axis is not None and axis not in whole and INNER[0] in MESH_AXES[axis] for axis in axes]
     spec = P(*(INNER[0] if inner else None for inner in divided))
+    if isinstance(leaf, QTensor):
+        return _gather_quantized(leaf, dims[0], spec)
     return _gather(leaf, dims[0], spec, leaf.dtype if dtype is None or keys[-1] not in CAST else jnp.dtype(dtype))
+
+
+def _gather_quantized(weight: QTensor, dim: int, spec: P) -> QTensor:
+    """The whole of a quantized weight: codes travel as they are, and scales where they are divided like their weight.
+
+    dim, spec: of the weight, as for an array. Nothing of it has a gradient.
+    """
+    specs, axis = weight.part_specs(spec, {name: auto_size((name,)) for name in INNER}), dim - weight.ndim
+    block = {-2: weight.format.rows, -1: weight.format.columns}.get(axis, 1)
+    divided = {
+        'codes': axis,
+        'scale': axis if block and weight.shape[axis] % block == 0 else None,
+        'input_factor': {-1: -1}.get(axis, None if axis == -2 else axis + 1),
+        'scale_2': axis if axis < -2 else None,
+        'input_scale': axis + 2 if axis < -2 else None,
+    }
+    found: dict[str, Any] = {}
+    for name, part in parts_of(weight).items():
+        at = divided[name]
+        gathered = functools.partial(
+            jax.lax.all_gather, axis_name=AXIS, axis=0 if at is None else part.ndim + at, tiled=True
+        )
+        place = getattr(specs, name)
+        found[name] = part if at is None else local(gathered, place, place, INNER)(jax.lax.stop_gradient(part))
+    return dataclasses.replace(weight, **found)
 
 
 # Both directions run on the shards of `tensor`: a hand-written collective over fsdp would have the compiler gather what

@@ -231,14 +231,28 @@ def param_specs(params: Any, rules: Rules) -> Any:
     The parts of a quantized weight lie by that of the weight, see `QTensor.part_specs`.
 
     Raises:
-        ValueError: see `leaf_spec`.
+        ValueError: see `leaf_spec`; or blocks of inputs that would straddle shards.
     """
 
     def specs_of(path: tuple[Any, ...], leaf: Any) -> Any:
         spec = leaf_spec(path_keys(path), leaf.shape, rules)
-        return leaf.part_specs(spec, rules.sizes) if isinstance(leaf, QTensor) else spec
+        if not isinstance(leaf, QTensor):
+            return spec
+        _check_inputs('/'.join(path_keys(path)), leaf, spec, rules)
+        return leaf.part_specs(spec, rules.sizes)
 
     return jax.tree_util.tree_map_with_path(specs_of, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
+def _check_inputs(name: str, weight: QTensor, spec: P, rules: Rules) -> None:
+    """Inputs that lie in shards are rounded in blocks where they lie: no block may straddle two of them."""
+    form, inner = weight.format, spec[-1] or ()
+    shards = rules.sizes.get('tensor', 1) if 'tensor' in ((inner,) if isinstance(inner, str) else inner) else 1
+    if shards > 1 and form.inputs == 'block' and weight.shape[-1] % (shards * form.columns):
+        raise ValueError(
+            f'parameter {name} {weight.shape}: its inputs lie on tensor={shards} shards and are rounded in blocks of '
+            f'{form.columns}: expected a multiple of {shards * form.columns} inputs, or another format for it'
+        )
 
 
 def state_specs(state: Any, params: Any, specs: Any, sizes: Mapping[str, int]) -> Any:

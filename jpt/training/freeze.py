@@ -6,27 +6,36 @@ from typing import Any
 import jax
 
 from jpt.quant.paths import map_with_path, paths, select
+from jpt.quant.tensors import QTensor
 
 
 def partition(params: Any, frozen: Sequence[str], place: str = 'freeze') -> tuple[Any, Any]:
     """Splits params into (trainable, frozen) by path patterns (see jpt.quant.paths); `merge` puts them together again.
 
-    A pattern that starts with '!' takes back what earlier ones froze: ('**', '!lm_head') trains the head alone.
+    A pattern that starts with '!' takes back what earlier ones froze: ('**', '!lm_head') trains the head alone. Codes
+    cannot be trained, so quantized weights are frozen whatever the patterns say.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to train.
     """
-    among = paths(params)
+    among = paths(params, _is_quantized)
     chosen: frozenset[str] = frozenset()
     for pattern in frozen:
         if pattern.startswith('!'):
             chosen -= select([pattern[1:]], among, place)
         else:
             chosen |= select([pattern], among, place)
+    leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
+    chosen |= {path for path, leaf in zip(among, leaves, strict=True) if _is_quantized(leaf)}
     if len(chosen) == len(among):
         raise ValueError(f'{place}={tuple(frozen)}: nothing is left to train')
-    trainable = map_with_path(lambda path, leaf: None if path in chosen else leaf, params)
-    return trainable, map_with_path(lambda path, leaf: leaf if path in chosen else None, params)
+    trainable = map_with_path(lambda path, leaf: None if path in chosen else leaf, params, is_leaf=_is_quantized)
+    frozen_leaves = map_with_path(lambda path, leaf: leaf if path in chosen else None, params, is_leaf=_is_quantized)
+    return trainable, frozen_leaves
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor)
 
 
 def merge(trainable: Any, frozen: Any) -> Any:

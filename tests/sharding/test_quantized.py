@@ -1,0 +1,152 @@
+"""Quantized weights on meshes: the same codes and scales bit by bit, the same loss and gradients of what is trained."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sharded_steps import MODELS, canonical_params, make_batch, worst_error
+
+from jpt.models.config import Compute
+from jpt.models.transformer import forward, unembed
+from jpt.quant.formats import FORMATS, Format
+from jpt.quant.recipes import chosen, quantized_tree, recipe_of
+from jpt.quant.tensors import QTensor, quantize
+from jpt.sharding.grads import loss_and_grads
+from jpt.sharding.layout import to_canonical_layout, to_device_layout
+from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
+from jpt.sharding.plan import make_plan
+from jpt.sharding.rules import Rules, param_specs, shardings, units_of
+from jpt.training.freeze import merge, partition
+from jpt.training.objective import language_modeling
+
+# Of 24 rows over two shards blocks of 8 are not whole, those of 4 columns are.
+BLOCKS, SMALL = Format('e4m3', 8, 4, inputs='block'), Format('e4m3', 2, 2, inputs='block')
+RAGGED = Format('e4m3', 10, 10)
+RECIPES = {
+    'mixed': [('layers/**', BLOCKS), ('**/mlp/up', FORMATS['nvfp4']), ('**/attn/v', FORMATS['int8_weights'])],
+    'experts': [('layers/**', SMALL), ('**/attn/{q,k}', Format('int4', 1, 4))],
+}
+
+
+@functools.cache
+def quantized(model):
+    """The model's parameters, float32 where they are arrays, on one device."""
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), canonical_params(model))
+    formats = chosen(params, recipe_of(RECIPES[model]))
+    return jax.jit(lambda params: quantized_tree(params, formats))(params)
+
+
+def in_float64(tree):
+    """The arrays that are not part of a quantized weight in float64, so that sums in another order hardly differ."""
+    return jax.tree.map(
+        lambda leaf: leaf if isinstance(leaf, QTensor) else np.asarray(leaf, np.float64),
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
+
+
+@functools.cache
+def wanted(model):
+    """Loss and gradients from whole logits on one device, without jpt.sharding."""
+    cfg, batch = MODELS[model], make_batch(MODELS[model].vocab_size)
+    params, frozen = partition(in_float64(quantized(model)), ())
+
+    def loss(params):
+        whole = merge(params, frozen)
+        inputs = batch.tokens, batch.positions, batch.segment_ids
+        hidden = forward(cfg, whole, *inputs, compute=Compute('float64', attention='dense')).hidden_BTD
+        logp = jax.nn.log_softmax(unembed(cfg, whole, hidden))
+        picked = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+        return -jnp.sum(picked * batch.loss_mask) / jnp.sum(batch.loss_mask)
+
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
+
+
+@pytest.mark.parametrize(
+    ('model', 'mesh', 'microbatches'),
+    [
+        ('mixed', MeshConfig(fsdp=2, tensor=2, context=2), 1),
+        ('mixed', MeshConfig(pipe=2, data=2, tensor=2), 2),
+        ('experts', MeshConfig(expert=2, tensor=2, fsdp=2), 1),
+        ('experts', MeshConfig(expert=4, data=2), 1),
+    ],
+    ids=('sharded', 'pipelined', 'experts sharded', 'experts exchanged'),
+)
+def test_loss_and_gradients(model, mesh, microbatches):
+    loss, gradients = wanted(model)
+    with jax.enable_x64(True):
+        total, found = on_mesh(model, mesh, microbatches)
+    np.testing.assert_allclose(total, float(loss), rtol=1e-7)
+    assert worst_error(found, gradients) < 1e-5
+
+
+def on_mesh(model, mesh, microbatches):
+    """Loss and gradients of one step on eight devices."""
+    cfg, devices = MODELS[model], make_mesh(mesh)
+    params, rest = partition(in_float64(quantized(model)), ())
+    plan = make_plan(devices, {'model': cfg}, params, {'model': rest}, num_microbatches=microbatches, dtype='float64')
+    place = functools.partial(to_device_layout, plan.layouts['model'])
+    kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}
+    batch = make_batch(cfg.vocab_size)
+    batch = jax.device_put(batch, batch_shardings(devices, batch))
+    objective = language_modeling(cfg, Compute('float64'))
+    run = jax.jit(lambda params, kept, batch: loss_and_grads(objective, params, kept, batch, plan))
+    total, grads, _ = run(jax.device_put(place(params), shardings(devices, plan.specs)), kept, batch)
+    return float(total), to_canonical_layout(plan.layouts['model'], jax.tree.map(np.asarray, grads))
+
+
+@pytest.mark.parametrize(
+    'form',
+    [BLOCKS, RAGGED, FORMATS['nvfp4_weights'], FORMATS['fp8_tensor']],
+    ids=('blocks', 'ragged', 'nvfp4', 'tensor'),
+)
+def test_codes_and_scales_do_not_depend_on_the_mesh(form):
+    """Weights that lie in shards are quantized where they lie; blocks may straddle shards."""
+    cfg, devices = MODELS['mixed'], make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), canonical_params('mixed'))
+    layers = {'layers': params['layers']}
+    formats = chosen(layers, recipe_of([('layers/**', form)]))
+    scale = jnp.ones(()) if form.inputs == 'tensor' else None
+
+    def run(tree):
+        return quantized_tree(
+            tree,
+            formats,
+            lambda path, weight, form: quantize(
+                weight, form, input_scale=None if scale is None else jnp.ones(weight.shape[:-2])
+            ),
+        )
+
+    here = jax.jit(run)(layers)
+    rules = Rules(devices.shape, units_of(cfg))
+    placed = jax.device_put(layers, shardings(devices, param_specs(layers, rules)))
+    there = jax.jit(run, out_shardings=shardings(devices, param_specs(here, rules)))(placed)
+    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
+    kernel = there['layers'][0][0]['mlp']['up']['kernel']  # [repeats, 24, 16] over tensor and fsdp
+    assert tuple(kernel.codes.sharding.spec) == (None, 'tensor', 'fsdp')
+    whole = {BLOCKS: (None, None, 'fsdp'), RAGGED: (None, None, None)}
+    if form in whole:
+        assert tuple(kernel.scale.sharding.spec) == whole[form]
+
+
+def test_inputs_that_a_shard_would_cut_are_refused():
+    cfg, devices = MODELS['mixed'], make_mesh(MeshConfig(tensor=2, data=4))
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), canonical_params('mixed'))
+    made = quantized_tree(params, chosen(params, recipe_of([('**/mlp/down', FORMATS['nvfp4'])])))
+    with pytest.raises(ValueError, match=r'mlp/down/kernel .*blocks of 16: expected a multiple of 32 inputs'):
+        param_specs({'layers': made['layers']}, Rules(devices.shape, units_of(cfg)))
+
+
+def test_experts_that_a_shard_would_cut_are_refused():
+    cfg, devices = MODELS['experts'], make_mesh(MeshConfig(tensor=2, data=4))
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), canonical_params('experts'))
+    batch = make_batch(cfg.vocab_size)
+    for form, words in ((BLOCKS, 'blocks of 8 do not divide'), (FORMATS['fp8_channel_token'], 'one scale per token')):
+        formats = chosen(params, recipe_of([('**/experts', form)]))
+        made = quantized_tree(params, formats) | {'embed': {'embedding': jnp.zeros((54, cfg.width))}}
+        with jax.set_mesh(devices), pytest.raises(ValueError, match=words):
+            jax.eval_shape(lambda p: forward(cfg, p, batch.tokens, batch.positions, batch.segment_ids).hidden_BTD, made)
