@@ -89,6 +89,8 @@ class StoredSource:
         for prefix in (FROZEN, PARAMS):
             self._names |= {name.removeprefix(prefix): name for name in about.leaves if name.startswith(prefix)}
         self._names = {leaf: name for leaf, name in self._names.items() if not leaf.startswith(f'{BESIDE}/')}
+        # A kernel that is trained through its rounding is the weight that is rounded.
+        self._names = {leaf.removesuffix('/weight'): name for leaf, name in self._names.items()}
         self._specs, self._statics = about.leaves, about.statics
         self._packings = {leaf: self._packing(name) for leaf, name in self._quantized_names().items()}
         paths = {name_of(leaf.path): leaf.path for leaf in leaves(self.cfg)}

@@ -51,12 +51,15 @@ def base_model(adapter: Path) -> Path:
     )
 
 
-def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, mtp: bool = True) -> Opened:
+def open_model(
+    path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, mtp: bool = True, codes: bool = False
+) -> Opened:
     """Opens a Hugging Face directory or a jpt checkpoint (a model, a step of a run, or a run's workdir).
 
     A PEFT adapter is merged into the model that it names as its base, which must be a directory too. Where a tokenizer
     lies beside the adapter it is taken in place of the base's, since the adapter was trained with it. `mtp=False`
-    leaves out the modules that predict further tokens. Quantized weights stay so, unless a dtype is asked for.
+    leaves out the modules that predict further tokens. Quantized weights stay so, unless a dtype is asked for: then
+    they are numbers of that dtype, or with `codes` stay so all the same, and the dtype is that of all other weights.
 
     Raises:
         FileNotFoundError: none of these.
@@ -70,14 +73,15 @@ def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, 
         assets = base.assets if open_tokenizer(directory) is None else directory
         return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        return Opened(_in_dtype(HuggingFaceSource(directory, dtype, mtp=mtp), dtype), directory, directory)
+        source = _in_dtype(HuggingFaceSource(directory, dtype, mtp=mtp), None if codes else dtype)
+        return Opened(source, directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no {CONFIG_FILE}') from error
     stored = StoredSource(directory, dtype)
-    source = _in_dtype(stored, dtype)
-    return Opened(source if mtp else WithoutMTP(source), stored.assets, stored.assets)
+    found = _in_dtype(stored, None if codes else dtype)
+    return Opened(found if mtp else WithoutMTP(found), stored.assets, stored.assets)
 
 
 def _in_dtype(source: LeafSource, dtype: DTypeLike | None) -> LeafSource:

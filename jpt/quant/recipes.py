@@ -12,9 +12,11 @@ import jax
 from jpt.quant.dot import LoraKernel, Transposed, is_weight
 from jpt.quant.formats import FORMATS, Format, format_of
 from jpt.quant.paths import map_with_path, paths, select
+from jpt.quant.products import quantized
 from jpt.quant.tensors import FakeQuant, QTensor, quantize
 
 EVERYTHING = 'layers/**'
+KEEP = 'none'  # in place of a format, where a user names one: these weights stay as they are
 
 
 class Choice(NamedTuple):
@@ -92,6 +94,14 @@ def quantized_tree(
         return kernel(path, leaf, formats[path]) if path in formats else leaf
 
     return map_with_path(one, params, is_leaf=is_weight)
+
+
+@jax.jit
+def packed(params: Any) -> Any:
+    """The tree with every FakeQuant as the QTensor that it computes as."""
+    return jax.tree.map(
+        lambda leaf: quantized(leaf) if isinstance(leaf, FakeQuant) else leaf, params, is_leaf=is_weight
+    )
 
 
 def _leaves(params: Any) -> dict[str, Any]:

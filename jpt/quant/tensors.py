@@ -103,21 +103,27 @@ class QTensor:
         Raises:
             ValueError: a shard would hold a part of a block, or a token's inputs in part that are scaled together.
         """
-        specs = self.part_specs(spec, sizes)
-        for at, block in ((-2, self.format.rows), (-1, self.format.columns)):
-            ways = _ways(spec[at], sizes)
-            if ways > 1 and block and specs.scale[at] is None:
-                raise ValueError(
-                    f'{name} {self.shape}: blocks of {block} do not divide over {ways} shards of its axis {at}: '
-                    f'expected {self.shape[at]} to be a multiple of {ways * block}'
-                )
-        together = self.format.inputs == 'token' or (self.format.inputs == 'block' and self.format.scale == 'e4m3')
-        if together and self.input_scale is None and _ways(spec[-1], sizes) > 1:
+        _check_whole(self.format, self.shape, spec, sizes, name, self.input_scale is None)
+        return self.part_specs(spec, sizes)
+
+
+def _check_whole(
+    form: Format, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int], name: str, dynamic: bool
+) -> None:
+    """Raises ValueError where a shard would hold a part of a block, or a part of what is scaled together."""
+    for at, block in ((-2, form.rows), (-1, form.columns)):
+        ways = _ways(spec[at], sizes)
+        if ways > 1 and block and shape[at] % (ways * block):
             raise ValueError(
-                f'{name} {self.shape}: its inputs lie on {_ways(spec[-1], sizes)} shards and have one scale per token: '
-                "expected a format with inputs='block', or tensor=1"
+                f'{name} {shape}: blocks of {block} do not divide over {ways} shards of its axis {at}: '
+                f'expected {shape[at]} to be a multiple of {ways * block}'
             )
-        return specs
+    together = form.inputs == 'token' or (form.inputs == 'block' and form.scale == 'e4m3')
+    if together and dynamic and _ways(spec[-1], sizes) > 1:
+        raise ValueError(
+            f'{name} {shape}: its inputs lie on {_ways(spec[-1], sizes)} shards and have one scale per token: '
+            "expected a format with inputs='block', or tensor=1"
+        )
 
 
 def _ways(axes: Any, sizes: Mapping[str, int]) -> int:
@@ -149,6 +155,27 @@ class FakeQuant:
     @property
     def dtype(self) -> np.dtype:
         return self.weight.dtype
+
+    def local_specs(self, spec: P, sizes: Mapping[str, int], name: str) -> FakeQuant:
+        """How it lies for a product on shards alone; see `QTensor.local_specs`.
+
+        Raises:
+            ValueError: likewise; or a scale that is of more than a shard holds.
+        """
+        _check_whole(self.format, self.shape, spec, sizes, name, self.input_scale is None)
+        for at, block in ((-2, self.format.rows), (-1, self.format.columns)):
+            if _ways(spec[at], sizes) > 1 and (not block or self.format.scale == 'e4m3'):
+                raise ValueError(
+                    f'{name} {self.shape}: a scale of all of its axis {at}, which lies on {_ways(spec[at], sizes)} '
+                    'shards: expected a format in blocks, or tensor=1'
+                )
+        lead = spec[:-2]
+        parts: dict[str, Any] = {
+            'weight': spec,
+            'input_scale': None if self.input_scale is None else P(*lead),
+            'input_factor': None if self.input_factor is None else P(*lead, spec[-1]),
+        }
+        return dataclasses.replace(self, **parts)
 
 
 def quantize(

@@ -4,9 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jpt.config import ConfigError, require
-from jpt.quant.recipes import EVERYTHING, Choice, Recipe, recipe_of
-
-KEEP = 'none'  # in place of a format: these weights stay as they are
+from jpt.quant.recipes import EVERYTHING, KEEP, Recipe, recipe_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,5 +43,4 @@ class QuantizeConfig:
 
     def choices(self) -> Recipe:
         """The recipe."""
-        pairs = [(pattern, None if name == KEEP else name) for pattern, name in self.recipe]
-        return tuple(Choice(*choice) for choice in recipe_of(pairs, 'recipe'))
+        return recipe_of([(pattern, None if name == KEEP else name) for pattern, name in self.recipe])

@@ -96,7 +96,7 @@ def _trained(cfg: ModelConfig, tree: Any) -> _Trained:
     share = 0.0 if cfg.experts is None else cfg.experts.per_token / cfg.experts.count
     lowest, below_head = cfg.num_layers, False
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = path_of(keys)
+        path = path_of(keys).removesuffix('/weight')  # of a kernel that is trained through its rounding
         met = leaf.size * (share if matches('**/experts', path) else 1)
         if path == 'lm_head/kernel' or path == 'embed/embedding':
             met *= 1 + len(cfg.mtp)

@@ -26,9 +26,11 @@ from jpt.kernels.distillation_loss import Teacher
 from jpt.kernels.sparse_target import no_words
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
-from jpt.models.names import BESIDE
+from jpt.models.names import BESIDE, get, put
 from jpt.models.transformer import init
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
+from jpt.quant.recipes import chosen, packed, quantized_tree
+from jpt.quant.tensors import FakeQuant
 from jpt.sharding.layout import laid_out, to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 from jpt.sharding.plan import Plan, make_plan
@@ -75,10 +77,10 @@ class Job(NamedTuple):
     second: SecondReader | None = None  # reads the texts for a teacher whose tokenizer is another
 
 
-def open_weights(given: ModelSource, dtype: str | None) -> Weights:
-    """The model that a source names."""
+def open_weights(given: ModelSource, dtype: str | None, *, codes: bool = False) -> Weights:
+    """The model that a source names; with `codes` its quantized weights stay so."""
     if given.path is not None:
-        opened = open_model(given.path, dtype, mtp=given.mtp)
+        opened = open_model(given.path, dtype, mtp=given.mtp, codes=codes)
         source = SelectedLayers(opened.source, given.layers) if given.layers else opened.source
         return Weights(source.cfg, source, opened.origin)
     cfg = config_from_hf(given.architecture or {})
@@ -100,9 +102,10 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'config.model.path={path}: a PEFT adapter, and config.lora would train another on top of it, which no '
             f'program opens: expected a model; python -m jpt.convert --input={path} --to=hf merges the adapter into one'
         )
-    models = {'model': open_weights(config.model, config.compute.param_dtype)}
+    # Codes cannot be trained, but adapters beside them can.
+    models = {'model': open_weights(config.model, config.compute.param_dtype, codes=config.lora is not None)}
     for name, teacher in config.teachers_beside().items():
-        models[name] = open_weights(dataclasses.replace(teacher, mtp=False), teacher_dtype(config))
+        models[name] = open_weights(dataclasses.replace(teacher, mtp=False), teacher_dtype(config), codes=True)
     compute = Compute(
         dtype=config.compute.dtype,
         remat=config.compute.remat,
@@ -301,6 +304,9 @@ def _extended(
             rank_stabilized=lora.rank_stabilized,
             place='config.lora.targets',
         )
+    if config.quantize is not None:
+        formats = chosen(model, config.quantize.choices(), 'config.quantize.recipe')
+        model = quantized_tree(model, formats, lambda path, weight, form: FakeQuant(weight, format=form))
     if config.task == 'distill':
         pairs, own_key, dtype = config.distill.pairs, jax.random.fold_in(key, 1), config.compute.param_dtype
         teachers = {name: weights[name].cfg for name in config.named_teachers() if name in weights}
@@ -332,7 +338,14 @@ def _abstract_models(config: TrainConfig, models: dict[str, Weights]) -> dict[st
     def make(key: jax.Array) -> dict[str, Any]:
         return {name: _drawn(config, name, weights, key) for name, weights in models.items()}
 
-    return jax.eval_shape(make, _abstract_key())
+    shapes = jax.eval_shape(make, _abstract_key())
+    for name, weights in models.items():
+        if weights.source is not None:
+            for path, packing in weights.source.quantized.items():
+                parts = packing.parts(get(shapes[name], path).shape)
+                abstract = {part: jax.ShapeDtypeStruct(*spec) for part, spec in parts.items()}
+                put(shapes[name], path, packing.assembled(abstract))
+    return shapes
 
 
 def _abstract_key() -> Any:
@@ -453,7 +466,8 @@ def trained_parameters(job: Job, state: TrainState, *, averaged: bool = False) -
 
 
 def whole_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
-    """The model's parameters in the canonical layout, trained and frozen, adapters merged into their kernels."""
+    """The model's parameters in the canonical layout: adapters merged, rounded weights as their codes."""
     layout, shapes = job.plan.layouts['model'], canonical_shapes(job).frozen['model']
     frozen = laid_out(to_canonical_layout, layout, state.frozen['model'], shapes)
-    return merge_lora(without_beside(merge(trained_parameters(job, state, averaged=averaged), frozen)))
+    whole = merge_lora(without_beside(merge(trained_parameters(job, state, averaged=averaged), frozen)))
+    return packed(whole) if job.config.quantize is not None else whole

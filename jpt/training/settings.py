@@ -7,6 +7,7 @@ from jpt.config import ConfigError, require
 from jpt.data.config import DataConfig
 from jpt.distill.settings import DistillConfig, RecordConfig, TeacherMesh
 from jpt.models.block import remat_policy
+from jpt.quant.recipes import EVERYTHING, KEEP, Recipe, recipe_of
 from jpt.sharding.mesh import MeshConfig
 from jpt.sharding.multihost import MultihostConfig
 from jpt.training.optimizer import OptimizerConfig
@@ -107,6 +108,26 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FakeQuantConfig:
+    """Training through rounded weights (QAT; with a teacher, QAD): what is exported is quantized."""
+
+    # Pairs of a pattern over weights and a format (jpt/quant/formats.py) or 'none'; the last one that covers holds.
+    recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4'),)
+
+    def __post_init__(self) -> None:
+        try:
+            found = self.choices()
+        except ValueError as error:
+            raise ConfigError(type(self).__name__, 'recipe', self.recipe, str(error)) from error
+        static = any(choice.format is not None and choice.format.inputs == 'tensor' for choice in found)
+        require(self, 'recipe', not static, 'formats whose inputs need no calibration (not fp8_tensor)')
+
+    def choices(self) -> Recipe:
+        """The recipe."""
+        return recipe_of([(pattern, None if name == KEEP else name) for pattern, name in self.recipe])
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Held-out text and how often it is looked at."""
 
@@ -182,6 +203,7 @@ class TrainConfig:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     freeze: tuple[str, ...] = ()  # path patterns, see jpt.quant.paths
     lora: LoraConfig | None = None
+    quantize: FakeQuantConfig | None = None  # train through rounded weights
     ema: float | None = None  # decay of a moving average of the weights
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -221,6 +243,7 @@ class TrainConfig:
         if self.distill.alignment is not None:
             require(self, 'teachers', not self.teachers, 'one teacher where distill.alignment is given')
             require(self, 'compare', self.compare is None, 'None where distill.alignment is given: no common tokens')
+        require(self, 'quantize', self.quantize is None or self.lora is None, 'None where lora is given')
         require(self, 'lora', self.lora is None or not self.freeze, 'None where freeze is given: LoRA freezes the rest')
 
     def _check_likely_words(self) -> None:

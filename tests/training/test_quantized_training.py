@@ -1,0 +1,140 @@
+"""Training through rounded weights, adapters on quantized ones, and quantized teachers."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import settings
+
+import jpt
+from jpt.checkpoint.model_dir import StoredSource
+from jpt.checkpoint.source import load_tree
+from jpt.config import ConfigError
+from jpt.model import Model
+from jpt.quant.dot import is_weight
+from jpt.quant.formats import FORMATS
+from jpt.quant.recipes import chosen, packed, quantized_tree, recipe_of
+from jpt.quant.tensors import FakeQuant, QTensor, quantize
+from jpt.training.job import make_job
+from jpt.training.run import run_job
+from jpt.training.settings import FakeQuantConfig, LoraConfig, ModelSource
+
+RECIPE = FakeQuantConfig((('layers/**', 'nvfp4'), ('**/mlp/down', 'int8'), ('**/attn/out', 'none')))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, 'devices', lambda *args: jax.local_devices()[:1])
+
+
+def kinds(params):
+    """The weight type of every kernel of the first layers, by name."""
+    layer = params['layers'][0][0]
+    return {
+        f'{part}/{name}': type(layer[part][name]['kernel'])
+        for part, names in (('attn', ('q', 'out')), ('mlp', ('up', 'down')))
+        for name in names
+    }
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [row['loss'] for row in rows if 'loss' in row], [row['eval_loss'] for row in rows if 'eval_loss' in row]
+
+
+def test_a_model_is_trained_through_its_rounding(tmp_path):
+    """What is returned computes what was trained, bit by bit; a run goes on where it was stopped."""
+    config = settings(tmp_path, quantize=dataclasses.asdict(RECIPE))
+    model = run_job(config, tmp_path / 'run')
+    assert kinds(model.params) == {
+        'attn/q': QTensor, 'attn/out': kinds(jpt.load('quickstart').params)['attn/out'],
+        'mlp/up': QTensor, 'mlp/down': QTensor,
+    }  # fmt: skip
+    found, held_out = losses(tmp_path / 'run')
+    assert found[-1] < found[0] - 0.5
+    job = make_job(config)
+    weights = kinds(job.state.params)
+    assert [weights[name] for name in ('attn/q', 'mlp/down')] == [FakeQuant, FakeQuant]
+    run_job(dataclasses.replace(config, steps=4), tmp_path / 'again')
+    again = run_job(config, tmp_path / 'again')
+    np.testing.assert_allclose(losses(tmp_path / 'again')[0][4:], found[4:], rtol=0.2)  # another schedule before
+    assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
+
+    # The step's own weights, opened as a model, are what was rounded: quantizing them gives the same codes.
+    source = StoredSource(tmp_path / 'run')
+    assert not source.quantized
+    params = load_tree(source)
+    rounded = quantized_tree(params, chosen(params, RECIPE.choices()), lambda path, w, form: quantize(w, form))
+    for one, other in zip(jax.tree.leaves(rounded), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
+    assert held_out[-1] == pytest.approx(found[-1], abs=1.5)
+
+
+def quantized_checkpoint(folder, name):
+    teacher = jpt.load('quickstart', dtype='float32')
+    formats = chosen(teacher.params, recipe_of(name))
+    params = jax.jit(lambda params: quantized_tree(params, formats))(teacher.params)
+    model = dataclasses.replace(teacher, params=params)
+    model.save(folder / name)
+    return model, str(folder / name)
+
+
+def test_adapters_are_trained_on_codes(tmp_path):
+    base, path = quantized_checkpoint(tmp_path, 'nvfp4')
+    config = settings(
+        tmp_path,
+        model={'path': path},
+        tokenizer=None,
+        lora=dataclasses.asdict(LoraConfig(rank=2, alpha=4.0)),
+        steps=2,
+        checkpoint={'every': 1, 'export': False},
+    )
+    job = make_job(config)
+    kernel = job.state.frozen['model']['layers'][0][0]['attn']['q']['kernel']
+    assert isinstance(kernel.base, QTensor)
+    model = run_job(config, tmp_path / 'run')
+    found = model.params['layers'][0][0]
+    assert isinstance(found['mlp']['up']['kernel'], QTensor)  # no adapter
+    assert not is_weight(found['attn']['q']['kernel'])  # merged: codes cannot hold it
+    # The run's checkpoint, opened as a model, merges the adapter into the numbers of the codes.
+    merged = jpt.load(tmp_path / 'run', dtype='float32').params['layers'][0][0]['attn']['q']['kernel']
+    np.testing.assert_allclose(merged, found['attn']['q']['kernel'], atol=2e-6)
+    before = jpt.load(path, dtype='float32').params['layers'][0][0]['attn']['q']['kernel']
+    assert 0 < np.abs(np.asarray(merged) - np.asarray(before)).max() < 0.1
+    assert base.config == model.config
+
+
+def test_a_quantized_teacher_and_a_student_that_is_it(tmp_path):
+    """A student whose weights are rounded like its teacher's has no divergence from it, and its start has one."""
+    _, path = quantized_checkpoint(tmp_path, 'int8')
+    common = {'task': 'distill', 'tokenizer': None, 'steps': 1, 'schedule': {'lr': 1e-9, 'warmup': 0}}
+    for recipe, holds in (('int8', lambda kl: abs(kl) < 1e-6), ('nvfp4', lambda kl: kl > 1e-3)):
+        config = settings(
+            tmp_path,
+            model={'path': 'quickstart'},
+            teacher=dataclasses.asdict(ModelSource(path)),
+            quantize={'recipe': (('layers/**', recipe),)},
+            **common,
+        )
+        assert isinstance(make_job(config).state.frozen['teacher']['layers'][0][0]['attn']['q']['kernel'], QTensor)
+        run_job(config, tmp_path / recipe)
+        rows = [json.loads(line) for line in (tmp_path / recipe / 'metrics.jsonl').read_text().splitlines()]
+        assert holds(next(row['kl'] for row in rows if 'kl' in row)), recipe
+
+
+def test_settings_that_do_not_hold():
+    with pytest.raises(ConfigError, match='need no calibration'):
+        FakeQuantConfig((('layers/**', 'fp8_tensor'),))
+    with pytest.raises(ConfigError, match='expected one of fp8_tensor'):
+        FakeQuantConfig((('layers/**', 'fp9'),))
+
+
+def test_packing_is_what_a_fake_weight_computes_as():
+    weight = np.random.default_rng(0).standard_normal((2, 8, 32)).astype(np.float32)
+    fake = FakeQuant(weight, format=FORMATS['nvfp4'])
+    found = packed({'kernel': fake})['kernel']
+    wanted = jax.jit(quantize, static_argnums=1)(weight, FORMATS['nvfp4'])
+    np.testing.assert_array_equal(np.asarray(found.codes), np.asarray(wanted.codes))
+    assert isinstance(Model(jpt.load('quickstart').config, {'k': found}).compute.dtype, str | np.dtype)
