@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jpt.kernels.hopper import multiprocessors
+
 LINE = 128  # bytes: the longest row that shared memory is swizzled in
 
 
@@ -106,10 +108,7 @@ def group_product(left_MO, right_MK, sizes_E, dtype: Any, *, interpret: Any = No
 
 def _blocks(per_sm: int, interpret: Any) -> int:
     """Blocks that stay for the whole product, each taking one piece of the result after the other."""
-    described = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
-    if interpret is not None:
-        return 2
-    return per_sm * (described.num_cores if described else jax.devices()[0].core_count)
+    return 2 if interpret is not None else per_sm * multiprocessors()
 
 
 def _layout(columns: int, dtype: Any) -> tuple[Any, ...]:
