@@ -37,4 +37,4 @@ class Dump:
 
 def opcodes(code):
     """The instructions of PTX, each once."""
-    return set(re.findall(r'^\s+(?:@!?%p\d+\s+)?([a-z][\w.:]+)', code, re.MULTILINE))
+    return set(re.findall(r'(?<![\w.%$])[a-z]\w*(?:(?:\.|::)\w+)+', code))
