@@ -100,7 +100,7 @@ def _body(tile: Tile, a, a_scale, b, b_scale, y, *scratch):
     rows, columns = pl.cdiv(y.shape[0], tile.rows), pl.cdiv(y.shape[1], tile.columns)
 
     def every_tile(work: Callable):
-        """Calls work(row, column, step) for every tile of this block; `step` counts steps of K from the first one on."""
+        """Calls work(row, column, step) for every tile of this block; `step` counts steps of K from the first on."""
 
         @plgpu.nd_loop((rows * columns,), collective_axes='block', init_carry=jnp.int32(0))
         def _(here, carry):
@@ -158,14 +158,14 @@ def load_steps(tile: Tile, ring: list[Any], a, a_scale, b, row, column, step):
 def add_up(tile: Tile, ring: list[Any], depth: int, b_scale_of: Callable, step):
     """This warpgroup's part of a tile of the result, in float32, 64 rows to an array -> the arrays and the next step.
 
-    With 64 rows two steps of K are multiplied at a time: the first sum is scaled and added while the tensor cores work
-    on the second. With 128 rows registers hold no more than one sum beside the part itself: then it is the other
-    warpgroup that the tensor cores work for in the meantime.
+    With 64 rows and an even number of steps, two are multiplied at a time: the first sum is scaled and added while the
+    tensor cores work on the second. Else it is the other warpgroup that they work for in the meantime: with 128 rows
+    registers hold no more than one sum beside the part itself, and a step that is left over would need its own code.
     """
     a_tiles, scale_tiles, b_tiles, loaded, used = ring
     (rows, width), side = part_of(tile), lax.axis_index('wg')
     top, left = (side * rows, 0) if tile.rows > rows else (0, side * width if tile.columns > width else 0)
-    parts, together = rows // HEIGHT, 2 if rows == HEIGHT else 1
+    parts, together = rows // HEIGHT, 2 if rows == HEIGHT and depth % 2 == 0 else 1
     shape = (HEIGHT, width)
 
     def begin(acc, slot, at):
@@ -218,11 +218,9 @@ def add_up(tile: Tile, ring: list[Any], depth: int, b_scale_of: Callable, step):
         return (side_by_side if parts == 1 else one_by_one)(slots, factors, sums), step + count
 
     nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    rounds = depth // together
-    carry = lax.fori_loop(
-        0, rounds, lambda at, carry: steps(together * at, together, *carry), ((nothing,) * parts, step)
+    return lax.fori_loop(
+        0, depth // together, lambda at, carry: steps(together * at, together, *carry), ((nothing,) * parts, step)
     )
-    return steps(depth - 1, 1, *carry) if depth % together else carry
 
 
 def store(tile: Tile, sums, out, y, row, column) -> None:
