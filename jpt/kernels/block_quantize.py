@@ -2,9 +2,10 @@
 
     scale = f32(amax) / 448, or the power of two at or above it;  code = E4M3(f32(x) / scale)
 
-one IEEE division each, and number = code * scale. The reference below is what every backend computes, bit for bit; on
-Hopper a Mosaic kernel (mosaic_quantize.py) does it in one pass over x, where XLA needs three kernels. The fused forms
-quantize what is made of x on the way, in float32 and without rounding it to x's dtype in between.
+one IEEE division each, and number = code * scale: the same bits on every backend. On Hopper a Mosaic kernel
+(mosaic_quantize.py) does it in one pass over x; XLA makes three kernels and reads x twice. The fused forms quantize
+what is made of x on the way, in float32 and without rounding it to x's dtype in between; exponentials and sums of
+squares may differ in their last bits from one backend to another, and codes with them.
 """
 
 from __future__ import annotations

@@ -162,28 +162,49 @@ def add_up(tile: Tile, ring: list[Any], depth: int, b_scale_of: Callable, step):
     tensor cores work on the second. Else it is the other warpgroup that they work for in the meantime: with 128 rows
     registers hold no more than one sum beside the part itself, and a step that is left over would need its own code.
     """
-    a_tiles, scale_tiles, b_tiles, loaded, used = ring
-    (rows, width), side = part_of(tile), lax.axis_index('wg')
-    top, left = (side * rows, 0) if tile.rows > rows else (0, side * width if tile.columns > width else 0)
-    parts, together = rows // HEIGHT, 2 if rows == HEIGHT and depth % 2 == 0 else 1
-    shape = (HEIGHT, width)
+    part = _Part(tile, ring)
+    together = 2 if part.count == 1 and depth % 2 == 0 else 1
 
-    def begin(acc, slot, at):
-        plgpu.wgmma(acc, a_tiles.at[slot, pl.ds(top + at * HEIGHT, HEIGHT)], b_tiles.at[slot, pl.ds(left, width)].T)
+    def steps(at, carry):
+        sums, step = carry
+        factors = [b_scale_of(together * at + further) for further in range(together)]  # first: their way is long
+        slots = [lax.rem(step + further, tile.steps) for further in range(together)]
+        return (part.side_by_side if part.count == 1 else part.one_by_one)(slots, factors, sums), step + together
 
-    def scale_of(slot, at, factor):
-        scale = scale_tiles[slot, pl.ds(top + at * HEIGHT, HEIGHT)] * factor
-        return lax.broadcast_in_dim(scale, shape, (0,))
+    nothing = plgpu.layout_cast(jnp.zeros(part.shape, jnp.float32), plgpu.Layout.WGMMA)
+    return lax.fori_loop(0, depth // together, steps, ((nothing,) * part.count, step))
 
-    def side_by_side(slots, factors, sums):
-        """The same 64 rows for several steps, all begun before the first is waited for."""
+
+class _Part:
+    """What one warpgroup multiplies of a tile: `count` times 64 rows."""
+
+    def __init__(self, tile: Tile, ring: list[Any]):
+        (rows, width), side = part_of(tile), lax.axis_index('wg')
+        self.ring, self.count, self.shape = ring, rows // HEIGHT, (HEIGHT, width)
+        self.top = side * rows if tile.rows > rows else 0
+        self.left = side * width if tile.columns > width else 0
+
+    def begin(self, acc, slot, at: int):
+        """Starts the product of 64 rows in one step."""
+        a_tiles, _, b_tiles, *_ = self.ring
+        rows, columns = pl.ds(self.top + at * HEIGHT, HEIGHT), pl.ds(self.left, self.shape[1])
+        plgpu.wgmma(acc, a_tiles.at[slot, rows], b_tiles.at[slot, columns].T)
+
+    def scale_of(self, slot, at: int, factor):
+        """What that product is multiplied by."""
+        scale = self.ring[1][slot, pl.ds(self.top + at * HEIGHT, HEIGHT)] * factor
+        return lax.broadcast_in_dim(scale, self.shape, (0,))
+
+    def side_by_side(self, slots, factors, sums):
+        """Several steps of the same 64 rows, all begun before the first is waited for."""
+        *_, loaded, used = self.ring
 
         def scope(*accs):
             total = sums[0]
             for acc, slot in zip(accs, slots, strict=True):
                 plgpu.barrier_wait(loaded.at[slot])
-                begin(acc, slot, 0)
-            scales = [scale_of(slot, 0, factor) for slot, factor in zip(slots, factors, strict=True)]
+                self.begin(acc, slot, 0)
+            scales = [self.scale_of(slot, 0, factor) for slot, factor in zip(slots, factors, strict=True)]
             plgpu.commit_smem()  # scales are read before the copy engine writes anew; the tensor cores are at work
             for at, (acc, slot, scale) in enumerate(zip(accs, slots, scales, strict=True)):
                 found = plgpu.wgmma_accumulator_load(acc, wait_n=len(slots) - 1 - at)
@@ -191,36 +212,27 @@ def add_up(tile: Tile, ring: list[Any], depth: int, b_scale_of: Callable, step):
                 total += found * scale
             return (total,)
 
-        return pl.run_scoped(scope, *[plgpu.ACC(shape)] * len(slots))
+        return pl.run_scoped(scope, *[plgpu.ACC(self.shape)] * len(slots))
 
-    def one_by_one(slots, factors, sums):
-        """All rows for one step, 64 after 64."""
+    def one_by_one(self, slots, factors, sums):
+        """One step of all rows, 64 after 64."""
         (slot,), (factor,), totals = slots, factors, []
+        *_, loaded, used = self.ring
         plgpu.barrier_wait(loaded.at[slot])
         for at, total in enumerate(sums):
 
             def scope(acc, at=at):
-                begin(acc, slot, at)
-                scale = scale_of(slot, at, factor)
-                if at == parts - 1:
+                self.begin(acc, slot, at)
+                scale = self.scale_of(slot, at, factor)
+                if at == self.count - 1:
                     plgpu.commit_smem()
                 return plgpu.wgmma_accumulator_load(acc, wait_n=0), scale
 
-            found, scale = pl.run_scoped(scope, plgpu.ACC(shape))
-            if at == parts - 1:
+            found, scale = pl.run_scoped(scope, plgpu.ACC(self.shape))
+            if at == self.count - 1:
                 plgpu.barrier_arrive(used.at[slot])
             totals.append(total + found * scale)
         return tuple(totals)
-
-    def steps(k, count, sums, step):
-        factors = [b_scale_of(k + at) for at in range(count)]  # first: their way from memory is long
-        slots = [lax.rem(step + at, tile.steps) for at in range(count)]
-        return (side_by_side if parts == 1 else one_by_one)(slots, factors, sums), step + count
-
-    nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-    return lax.fori_loop(
-        0, depth // together, lambda at, carry: steps(together * at, together, *carry), ((nothing,) * parts, step)
-    )
 
 
 def store(tile: Tile, sums, out, y, row, column) -> None:
