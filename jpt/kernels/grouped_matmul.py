@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jpt.kernels.hopper import reason_not_hopper
 from jpt.kernels.local import platform
 
 IMPLEMENTATIONS = ('auto', 'tiles', 'mosaic', 'ragged', 'dense')
 # What a forward product is called, for remat policies: those that look for products find none in a loop or kernel.
 PRODUCT = 'grouped_matmul'
-# The generation whose own instructions (wgmma) the Mosaic kernels use, by the names of its GPUs.
-HOPPER = ('H100', 'H200', 'H800', 'H20')
 STEP = 64  # both widths must be multiples for them: the depth of one step, a swizzled line of shared memory
 
 
@@ -63,18 +62,12 @@ def choose_implementation(x_MK, kernels_EOK) -> str:
 def refusal(x_MK, kernels_EOK) -> str | None:
     """Why 'mosaic' cannot be used here, or None where it can: the one place that says when."""
     _, O, K = kernels_EOK.shape
-    if platform() != 'gpu':
-        return f'the platform is {platform()}, not gpu'
-    device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None) or jax.devices()[0]
     reasons = {
-        f'the device is {device.device_kind}, not of the Hopper generation': not any(
-            name in device.device_kind for name in HOPPER
-        ),
         f'the dtype is {x_MK.dtype}, not bfloat16 or float16': x_MK.dtype not in (jnp.bfloat16, jnp.float16),
         f'the widths {O} and {K} are not both multiples of {STEP}': bool(O % STEP or K % STEP),
         'there are no rows': not x_MK.shape[0],
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return reason_not_hopper() or next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def choose_tile(M: int, E: int) -> int:

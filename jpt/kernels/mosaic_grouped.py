@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jpt.kernels.hopper import multiprocessors
+
 LINE = 128  # bytes: the longest row that shared memory is swizzled in
 
 
@@ -66,11 +68,12 @@ def rows_product(x_MK, kernels, sizes_E, *, out_first: bool, interpret: Any = No
       interpret: as `plgpu.kernel` takes it.
     """
     M, E = x_MK.shape[0], kernels.shape[0]
+    x_MK = _whole(x_MK)
     O = kernels.shape[1 if out_first else 2]
     tile = Tile(rows=128 if M > 64 * E else 64, columns=128 if O % 256 == 0 else 64, steps=4)
     kernel = plgpu.kernel(
         partial(_rows_body, tile, out_first),
-        out_type=jax.ShapeDtypeStruct((M, O), x_MK.dtype),
+        out_type=jax.ShapeDtypeStruct((x_MK.shape[0], O), x_MK.dtype),
         grid=(_blocks(1, interpret),),
         grid_names=('block',),
         num_threads=3,
@@ -78,7 +81,7 @@ def rows_product(x_MK, kernels, sizes_E, *, out_first: bool, interpret: Any = No
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    y_MO = kernel(*walk(sizes_E, M, tile.rows), x_MK, kernels)
+    y_MO = kernel(*walk(sizes_E, M, tile.rows), x_MK, kernels)[:M]
     # What no block has written is not zero but whatever was there; this joins the reader's own pass over y.
     return jnp.where((jnp.arange(M) < jnp.sum(sizes_E))[:, None], y_MO, 0)
 
@@ -101,15 +104,17 @@ def group_product(left_MO, right_MK, sizes_E, dtype: Any, *, interpret: Any = No
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    return kernel(ends - sizes_E, ends, left_MO, right_MK)
+    return kernel(ends - sizes_E, ends, _whole(left_MO), _whole(right_MK))
+
+
+def _whole(x_MK):
+    """x with rows of zeros up to a multiple of 8: the copy engine takes arrays as tiles of 8 rows."""
+    return jnp.pad(x_MK, ((0, -x_MK.shape[0] % 8), (0, 0))) if x_MK.shape[0] % 8 else x_MK
 
 
 def _blocks(per_sm: int, interpret: Any) -> int:
     """Blocks that stay for the whole product, each taking one piece of the result after the other."""
-    described = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
-    if interpret is not None:
-        return 2
-    return per_sm * (described.num_cores if described else jax.devices()[0].core_count)
+    return 2 if interpret is not None else per_sm * multiprocessors()
 
 
 def _layout(columns: int, dtype: Any) -> tuple[Any, ...]:
@@ -171,7 +176,7 @@ def _rows_body(tile: Tile, out_first: bool, total, group, run, start, size, x, k
                     for at in range(0, tile.columns, part):
                         columns = y.at[:, pl.ds(column * wide + side * tile.columns + at, part)]
                         rows = run[index] * tile.rows, start[index], size[index]
-                        _store(result[:, at : at + part], whole.at[side], ragged.at[side], columns, *rows)
+                        store_rows(result[:, at : at + part], whole.at[side], ragged.at[side], columns, *rows)
 
                 pl.run_scoped(scope, plgpu.ACC((tile.rows, tile.columns)))
 
@@ -180,7 +185,7 @@ def _rows_body(tile: Tile, out_first: bool, total, group, run, start, size, x, k
         plgpu.wait_smem_to_gmem(0)
 
 
-def _store(result, whole, ragged, target, top, first, count):
+def store_rows(result, whole, ragged, target, top, first, count):
     """Copies rows first ... first + count of the result to rows top + first ... of the target.
 
     The size of a copy is fixed when the kernel is compiled: a full run goes in one, others in powers of two, which may

@@ -64,7 +64,9 @@ def test_value_and_gradient_are_three_kernels_on_tensor_cores(dtype, rows, tmp_p
     assert re.findall(r'(\d+) bytes spill', reports) == ['0'] * 6
 
 
-@pytest.mark.parametrize(('rows', 'widths'), [(32, (2880, 2880)), (64, (2048, 1408)), (256, (14336, 4096))])
+@pytest.mark.parametrize(
+    ('rows', 'widths'), [(32, (2880, 2880)), (300, (256, 128)), (64, (2048, 1408)), (256, (14336, 4096))]
+)
 def test_a_few_rows_and_uneven_widths_compile(rows, widths):
     """Decoding, and widths that no block of 128 or 256 columns divides."""
     program = compiled('auto', jnp.bfloat16, rows, widths)

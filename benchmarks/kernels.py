@@ -1,0 +1,266 @@
+"""FP8 kernels beside XLA, torch and the roofline, in one run on one GPU.
+
+    python benchmarks/kernels.py [--only=quantize] [--tiles] [--repeats=20] [--json]      (--tiny: to try it on a CPU)
+
+Four operations: quantized rows, blockwise products, the same of grouped rows, weight-only products. Beside each: what
+XLA makes of the same formula, XLA's product in bfloat16, XLA's product after dequantizing, torch's blockwise product
+(cuBLASLt) where torch has CUDA, and the roofline of an H100: the longer of the operations at their peak (8 bits: twice
+that of bfloat16) and the bytes that must be read and written once, both from its data sheet. A time is that of one call
+among many in one program, each with operands of its own, the start of the program taken out. Before it is timed, a
+kernel's result is compared with the reference's: what differs is printed. Without a GPU only the references run.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs memory too
+
+import jax
+import jax.numpy as jnp
+from timing import in_turn, machine
+from torch_blocks import block_product_ms
+
+from jpt.kernels.block_matmul import BLOCK, block_matmul
+from jpt.kernels.block_quantize import quantize_gated, quantize_normed, quantize_rows
+from jpt.kernels.grouped_block_matmul import grouped_block_matmul
+from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.kernels.low_precision import E4M3
+from jpt.kernels.weight_only_matmul import weight_only_matmul
+from jpt.sharding.topology import H100
+
+QUANTIZE = [(8192, 8192), (4096, 7168)]
+PRODUCTS = [(4096, 7168, 16384), (4096, 4096, 7168), (4096, 24576, 4096), (4096, 4096, 12288), (64, 7168, 16384)]
+GROUPED = [(32768, 4096, 7168, 8), (32768, 768, 2048, 128), (512, 768, 2048, 128)]
+WEIGHT_ONLY = [(rows, *sides) for sides in [(14336, 4096), (4096, 14336), (24576, 4096)] for rows in (1, 16)]
+RAGGED_BYTES = 2**31  # of the dense operand that lax.ragged_dot makes: larger ones are left out
+Operands = tuple[jax.Array, ...]
+
+
+class Case(NamedTuple):
+    """One operation on one shape: what it takes, who computes it, and the least that it must do."""
+
+    name: str
+    draw: Callable[[jax.Array], Operands]  # operands from a key
+    runs: dict[str, Callable[..., Any]]  # the first one is jpt's choice
+    reference: Callable[..., Any]
+    operations: float
+    moved: float  # bytes
+    peak: float = 2 * H100.bfloat16  # operations per second
+    torch_shape: tuple[int, int, int] | None = None
+
+
+def codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.clip(64 * jax.random.normal(key, shape, jnp.bfloat16), -448, 448).astype(E4M3)
+
+
+def scales(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.uniform(key, shape, jnp.float32, 0.5, 2.0)
+
+
+def blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def wide(codes: jax.Array, scale: jax.Array, rows: int) -> jax.Array:
+    """The numbers in bfloat16, with a scale for every `rows` x 128."""
+    every = jnp.repeat(jnp.repeat(scale, rows, -2), BLOCK, -1)[..., : codes.shape[-2], : codes.shape[-1]]
+    return (codes.astype(jnp.float32) * every).astype(jnp.bfloat16)
+
+
+def quantize_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """Rows, silu(gate) * up and RMSNorm, from bfloat16; scales as products read them, with rows as neighbours."""
+    # What is computed, how many operands [M, K] it has, and how many vectors [K].
+    forms: dict[str, tuple[Callable[..., Any], int, int]] = {
+        'quantize': (quantize_rows, 1, 0),
+        'quantize gated': (quantize_gated, 2, 0),
+        'quantize normed': (lambda x, weight, **options: quantize_normed(x, weight, 1e-6, **options), 1, 1),
+    }
+
+    def run(form: Callable[..., Any], *operands: jax.Array, implementation: str = 'auto') -> tuple[jax.Array, ...]:
+        found, scale = form(*operands, implementation=implementation)
+        return found, scale.T
+
+    for M, K in shapes:
+        for name, (form, count, vectors) in forms.items():
+
+            def draw(key: jax.Array, sides: Any = ((M, K),) * count + ((K,),) * vectors) -> Operands:
+                keys = jax.random.split(key, len(sides))
+                return tuple(jax.random.normal(key, side, jnp.bfloat16) for key, side in zip(keys, sides, strict=True))
+
+            xla = partial(run, form, implementation='reference')
+            moved = M * K * (2 * count + 1 + 4 / BLOCK)
+            yield Case(f'{name} {(M, K)}', draw, {'jpt': partial(run, form), 'XLA': xla}, xla, 0, moved)
+
+
+def product_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """Codes times codes."""
+
+    def xla(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
+        return wide(a, a_scale, 1) @ wide(b, b_scale, BLOCK).T
+
+    def bfloat16(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())))
+
+    for M, N, K in shapes:
+
+        def draw(key: jax.Array, M: int = M, N: int = N, K: int = K) -> Operands:
+            keys = jax.random.split(key, 4)
+            a, b = codes(keys[0], (M, K)), codes(keys[1], (N, K))
+            return a, scales(keys[2], (M, blocks(K))), b, scales(keys[3], (blocks(N), blocks(K)))
+
+        runs: dict[str, Callable[..., Any]] = {'jpt': block_matmul, 'XLA dequantized': xla, 'XLA bfloat16': bfloat16}
+        reference = partial(block_matmul, implementation='reference')
+        moved = M * K + N * K + 2 * M * N + 4 * blocks(K) * (M + blocks(N))
+        yield Case(f'product {(M, N, K)}', draw, runs, reference, 2 * M * N * K, moved, torch_shape=(M, N, K))
+
+
+def grouped_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """Rows of groups of one size; beside them the products in bfloat16 of jpt and of lax.ragged_dot."""
+
+    def bfloat16(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
+        return grouped_matmul(a, b, sizes)
+
+    def ragged(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(a, b.swapaxes(1, 2), sizes)
+
+    for M, N, K, E in shapes:
+
+        def draw(key: jax.Array, M: int = M, N: int = N, K: int = K, E: int = E) -> Operands:
+            keys = jax.random.split(key, 4)
+            a, b = codes(keys[0], (M, K)), codes(keys[1], (E, N, K))
+            b_scale = scales(keys[3], (E, blocks(N), blocks(K)))
+            return a, scales(keys[2], (M, blocks(K))), b, b_scale, jnp.full(E, M // E, jnp.int32)
+
+        runs: dict[str, Callable[..., Any]] = {'jpt': grouped_block_matmul, 'jpt bfloat16': bfloat16}
+        if 2 * M * K * E <= RAGGED_BYTES:
+            runs['lax.ragged_dot bfloat16'] = ragged
+        reference = partial(grouped_block_matmul, implementation='reference')
+        moved = M * K + min(E, M) * N * K + 2 * M * N + 4 * blocks(K) * (M + E * blocks(N))
+        yield Case(f'grouped {(M, N, K, E)}', draw, runs, reference, 2 * M * N * K, moved)
+
+
+def weight_only_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """A few rows of bfloat16 times codes."""
+
+    def xla(x: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+        return x @ wide(b, scale, BLOCK).T
+
+    def bfloat16(x: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, b, (((1,), (1,)), ((), ())))
+
+    for M, N, K in shapes:
+
+        def draw(key: jax.Array, M: int = M, N: int = N, K: int = K) -> Operands:
+            keys = jax.random.split(key, 3)
+            x = jax.random.normal(keys[0], (M, K), jnp.bfloat16)
+            return x, codes(keys[1], (N, K)), scales(keys[2], (blocks(N), blocks(K)))
+
+        runs: dict[str, Callable[..., Any]] = {
+            'jpt': weight_only_matmul,
+            'XLA dequantized': xla,
+            'XLA bfloat16': bfloat16,
+        }
+        reference = partial(weight_only_matmul, implementation='reference')
+        moved = N * K + 2 * M * (N + K) + 4 * blocks(N) * blocks(K)
+        yield Case(f'weight only {(M, N, K)}', draw, runs, reference, 2 * M * N * K, moved, H100.bfloat16)
+
+
+def with_tiles(case: Case) -> Case:
+    """A blockwise product by every tile of the table, instead of by its peers."""
+    from jpt.kernels.mosaic_block_matmul import TILES, product
+
+    runs = {str(tuple(tile)): partial(product, dtype=jnp.bfloat16, tile=tile) for tile in TILES}
+    return case._replace(runs={'jpt': case.runs['jpt'], **runs})
+
+
+def per_call(run: Callable[..., Any], sets: list[Operands], repeats: int) -> float:
+    """Milliseconds of a call: a program of all sets of operands less one of a few, by how many more they are."""
+    few = max(1, len(sets) // 5)
+    program = jax.jit(lambda sets: [run(*operands) for operands in sets])
+    times = in_turn({'few': partial(program, sets[:few]), 'all': partial(program, sets)}, repeats)
+    return (times['all'].wall_ms - times['few'].wall_ms) / (len(sets) - few)
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """The norm of the difference as a share of the norm; of codes and scales, how many differ of all."""
+    if isinstance(found, tuple):
+        same = [jnp.mean(a.astype(jnp.float32) != b.astype(jnp.float32)) for a, b in zip(found, wanted, strict=True)]
+        return float(jnp.max(jnp.stack(same)))
+    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
+    return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+
+
+def measure(case: Case, sets: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds by implementation, the roofline, and how far jpt's result is from the reference's."""
+    drawn = [case.draw(key) for key in jax.random.split(jax.random.key(0), sets)]
+    first = drawn[0]
+    apart = difference(jax.jit(case.runs['jpt'])(*first), jax.jit(case.reference)(*first))
+    times: dict[str, float | str] = {}
+    for name, run in case.runs.items():
+        given = drawn
+        if 'bfloat16' in name:  # codes stand for themselves
+            given = [tuple(x.astype(jnp.bfloat16) if x.dtype == E4M3 else x for x in one) for one in drawn]
+        try:
+            times[name] = per_call(run, given, repeats)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            times[name] = f'failed: {str(error).splitlines()[0]}'
+    if case.torch_shape is not None:
+        del drawn, given
+        times['torch scaled_mm'] = block_product_ms(*case.torch_shape, sets, repeats)
+    bound = 1e3 * max(case.operations / case.peak, case.moved / H100.bandwidth)
+    row = {'name': case.name, 'ms': times, 'difference': apart, 'operations': case.operations, 'moved': case.moved}
+    return {**row, 'roofline_ms': bound if jax.default_backend() == 'gpu' else None}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as it is printed: every time with what it means in TFLOP/s or GB/s."""
+    cells = []
+    for name, ms in {**row['ms'], 'roofline': row['roofline_ms']}.items():
+        if isinstance(ms, str):
+            cells.append(f'{name}: {ms}')
+        elif ms is not None:
+            work = f'{1e-9 * row["operations"] / ms:.0f} TFLOP/s, ' if row['operations'] else ''
+            cells.append(f'{name} {ms:.4f} ms ({work}{1e-6 * row["moved"] / ms:.0f} GB/s)')
+    return f'{row["name"]}: {"; ".join(cells)}; difference from the reference {row["difference"]:.1e}'
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    """All of them; small ones to try the script."""
+    yield from quantize_cases([(32, 256)] if tiny else QUANTIZE)
+    yield from product_cases([(32, 256, 256)] if tiny else PRODUCTS)
+    yield from grouped_cases([(32, 256, 256, 4)] if tiny else GROUPED)
+    yield from weight_only_cases([(4, 256, 256)] if tiny else WEIGHT_ONLY)
+
+
+def main() -> None:
+    """Prints a line per operation and shape as it is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', default='', help='operations whose name has this in it')
+    parser.add_argument('--tiles', action='store_true', help='blockwise products by every tile of the table')
+    parser.add_argument('--tiny', action='store_true')
+    parser.add_argument('--repeats', type=int, default=20)
+    parser.add_argument('--json', action='store_true', help='print one JSON object as the last line')
+    options = parser.parse_args()
+    about = machine()
+    print(', '.join(about.values()))
+    on_gpu = jax.default_backend() == 'gpu'
+    if options.tiles and not on_gpu:
+        parser.error('--tiles compares what only a GPU runs, and there is none here')
+    if not on_gpu:
+        print('There is no GPU here: these are small shapes and the references, and no measurement of any kernel.')
+    rows = []
+    for case in cases(options.tiny or not on_gpu):
+        if options.only not in case.name or (options.tiles and not case.name.startswith('product')):
+            continue
+        rows.append(measure(with_tiles(case) if options.tiles else case, 20 if on_gpu else 4, options.repeats))
+        print(line(rows[-1]), flush=True)
+    if options.json:
+        print(json.dumps({'benchmark': 'kernels', 'machine': about, 'on_gpu': on_gpu, 'rows': rows}))
+
+
+if __name__ == '__main__':
+    main()
