@@ -51,12 +51,19 @@ def base_model(adapter: Path) -> Path:
     )
 
 
-def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, mtp: bool = True) -> Opened:
+def open_model(
+    path: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    *,
+    mtp: bool = True,
+    ignore_kv_scales: bool = False,
+) -> Opened:
     """Opens a Hugging Face directory or a jpt checkpoint (a model, a step of a run, or a run's workdir).
 
     A PEFT adapter is merged into the model that it names as its base, which must be a directory too. Where a tokenizer
     lies beside the adapter it is taken in place of the base's, since the adapter was trained with it. `mtp=False`
     leaves out the modules that predict further tokens. Quantized weights stay so, unless a dtype is asked for.
+    `ignore_kv_scales` leaves out the scales of keys and values that a Hugging Face directory has (see hf_import.py).
 
     Raises:
         FileNotFoundError: none of these.
@@ -66,11 +73,12 @@ def open_model(path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, 
     if not directory.is_dir():
         raise FileNotFoundError(f'{directory}: no such directory')
     if is_adapter(directory):
-        base = open_model(base_model(directory), dtype, mtp=mtp)
+        base = open_model(base_model(directory), dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
         assets = base.assets if open_tokenizer(directory) is None else directory
         return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        return Opened(_in_dtype(HuggingFaceSource(directory, dtype, mtp=mtp), dtype), directory, directory)
+        read = HuggingFaceSource(directory, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
+        return Opened(_in_dtype(read, dtype), directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:
