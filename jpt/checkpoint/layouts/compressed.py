@@ -176,8 +176,8 @@ def _weights(form: Format) -> dict[str, Any]:
         return found | {'strategy': 'tensor_group', 'group_size': 16, 'scale_dtype': 'torch.float8_e4m3fn'}
     if form.scale == 'e8m0' and form.is_mx:
         return found | {'strategy': 'group', 'group_size': 32, 'scale_dtype': 'torch.uint8'}
-    if form.scale not in ('float32', 'power_of_two') or form.element == 'e2m1':
-        raise ValueError('holds E2M1 in blocks of 16 and 32 alone, and bytes of exponents for blocks of 32')
+    if form.scale != 'float32' or form.element == 'e2m1':
+        raise ValueError('holds E2M1 in blocks of 16 and 32 alone, and powers of two as bytes for blocks of 32')
     if form.rows == 1 and form.columns:
         return found | {'strategy': 'group', 'group_size': form.columns}
     if form.rows == 1:

@@ -106,7 +106,7 @@ class ModelOpt:
         form, (out, inner) = matrix.packing.form, matrix.shape
         reasons = []
         for name, build in ALGORITHMS.items():
-            scheme = build(form.columns)
+            scheme = build(form.columns or GROUPS.get(name, 0))
             if scheme.form != form or not _may_have(name, form.columns):
                 continue
             lacking = scheme.lacks(matrix.packing)
