@@ -14,8 +14,9 @@ transformers = pytest.importorskip('transformers', reason='transformers is not i
 import jax  # noqa: E402
 
 import jpt  # noqa: E402
+from jpt.models.config import Compute  # noqa: E402
 from jpt.models.families import config_from_hf  # noqa: E402
-from jpt.models.transformer import init  # noqa: E402
+from jpt.models.transformer import forward, init, unembed  # noqa: E402
 from jpt.quant.formats import FORMATS  # noqa: E402
 from jpt.quant.recipes import chosen, quantized_tree, recipe_of  # noqa: E402
 from jpt.quant.tensors import quantize  # noqa: E402
@@ -30,6 +31,7 @@ EXPERTS = FIELDS | {
     'model_type': 'qwen3_moe', 'num_experts': 2, 'num_experts_per_tok': 1, 'moe_intermediate_size': 128,
     'decoder_sparse_step': 1, 'mlp_only_layers': [], 'norm_topk_prob': True,
 }  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, 9))
 
 
 def quantized(fields, name):
@@ -48,14 +50,12 @@ def quantized(fields, name):
     return jpt.Model(cfg, quantized_tree(params, formats, kernel))
 
 
-def opened(directory, **options):
+def opened(directory, dtype=torch.float32):
     """transformers' model, after it said that every key was there and no other."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True, **options
-    )
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'):
         assert not info.get(kind), (kind, info[kind])
-    return model.eval().float()
+    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -66,25 +66,45 @@ def test_transformers_loads_blocks_of_fp8(fields, name, tmp_path):
     pytest.importorskip('accelerate', reason='accelerate is not installed')
     model = quantized(fields, name)
     model.export(tmp_path / 'out')
-    tokens = np.random.default_rng(0).integers(0, 37, (2, 9))
     with torch.no_grad():
-        found = opened(tmp_path / 'out')(torch.from_numpy(tokens)).logits.numpy()
-    wanted = jpt.load(tmp_path / 'out', dtype='float32').logits(tokens)
+        found = opened(tmp_path / 'out').float()(torch.from_numpy(TOKENS)).logits.numpy()
+    wanted = jpt.load(tmp_path / 'out', dtype='float32').logits(TOKENS)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', sorted(set(FORMATS) - {'fp8_block_ue8m0', 'nvfp4'}))
+# The relative difference of logits. int8 inputs: the library divides by 127.5 where jpt divides by 127.
+DIFFERENCES = {
+    'fp8_tensor': 1e-5, 'fp8_channel_token': 1e-5, 'fp8_block': 1e-5, 'fp8_weights': 1e-5, 'int8_weights': 1e-5,
+    'int4_weights': 1e-5, 'int8': 0.05,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', DIFFERENCES)
 def test_transformers_loads_compressed_tensors(name, tmp_path):
-    """Decompressed on loading; numbers between bfloat16's are rounded to it by the library, so weights are compared."""
-    compressed = pytest.importorskip('compressed_tensors', reason='compressed-tensors is not installed')
-    del compressed
+    """It decompresses weights before the first product, and rounds inputs as the config says."""
+    pytest.importorskip('compressed_tensors', reason='compressed-tensors is not installed')
     model = quantized(FIELDS, name)
     model.export(tmp_path / 'out', layout='compressed-tensors')
-    config = transformers.CompressedTensorsConfig(run_compressed=False)
-    found = opened(tmp_path / 'out', quantization_config=config).state_dict()
-    plain = jpt.load(tmp_path / 'out', dtype='float32').params['layers'][0][0]
+    with torch.no_grad():
+        found = opened(tmp_path / 'out')(torch.from_numpy(TOKENS)).logits.numpy()
+    if FORMATS[name].inputs == 'as_they_are':
+        model = jpt.load(tmp_path / 'out', dtype='float32')  # codes would stand for numbers in the dtype of the weight
+    hidden = forward(model.config, model.params, TOKENS, compute=Compute(dtype='float32')).hidden_BTD
+    wanted = np.asarray(unembed(model.config, model.params, hidden))
+    difference = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert difference < DIFFERENCES[name], difference
+
+
+@pytest.mark.parametrize('name', ['mxfp8', 'nvfp4_weights'])
+def test_transformers_decompresses_what_is_meant(name, tmp_path):
+    """Formats that the library decompresses to bfloat16 whatever the model's dtype is, so that none but that runs."""
+    pytest.importorskip('compressed_tensors', reason='compressed-tensors is not installed')
+    quantized(FIELDS, name).export(tmp_path / 'out', layout='compressed-tensors')
+    theirs = opened(tmp_path / 'out', torch.bfloat16)
+    with torch.no_grad():
+        theirs(torch.from_numpy(TOKENS))
+    found, plain = theirs.state_dict(), jpt.load(tmp_path / 'out', dtype='float32').params['layers'][0][0]
     for stem, weight in (('self_attn.q_proj', plain['attn']['q']), ('mlp.down_proj', plain['mlp']['down'])):
         for layer in (0, 1):
-            mine = np.asarray(weight['kernel'][layer])
-            theirs = found[f'model.layers.{layer}.{stem}.weight'].numpy()
-            np.testing.assert_allclose(theirs, mine, rtol=2**-8, atol=0)
+            mine, other = weight['kernel'][layer], found[f'model.layers.{layer}.{stem}.weight'].float().numpy()
+            np.testing.assert_allclose(other, mine, rtol=0 if name == 'mxfp8' else 2**-7, atol=0)
