@@ -19,6 +19,7 @@ from jpt.checkpoint.assets import open_tokenizer
 from jpt.checkpoint.directories import check_absent
 from jpt.checkpoint.dtypes import CAST_TARGETS
 from jpt.checkpoint.hf_export import write_hf
+from jpt.checkpoint.hf_quantized import LAYOUTS
 from jpt.checkpoint.model_dir import write_model
 from jpt.checkpoint.opening import open_model
 from jpt.checkpoint.resize import ResizedSource
@@ -54,6 +55,8 @@ def convert(
     allow_cut: bool = False,
     mtp: bool = True,
     layers: Sequence[int] | None = None,
+    layout: str | None = None,
+    ignore_kv_scales: bool = False,
     report: Callable[[str, int, int], Any] = lambda name, done, total: None,
 ) -> Conversion:
     """Converts a model directory; the output appears when it is complete.
@@ -68,6 +71,9 @@ def convert(
         allow_cut: with resize_vocab, let rows go that the tokenizer uses.
         mtp: keep modules that predict further tokens.
         layers: numbers of the layers that stay, ascending; None keeps all.
+        layout: of quantized weights in a Hugging Face directory, see jpt/checkpoint/hf_quantized.py; None: the first
+            that holds their formats.
+        ignore_kv_scales: leave out the scales of keys and values that the input has.
         report: called with a tensor's name, bytes written so far, and bytes in all.
 
     Raises:
@@ -75,10 +81,12 @@ def convert(
     """
     if to not in FORMATS:
         raise ValueError(f'--to={to!r}: expected hf or jpt')
+    if layout is not None and to != 'hf':
+        raise ValueError(f'--layout={layout} with --to={to}: expected --to=hf')
     parse_size(max_shard_size)
     check_absent(output_dir)
     start = time.perf_counter()
-    opened = open_model(input_dir, dtype, mtp=mtp)
+    opened = open_model(input_dir, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
     source: LeafSource = opened.source
     if layers is not None:
         source = SelectedLayers(source, layers)
@@ -95,7 +103,7 @@ def convert(
 
     if to == 'hf':
         companions = {'source_dir': opened.assets, 'origin': opened.origin}
-        write_hf(source, output_dir, **companions, max_shard_size=max_shard_size, report=count)
+        write_hf(source, output_dir, **companions, max_shard_size=max_shard_size, layout=layout, report=count)
     else:
         write_model(source, output_dir, assets=opened.assets, origin=opened.origin, report=count)
     files = Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*')
@@ -201,6 +209,15 @@ def _define_flags() -> None:
     flags.DEFINE_integer('resize_vocab', None, 'Rows of embedding and unembedding; new ones are the mean of the old.')
     flags.DEFINE_boolean('allow_cut', False, 'With --resize_vocab: let rows go that the tokenizer uses.')
     flags.DEFINE_string('layers', None, 'Keep these layers only, such as 0-3,6: where a smaller student begins.')
+    flags.DEFINE_enum(
+        'layout',
+        None,
+        list(LAYOUTS),
+        'With --to=hf: how quantized weights lie; by default the first that holds them.',
+    )
+    flags.DEFINE_boolean(
+        'ignore_kv_scales', False, 'Leave out the scales by which keys and values are to be kept in eight bits.'
+    )
     flags.DEFINE_boolean('mtp', True, 'Keep modules that predict further tokens, where there are any.')
     flags.mark_flags_as_required(['input', 'output', 'to'])
 
@@ -223,6 +240,8 @@ def main(argv: list[str]) -> None:
             allow_cut=args.allow_cut,
             mtp=args.mtp,
             layers=None if args.layers is None else parse_layers(args.layers),
+            layout=args.layout,
+            ignore_kv_scales=args.ignore_kv_scales,
             report=_progress(),
         )
     except (OSError, ValueError) as error:

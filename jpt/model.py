@@ -83,9 +83,22 @@ class Model:
         """Writes a jpt checkpoint."""
         save_model(path, self.config, self.params, self.assets, self.origin)
 
-    def export(self, path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> None:
-        """Writes a Hugging Face directory, in the dtype of the weights unless told otherwise."""
-        export_hf(path, self.config, self.params, source_dir=self.assets, origin=self.origin, dtype=dtype)
+    def export(
+        self, path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, layout: str | None = None
+    ) -> None:
+        """Writes a Hugging Face directory, in the dtype of the weights unless told otherwise.
+
+        Args:
+            path: the directory to make.
+            dtype: cast the weights that are not quantized.
+            layout: of quantized weights: 'fp8', 'modelopt' or 'compressed-tensors'; None: the first that holds them.
+
+        Raises:
+            FileExistsError: there is something at `path`.
+            ValueError: a layout that does not hold the formats of the model.
+        """
+        assets, origin = self.assets, self.origin
+        export_hf(path, self.config, self.params, source_dir=assets, origin=origin, dtype=dtype, layout=layout)
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -106,7 +119,12 @@ def _logits(
 
 
 def load(
-    path: str | os.PathLike[str], mesh: Mesh | None = None, dtype: DTypeLike | None = None, *, mtp: bool = True
+    path: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    *,
+    mtp: bool = True,
+    ignore_kv_scales: bool = False,
 ) -> Model:
     """Opens a Hugging Face directory or a jpt checkpoint; 'quickstart' is the small teacher that jpt ships.
 
@@ -115,12 +133,13 @@ def load(
         mesh: where the weights go; None: the default device.
         dtype: cast the weights; None keeps what is stored.
         mtp: keep modules that predict further tokens, where there are any; generation takes no notice of them.
+        ignore_kv_scales: load a model whose keys and values are to be kept in eight bits, without their scales.
 
     Raises:
         FileNotFoundError: no model there.
         ValueError: a model that jpt does not compute, or weights that are not the config's.
     """
-    opened = open_model(path, dtype, mtp=mtp)
+    opened = open_model(path, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
     params = load_tree(opened.source) if mesh is None else _load_on(mesh, opened.source)
     return Model(opened.source.cfg, params, open_tokenizer(opened.assets), opened.assets, mesh, opened.origin)
 

@@ -15,20 +15,19 @@ from jpt.checkpoint.about import model_differences
 from jpt.checkpoint.assets import CARD_FILE, CONFIG_FILE, GENERATION_FILE, copy_assets, open_tokenizer
 from jpt.checkpoint.card import model_card
 from jpt.checkpoint.directories import check_absent, new_directory
-from jpt.checkpoint.dtypes import E8M0
 from jpt.checkpoint.hf_import import read_config
-from jpt.checkpoint.hf_quantized import part_source, quantization_config
+from jpt.checkpoint.hf_quantized import NOT_LAID, Laid, to_be_written
+from jpt.checkpoint.layouts.stored import Shape, Stored, Written
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import ShardedWriter
-from jpt.checkpoint.source import NOT_QUANTIZED, Index, LeafSource, TreeSource, packed_leaves, row_blocks, whole
+from jpt.checkpoint.source import Index, LeafSource, TreeSource, packed_leaves, row_blocks, whole
 from jpt.checkpoint.tree import listing
 from jpt.data.tokenizer import TOKENIZER_FILES
 from jpt.models.config import ModelConfig
 from jpt.models.families import config_from_hf, config_to_hf
 from jpt.models.families.fields import ACTIVATION_NAMES, HARMLESS
 from jpt.models.families.multimodal import text_part
-from jpt.models.names import Leaf, Source, TreePath
-from jpt.quant.packing import Packing
+from jpt.models.names import Leaf, Source
 
 # Of the fields that leave the computation alone, these are about the weights or the file and are written anew.
 _WRITTEN_ANEW = frozenset(['model_type', 'architectures', 'torch_dtype', 'dtype', '_name_or_path', 'name_or_path'])
@@ -37,11 +36,15 @@ _DROPOUT = frozenset(['resid_pdrop', 'embd_pdrop', 'attn_pdrop'])  # GPT-2's nam
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What of a leaf one source holds, as a part of a tensor; `place` is where it stands on the leading axes."""
+    """What of a leaf one source holds, as a part of a tensor; `place` is where it stands on the leading axes.
+
+    `stored` says how it lies there as a part of a quantized weight; None: it is none.
+    """
 
     leaf: Leaf
     place: tuple[int, ...]
     source: Source
+    stored: Stored | None = None
 
     def index(self, rows: slice | None = None) -> Index:
         """Where in the leaf the part is; `rows` narrows it on its own first axis."""
@@ -50,18 +53,25 @@ class _Part:
         return (*here, *(own if rows is None else (rows, *own[1:])))
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         return self.leaf.own_shape
 
+    @property
+    def tensor_shape(self) -> Shape:
+        """Of the whole tensor."""
+        own = self.shape
+        return self.source.stored_shape(own) if self.stored is None else self.stored.order.shapes(own)[0]
 
-def tensors_of(cfg: ModelConfig, quantized: Mapping[TreePath, Packing] = NOT_QUANTIZED) -> dict[str, list[_Part]]:
+
+def tensors_of(cfg: ModelConfig, laid: Laid = NOT_LAID) -> dict[str, list[_Part]]:
     """The parts of every tensor of the model, by Hugging Face name, grouped by leaf."""
     tensors: dict[str, list[_Part]] = {}
-    for leaf in packed_leaves(cfg, quantized):
+    for leaf in packed_leaves(cfg, laid.packings):
+        stored = laid.stored(leaf)
         for place, weight in leaf.places():
-            source = part_source(leaf, weight)
+            source = laid.source(leaf, weight)
             for name in (source.name, *source.copies):
-                tensors.setdefault(name, []).append(_Part(leaf, place, source))
+                tensors.setdefault(name, []).append(_Part(leaf, place, source, stored))
     return {name: sorted(parts, key=lambda part: part.source.first) for name, parts in tensors.items()}
 
 
@@ -84,6 +94,7 @@ def write_hf(
     source_dir: str | os.PathLike[str] | None = None,
     origin: str | os.PathLike[str] | None = None,
     max_shard_size: str | int = '5GB',
+    layout: str | None = None,
     report: Callable[[str, int], Any] = lambda name, size: None,
 ) -> list[Path]:
     """Writes a model as a Hugging Face directory, a part of a tensor in memory at a time; returns the weight files.
@@ -94,30 +105,27 @@ def write_hf(
         source_dir: where tokenizer files, generation_config.json and remaining fields of config.json lie.
         origin: the directory of the model that the weights were read from, for its card; None: from none.
         max_shard_size: such as '5GB'.
+        layout: of quantized weights: 'fp8', 'modelopt' or 'compressed-tensors'; None: the first that holds them.
         report: called with the name and the bytes of what has been written.
 
     Raises:
         FileExistsError: there is something at `path`.
-        ValueError: a dtype that safetensors does not have.
+        ValueError: a dtype that safetensors does not have, or a layout that does not hold the formats of the model.
     """
-    tensors = tensors_of(source.cfg, source.quantized)
-    quantization = {'quantization_config': quantization_config(source)} if source.quantized else {}
-    specs = {}
-    for name in _layer_order(source.cfg, tensors):
-        parts = tensors[name]
-        dtypes = {source.dtype(part.leaf) for part in parts}
-        if len(dtypes) > 1:
-            raise ValueError(f'{name}: its parts have different dtypes: {", ".join(sorted(map(str, dtypes)))}')
-        dtype = E8M0 if _is_e8m0(source, parts[0].leaf) else dtypes.pop()
-        specs[name] = TensorSpec(dtype, parts[0].source.stored_shape(parts[0].shape))
+    laid, quantization = to_be_written(source, layout)
+    tensors = tensors_of(source.cfg, laid)
+    beside = {name: (codes, values) for codes, name, values in laid.beside(source.cfg)}
+    specs = _specs(source, laid, tensors, beside)
     assets = None if source_dir is None else Path(source_dir)
     with new_directory(path) as directory:
         with ShardedWriter(directory, specs, max_shard_size) as writer:
             for name, parts in tensors.items():
                 _write_tensor(writer, name, parts, source, specs[name].dtype)
                 report(name, specs[name].nbytes)
+            for name, (_, values) in beside.items():
+                writer.write(name, values)
         written = str(specs[next(iter(specs))].dtype)
-        _write_json(directory / CONFIG_FILE, hf_config(source.cfg, written, assets) | quantization)
+        _write_configs(directory, hf_config(source.cfg, written, assets), quantization)
         if assets is not None:
             copy_assets(assets, directory, (*TOKENIZER_FILES, GENERATION_FILE))
         card = model_card(source.cfg, written, specs, None if origin is None else Path(origin))
@@ -126,14 +134,40 @@ def write_hf(
     return [Path(path) / file for file in files]
 
 
+def _specs(
+    source: LeafSource, laid: Laid, tensors: dict[str, list[_Part]], beside: Mapping[str, tuple[str, np.ndarray]]
+) -> dict[str, TensorSpec]:
+    """Every tensor's dtype and shape, in the order in which the files hold them."""
+    following: dict[str, list[str]] = {}
+    for name, (codes, _) in beside.items():
+        following.setdefault(codes, []).append(name)
+    specs = {}
+    for name in _layer_order(source.cfg, tensors):
+        first, *_ = parts = tensors[name]
+        if first.stored is not None:
+            dtypes = {laid.narrow.get(first.leaf.path, first.stored.dtype)}
+        else:
+            dtypes = {source.dtype(part.leaf) for part in parts}
+        if len(dtypes) > 1:
+            raise ValueError(f'{name}: its parts have different dtypes: {", ".join(sorted(map(str, dtypes)))}')
+        specs[name] = TensorSpec(dtypes.pop(), first.tensor_shape)
+        for other in following.get(name, ()):
+            values = beside[other][1]
+            specs[other] = TensorSpec(values.dtype, values.shape)
+    return specs
+
+
 def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: LeafSource, dtype: np.dtype) -> None:
-    """Writes one tensor; `dtype` is that of the file, in which scales that are bytes in memory have another name."""
-    first = parts[0].source
+    """Writes one tensor; `dtype` is that of the file, which of a part of a quantized weight may be another."""
+    first, stored = parts[0].source, parts[0].stored
+    if stored is not None:
+        _write_stored(writer, name, parts[0], stored, source, dtype)
+        return
     if first.alone:
         for part in parts:
             for rows in row_blocks(part.shape, source.dtype(part.leaf).itemsize):
                 block = _squeeze(part, source.read(part.leaf, part.index(rows)))
-                writer.write(name, block.view(dtype), part.source.first + rows.start)
+                writer.write(name, block, part.source.first + rows.start)
         return
     # Every part once and in order: with several processes the others gather as often (see export_hf).
     values = [_squeeze(part, source.read(part.leaf, part.index())) for part in parts]
@@ -144,10 +178,17 @@ def _write_tensor(writer: ShardedWriter, name: str, parts: list[_Part], source: 
         writer.write(name, _joined(parts, [value[expert : expert + 1] for value in values]), expert)
 
 
-def _is_e8m0(source: LeafSource, leaf: Leaf) -> bool:
-    """Whether a leaf is scales that are bytes in memory and have a dtype of their own in files."""
-    packing = source.quantized.get(leaf.path[:-1])
-    return leaf.part == 'scale' and packing is not None and packing.form.scale == 'e8m0'
+def _write_stored(
+    writer: ShardedWriter, name: str, part: _Part, stored: Stored, source: LeafSource, dtype: np.dtype
+) -> None:
+    """Writes the tensor that is a part of a quantized weight."""
+    if not part.tensor_shape:
+        writer.write(name, stored.write(_squeeze(part, source.read(part.leaf, part.index())), part.shape, dtype))
+        return
+    together = stored.order.rows
+    for rows in row_blocks(part.shape or (1,), source.dtype(part.leaf).itemsize, together):
+        block = _squeeze(part, source.read(part.leaf, part.index(rows if part.shape else None)))
+        writer.write(name, stored.write(block, part.shape, dtype), rows.start // together)
 
 
 def _joined(parts: list[_Part], values: list[np.ndarray]) -> np.ndarray:
@@ -173,6 +214,7 @@ def export_hf(
     origin: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
     max_shard_size: str | int = '5GB',
+    layout: str | None = None,
 ) -> None:
     """Writes parameters in memory as a Hugging Face directory; `dtype` None keeps the dtype of each leaf.
 
@@ -183,9 +225,10 @@ def export_hf(
         check_absent(path)
     source = TreeSource(cfg, params, dtype)
     if jax.process_index() == 0:
-        write_hf(source, path, source_dir=source_dir, origin=origin, max_shard_size=max_shard_size)
+        write_hf(source, path, source_dir=source_dir, origin=origin, max_shard_size=max_shard_size, layout=layout)
         return
-    for parts in tensors_of(cfg, source.quantized).values():  # takes part in gathering the arrays, in the same order
+    laid, _ = to_be_written(source, layout)
+    for parts in tensors_of(cfg, laid).values():  # takes part in gathering the arrays, in the same order
         for part in parts:
             source.read(part.leaf, part.index(slice(0, 0)))
 
@@ -220,6 +263,15 @@ def _spelled_alike(written: dict[str, Any], source: Mapping[str, Any]) -> dict[s
         if name in written and ACTIVATION_NAMES.get(source.get(name, '')) == ACTIVATION_NAMES[written[name]]:
             found[name] = source[name]
     return found
+
+
+def _write_configs(directory: Path, config: Mapping[str, Any], quantization: Written | None) -> None:
+    """config.json, and what says more of quantized weights."""
+    files = {CONFIG_FILE: config}
+    if quantization is not None:
+        files = {CONFIG_FILE: {**config, 'quantization_config': quantization.config}, **quantization.files}
+    for name, content in files.items():
+        _write_json(directory / name, content)
 
 
 def _write_json(path: Path, content: Any) -> None:

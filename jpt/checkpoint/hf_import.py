@@ -12,9 +12,10 @@ from absl import logging
 from jax.typing import DTypeLike
 
 from jpt.checkpoint.assets import CONFIG_FILE
-from jpt.checkpoint.dtypes import E8M0, cast_target, is_floating
+from jpt.checkpoint.dtypes import cast_target, is_floating
 from jpt.checkpoint.hf_names import LeftOut, copies, current_names, is_beyond, may_differ, resolve_names, without_parts
-from jpt.checkpoint.hf_quantized import METHOD, part_source, quantized_of
+from jpt.checkpoint.hf_quantized import expected, layout_of, read_laid
+from jpt.checkpoint.layouts.modelopt import QUANT_FILE
 from jpt.checkpoint.mxfp4 import PackedReader
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
@@ -34,15 +35,15 @@ def is_hf_directory(path: str | os.PathLike[str]) -> bool:
     return (directory / CONFIG_FILE).is_file() and any((directory / name).is_file() for name in weights)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The content of config.json.
+def read_config(directory: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """The content of config.json, or of another file.
 
     Raises:
         FileNotFoundError, ValueError: absent, or not a JSON object.
     """
-    path = directory / CONFIG_FILE
+    path = directory / name
     if not path.is_file():
-        raise FileNotFoundError(f'{directory} is not a Hugging Face model: it has no {CONFIG_FILE}')
+        raise FileNotFoundError(f'{directory} is not a Hugging Face model: it has no {name}')
     try:
         content = json.loads(path.read_text('utf-8'))
     except ValueError as error:
@@ -64,22 +65,30 @@ class HuggingFaceSource:
             must then agree, since they are stacked. Matrices in MXFP4 (see mxfp4.py) count as bfloat16, which holds
             them exactly.
         mtp: read modules that predict further tokens; else their tensors are set aside, whatever they hold.
+        ignore_kv_scales: leave out the scales by which keys and values are to be kept in eight bits, with a warning.
 
     Raises:
         FileNotFoundError: no config or no safetensors (pickled weights are refused by name).
         ValueError: a config that jpt does not compute; missing, unexpected or wrongly shaped tensors, by name; layers
-            of one leaf in different dtypes.
+            of one leaf in different dtypes; scales of keys and values that are not to be left out.
     """
 
-    def __init__(self, path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, mtp: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        dtype: DTypeLike | None = None,
+        *,
+        mtp: bool = True,
+        ignore_kv_scales: bool = False,
+    ) -> None:
         self.directory = Path(path)
-        self._target = cast_target(dtype)
+        self._target, self._ignore_kv_scales = cast_target(dtype), ignore_kv_scales
         try:
             config, of_many = text_part(read_config(self.directory))
             self.cfg = config_from_hf(_unquantized(config))
         except ValueError as error:
             raise ValueError(f'{self.directory}: {error}') from error
-        # Besides blocks of FP8, only MXFP4 has been let through, and only where a family has it.
+        # Besides the layouts that hf_quantized has, only MXFP4 has been let through, and only where a family has it.
         packed = _unquantized(config).get('quantization_config') is not None
         self.reader = (PackedReader if packed else ShardedReader)(self.directory)
         self._resolve(config, of_many, mtp)
@@ -110,44 +119,52 @@ class HuggingFaceSource:
             )
         found = {name: specs[where] for name, where in stored.items()}
         try:
-            self.quantized: Mapping[TreePath, Packing] = quantized_of(self.cfg, config, found)
-            wanted = {
-                source.name: source.stored_shape(leaf.own_shape)
-                for leaf in leaves_of(self)
-                for source in _sources(leaf)
-            }
+            beside = read_config(self.directory, QUANT_FILE) if (self.directory / QUANT_FILE).is_file() else None
+            self._laid, cache = read_laid(self.cfg, config, beside, found, self._ignore_kv_scales)
+            self.quantized: Mapping[TreePath, Packing] = self._laid.packings
+            wanted = expected(self.cfg, self._laid, found)
         except ValueError as error:
             raise ValueError(f'{place}: {error}') from error
+        if cache:
+            logging.warning('%s: read without %d scales of keys and values', place, len(cache))
+        found = {name: spec for name, spec in found.items() if name not in cache}
         names = resolve_names(self.cfg, found, place, wanted)
         self._names = {name: stored[found] for name, found in names.items()}
         read = {copy: name for copy, name in copies(self.cfg).items() if copy not in may_differ(self.cfg)}
         twice = {stored[copy]: self._names[name] for copy, name in read.items() if copy in stored}
         self._copies = {copy: name for copy, name in twice.items() if copy != name}
+        for _, name, values in self._laid.beside(self.cfg):
+            has = self.reader.view(self._names[name])
+            if not np.array_equal(has, values):
+                raise ValueError(f'{place}: {name} says {has.tolist()}, expected {values.tolist()}')
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype in which a leaf is given."""
-        stored = self._spec(_sources(leaf)[0]).dtype
-        if stored == E8M0:
-            return np.dtype(np.uint8)
+        if leaf.part is not None:
+            return self._laid.dtype(leaf)
+        stored = self._spec(leaf.sources[0]).dtype
         return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         """A part of a leaf, copied out of the files; nothing else is read."""
         ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
-        stored = self._spec(_sources(leaf)[0]).dtype
-        array = np.empty([len(each) for each in ranges], stored if stored == E8M0 else self.dtype(leaf))
+        array = np.empty([len(each) for each in ranges], self.dtype(leaf))
         sources = np.empty(leaf.shape[: leaf.stack], object)
-        sources[...] = np.array(_sources(leaf), object).reshape(sources.shape)
+        sources[...] = np.array(leaf.sources, object).reshape(sources.shape)
         for to in np.ndindex(array.shape[: leaf.stack]):
             source = sources[tuple(each[i] for each, i in zip(ranges, to, strict=False))]
-            self._fill(array[(*to, ...)], source, leaf.own_shape, index[leaf.stack :])
-        return array.view(self.dtype(leaf))
+            self._fill(array[(*to, ...)], leaf, source, index[leaf.stack :])
+        return array
 
-    def _fill(self, target: np.ndarray, source: Source, shape: tuple[int, ...], index: Index) -> None:
-        name = self._names[source.name]
-        rows = slice(*index[source.axis].indices(shape[source.axis])[:2])
-        part = source.within(rows)[-1]
-        self.reader.fill(target, name, (*index[: source.axis], part, *index[source.axis + 1 :]), source.transposed)
+    def _fill(self, target: np.ndarray, leaf: Leaf, weight: Source, index: Index) -> None:
+        source, stored = self._laid.source(leaf, weight), self._laid.stored(leaf)
+        name, shape = self._names[source.name], leaf.own_shape
+        if stored is None:
+            rows = slice(*index[source.axis].indices(shape[source.axis])[:2])
+            part = source.within(rows)[-1]
+            self.reader.fill(target, name, (*index[: source.axis], part, *index[source.axis + 1 :]), source.transposed)
+        else:
+            target[...] = stored.read(self.reader.view(name), shape, index, target.dtype)
         self.reader.release(name)
 
     def _spec(self, source: Source) -> TensorSpec:
@@ -172,7 +189,9 @@ class HuggingFaceSource:
     def _check_uniform(self) -> None:
         lines = []
         for leaf in leaves_of(self):
-            dtypes = {source.name: self._spec(source).dtype for source in _sources(leaf)}
+            if leaf.part is not None:  # all of its dtypes are exact in the one that it has in memory
+                continue
+            dtypes = {source.name: self._spec(source).dtype for source in leaf.sources}
             if len(set(dtypes.values())) > 1:
                 lines += [f'{name}: {dtype}' for name, dtype in dtypes.items()]
         if lines:
@@ -183,15 +202,9 @@ class HuggingFaceSource:
 
 
 def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the model without what is said of blocks of FP8."""
-    given = config.get('quantization_config')
-    block = isinstance(given, dict) and given.get('quant_method') == METHOD
-    return {name: value for name, value in config.items() if not (block and name == 'quantization_config')}
-
-
-def _sources(leaf: Leaf) -> list[Source]:
-    """Where a leaf, or a part of a quantized one, lies."""
-    return [part_source(leaf, source) for source in leaf.sources]
+    """The config of the model without what is said of weights in one of the layouts."""
+    known = layout_of(config, None) is not None
+    return {name: value for name, value in config.items() if not (known and name == 'quantization_config')}
 
 
 def load_hf(

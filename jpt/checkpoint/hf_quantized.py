@@ -1,140 +1,293 @@
-"""Quantized weights in Hugging Face directories, in the layout of transformers' FineGrainedFP8 (DeepSeek-V3's own).
+"""Quantized weights in Hugging Face directories: which weights are quantized, in which of the layouts there are.
 
-A linear layer X has X.weight in E4M3 [out, in] and X.weight_scale_inv [ceil(out / rows), ceil(in / columns)], which is
-a multiplier in spite of its name: float32, or E8M0 where `scale_fmt` is 'ue8m0'. config.json says so in
-`quantization_config`. transformers 5.23 (utils/quantization_config.py, integrations/finegrained_fp8.py) and DeepSeek-V3
-(inference/fp8_cast_bf16.py) are the sources; vLLM and SGLang read the same, which was read, not run.
+Each module of jpt/checkpoint/layouts is a layout: what its configs say, and which tensor every part of a quantized
+weight is. What a config leaves out is not asked: the tensors tell which weights are quantized, and whatever does not
+fit them is an error. transformers' 'fp8' holds blocks of E4M3, 'modelopt' and 'compressed-tensors' what their modules
+say.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from jpt.checkpoint.dtypes import SAFETENSORS_DTYPES
+from jpt.checkpoint.dtypes import is_floating
+from jpt.checkpoint.layouts.compressed import CompressedTensors
+from jpt.checkpoint.layouts.fp8 import Fp8
+from jpt.checkpoint.layouts.modelopt import ModelOpt
+from jpt.checkpoint.layouts.stored import WEIGHT, Kept, Layout, Matrix, Said, Scheme, Shape, Stored, Written
 from jpt.checkpoint.safetensors import TensorSpec
-from jpt.checkpoint.source import LeafSource
+from jpt.checkpoint.source import LeafSource, packed_leaves, row_blocks, whole
 from jpt.checkpoint.tree import listing, name_of
 from jpt.models.config import ModelConfig
 from jpt.models.names import Leaf, Source, TreePath, leaves
-from jpt.quant.formats import Format, Scale
 from jpt.quant.packing import Packing
 
-METHOD = 'fp8'
-E4M3 = SAFETENSORS_DTYPES['F8_E4M3']
-WEIGHT, SCALE = 'weight', 'weight_scale_inv'
-_FIELDS = {'quant_method', 'fmt', 'weight_block_size', 'activation_scheme', 'scale_fmt', 'dequantize'}
-_NAMES = {'modules_to_not_convert', 'modules_to_convert', 'ignored_layers'}  # the tensors say which these are
+# In the order in which an export tries them; formats of OCP Microscaling, which are no transformers' fp8, begin with
+# the second.
+LAYOUTS: dict[str, Layout] = {each.method: each for each in (Fp8(), ModelOpt(), CompressedTensors())}
+CACHE_SCALES = ('.k_scale', '.v_scale')
 
 
-def quantized_of(
-    cfg: ModelConfig, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
-) -> dict[TreePath, Packing]:
-    """The weights of a model that are quantized, from its config.json and the tensors by their names of today.
+@dataclasses.dataclass(frozen=True)
+class Laid:
+    """How the quantized weights of a model lie in files.
+
+    packings, schemes: of the weights by path.
+    narrow: the parts that are written in a dtype other than their tensor's own, by path.
+    """
+
+    packings: Mapping[TreePath, Packing] = dataclasses.field(default_factory=dict)
+    schemes: Mapping[TreePath, Scheme] = dataclasses.field(default_factory=dict)
+    narrow: Mapping[TreePath, np.dtype] = dataclasses.field(default_factory=dict)
+
+    def stored(self, leaf: Leaf) -> Stored | None:
+        """The tensor that a leaf is as a part of a quantized weight; None: it is none."""
+        return None if leaf.part is None else self.schemes[leaf.path[:-1]].of(leaf.part)
+
+    def source(self, leaf: Leaf, source: Source) -> Source:
+        """Where a leaf lies, or a part of a quantized weight, from where the weight would lie.
+
+        Raises:
+            ValueError: a quantized weight that shares its tensor with others, or lies there the other way round.
+        """
+        stored = self.stored(leaf)
+        if stored is None:
+            return source
+        if not source.alone or source.first or (leaf.part == 'codes' and source.total != leaf.own_shape[0]):
+            raise ValueError(f'{source.name}: a tensor of several weights, or a transposed one, cannot be quantized')
+        return dataclasses.replace(source, name=stored.name(source.name), copies=())
+
+    def shapes(self, leaf: Leaf, source: Source) -> tuple[Shape, ...]:
+        """The shapes that the tensor of one source of a leaf may have; the first is written."""
+        stored = self.stored(leaf)
+        return (source.stored_shape(leaf.own_shape),) if stored is None else stored.order.shapes(leaf.own_shape)
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        """The dtype of a part in memory."""
+        packing = self.packings[leaf.path[:-1]]
+        return packing.parts((*leaf.shape[: leaf.stack], 2, 2))[str(leaf.part)].dtype
+
+    def beside(self, cfg: ModelConfig) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Tensors that are no part: the name of the codes that each belongs to, its own name, and its values."""
+        for leaf in leaves(cfg):
+            scheme = self.schemes.get(leaf.path)
+            if scheme is not None and scheme.beside is not None:
+                shape = np.array(leaf.own_shape, np.int64)
+                for source in leaf.sources:
+                    yield scheme.of('codes').name(source.name), _beside(source.name, scheme.beside), shape
+
+
+NOT_LAID = Laid()
+
+
+def _beside(weight: str, suffix: str) -> str:
+    return f'{weight.removesuffix(WEIGHT)}{suffix}'
+
+
+class Found(NamedTuple):
+    """What a directory holds quantized: how, and the scales of keys and values that are not read."""
+
+    laid: Laid
+    cache: tuple[str, ...]
+
+
+def layout_of(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Layout | None:
+    """The layout of a directory, from its config.json and hf_quant_config.json; None: none of those here."""
+    given = config.get('quantization_config')
+    if given is None and beside is not None:
+        return LAYOUTS['modelopt']
+    return LAYOUTS.get(str(given.get('quant_method'))) if isinstance(given, Mapping) else None
+
+
+def read_laid(
+    cfg: ModelConfig,
+    config: Mapping[str, Any],
+    beside: Mapping[str, Any] | None,
+    tensors: Mapping[str, TensorSpec],
+    ignore_kv_scales: bool,
+) -> Found:
+    """How the quantized weights of a model lie, from its configs and the tensors by their names of today.
+
+    Args:
+        cfg: the model.
+        config, beside: config.json, and hf_quant_config.json or None.
+        tensors: their specs.
+        ignore_kv_scales: read the weights of a model whose keys and values are to be kept quantized.
 
     Raises:
-        ValueError: a config that says what jpt does not read, a scale in a dtype that it does not go with, or layers of
-            one kind of which only some are quantized.
+        ValueError: a config that says what jpt does not read, a tensor in a dtype that does not go with it, or layers
+            of one kind of which only some are quantized, or in different formats.
     """
-    given = config.get('quantization_config')
-    if not isinstance(given, Mapping) or given.get('quant_method') != METHOD:
-        return {}
-    rows, columns = _block(given)
+    layout = layout_of(config, beside)
+    if layout is None:
+        return Found(NOT_LAID, ())
+    said = layout.said(config.get('quantization_config') or {}, beside)
+    cache = tuple(name for name in tensors if name.endswith(CACHE_SCALES))
+    if (said.cache or cache) and not ignore_kv_scales:
+        names = listing(list(cache)) if cache else 'quantization_config, without scales'
+        raise ValueError(
+            'keys and values are kept quantized, which jpt does not do; their scales would be lost. Ask for the model '
+            f'without them (ignore_kv_scales=True, --ignore_kv_scales):\n  {names}'
+        )
     dtype = str(config.get('dtype') or config.get('torch_dtype') or 'bfloat16')
-    found: dict[TreePath, Packing] = {}
-    mixed: list[str] = []
+    packings: dict[TreePath, Packing] = {}
+    schemes: dict[TreePath, Scheme] = {}
+    faults: list[str] = []
     for leaf in leaves(cfg):
-        scaled = [scale_name(source.name) in tensors for source in leaf.sources]
-        bare = [source.name for source, has in zip(leaf.sources, scaled, strict=True) if not has]
-        if bare and (any(scaled) or any(name in tensors and tensors[name].dtype == E4M3 for name in bare)):
-            mixed += [f'{name}: has no scale' for name in bare]
-        if leaf.path[-1] != 'kernel' or not all(scaled):
-            continue
-        kinds = {tensors[scale_name(source.name)].dtype for source in leaf.sources}
-        found[leaf.path] = Packing(Format('e4m3', rows, columns, _scale(kinds, given, leaf), 'block'), dtype)
-    if mixed:
-        raise ValueError(f'quantized in part; all layers of one kind must be:\n  {listing(mixed)}')
-    if not found:
-        raise ValueError(f"config.json: quantization_config.quant_method='{METHOD}', but there is no {SCALE}")
+        scheme = _scheme_of(leaf, said, tensors, faults)
+        if scheme is not None:
+            schemes[leaf.path] = scheme
+            packings[leaf.path] = _packing(leaf, scheme, tensors, dtype)
+    if faults:
+        raise ValueError(f'quantized in part; all layers of one kind must be, and alike:\n  {listing(faults)}')
+    if not schemes and not said.cache:
+        scale = 'weight_scale_inv' if layout.method == 'fp8' else 'weight_scale'
+        raise ValueError(f"config.json: quantization_config.quant_method='{layout.method}', but there is no {scale}")
+    return Found(Laid(packings, schemes), cache)
+
+
+def _scheme_of(leaf: Leaf, said: Said, tensors: Mapping[str, TensorSpec], faults: list[str]) -> Scheme | None:
+    """How a leaf lies if it is quantized; what does not fit goes to `faults`."""
+    found: dict[str, Scheme | None] = {}
+    for source in leaf.sources:
+        module = source.name.removesuffix(f'.{WEIGHT}')
+        scheme = said.scheme_of(module, tensors) if source.name != module and leaf.path[-1] == 'kernel' else None
+        has = scheme is not None and scheme.of('scale').name(source.name) in tensors
+        found[source.name] = scheme if has else None
+        if not has and _looks_quantized(source.name, scheme, tensors):
+            faults.append(f'{source.name}: has no scale' if scheme else f'{source.name}: no format is given')
+    kinds = list(dict.fromkeys(found.values()))
+    if len(kinds) == 1:
+        return kinds[0]
+    faults += [f'{name}: {"has no scale" if scheme is None else scheme.label}' for name, scheme in found.items()]
+    return None
+
+
+def _looks_quantized(weight: str, scheme: Scheme | None, tensors: Mapping[str, TensorSpec]) -> bool:
+    """Whether a weight without a scale is no weight as it was."""
+    codes = None if scheme is None else scheme.of('codes').name(weight)
+    if codes is not None and codes != weight and codes in tensors:
+        return True
+    dtype = tensors[weight].dtype if weight in tensors else None
+    return dtype is not None and (not is_floating(dtype) or dtype.itemsize == 1)
+
+
+def _packing(leaf: Leaf, scheme: Scheme, tensors: Mapping[str, TensorSpec], dtype: str) -> Packing:
+    """How a weight is quantized, after the dtypes of its tensors are checked."""
+    there = {}
+    for stored in scheme.tensors:
+        names = [stored.name(source.name) for source in leaf.sources]
+        there[stored.part] = not stored.optional or any(name in tensors for name in names)
+        for name in names:
+            if name in tensors and not stored.allows(tensors[name].dtype):
+                raise ValueError(f'{name}: is {tensors[name].dtype}, expected one of {", ".join(stored.dtypes)}')
+    return Packing(scheme.form, dtype, there.get('input_scale', False), there.get('input_factor', False))
+
+
+def expected(cfg: ModelConfig, laid: Laid, tensors: Mapping[str, TensorSpec]) -> dict[str, Shape]:
+    """The shapes of the model's tensors by name; of those that one may have, the one that it has.
+
+    Raises:
+        ValueError: as `Laid.source`, or a shape that a format does not take.
+    """
+    wanted: dict[str, Shape] = {}
+    for leaf in packed_leaves(cfg, laid.packings):
+        for each in leaf.sources:
+            source = laid.source(leaf, each)
+            shapes = laid.shapes(leaf, source)
+            has = tensors[source.name].shape if source.name in tensors else None
+            wanted[source.name] = has if has is not None and has in shapes else shapes[0]
+    return wanted | {name: values.shape for _, name, values in laid.beside(cfg)}
+
+
+def to_be_written(source: LeafSource, layout: str | None) -> tuple[Laid, Written | None]:
+    """How the quantized weights of a model are to lie in files, and what the configs say.
+
+    With several processes all of them call this: scales are read, to see whether a smaller dtype holds them.
+
+    Args:
+        source: the model.
+        layout: one of LAYOUTS; None: the first that holds its formats.
+
+    Raises:
+        ValueError: no such layout, it does not hold them, or none does.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f'layout={layout!r}: expected one of {", ".join(LAYOUTS)}')
+    if not source.quantized:
+        if layout is not None:
+            raise ValueError(f'layout={layout!r}: the weights are not quantized')
+        return NOT_LAID, None
+    matrices = _matrices(source)
+    done: dict[str, tuple[dict[TreePath, Scheme], Written]] = {}
+    reasons: dict[str, str] = {}
+    for name, each in LAYOUTS.items():
+        try:
+            done[name] = _chosen(source, each, matrices)
+        except ValueError as error:
+            reasons[name] = str(error)
+    name = layout or _first(source, list(done))
+    if name not in done:
+        tried = reasons if layout is None else {layout: reasons[layout]}
+        others = f'\nlayouts that hold it: {", ".join(done)}' if done else ''
+        raise ValueError('\n'.join(f'layout {each!r}: {why}' for each, why in tried.items()) + others)
+    schemes, written = done[name]
+    laid = Laid(source.quantized, schemes)
+    return dataclasses.replace(laid, narrow=_narrow(source, laid)), written
+
+
+def _first(source: LeafSource, names: list[str]) -> str:
+    """The layout that an export has where none is asked for."""
+    mx = any(packing.form.is_mx for packing in source.quantized.values())
+    order = sorted(names, key=lambda name: name == 'fp8') if mx else names
+    return order[0] if order else ''
+
+
+def _matrices(source: LeafSource) -> list[Matrix]:
+    found = []
+    for leaf in leaves(source.cfg):
+        packing = source.quantized.get(leaf.path)
+        if packing is not None:
+            modules = tuple(each.name.removesuffix(f'.{WEIGHT}') for each in leaf.sources)
+            found.append(Matrix(leaf.path, leaf.own_shape, modules, packing))
     return found
 
 
-def _block(given: Mapping[str, Any]) -> tuple[int, int]:
-    unknown = sorted(set(given) - _FIELDS - _NAMES - {'expert_dtype'})
-    if unknown:
-        raise ValueError(f'config.json: quantization_config has fields that jpt does not know: {", ".join(unknown)}')
-    expected = {'fmt': ('e4m3', None), 'activation_scheme': ('dynamic',), 'expert_dtype': ('fp8', None)}
-    for name, allowed in expected.items():
-        if given.get(name, allowed[0]) not in allowed:
-            raise ValueError(f'config.json: quantization_config.{name}={given[name]!r}: expected {allowed[0]!r}')
-    block = given.get('weight_block_size', (128, 128))
-    if not isinstance(block, list | tuple) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
-        raise ValueError(f'config.json: quantization_config.weight_block_size={block!r}: expected two numbers above 0')
-    return block[0], block[1]
+def _chosen(source: LeafSource, layout: Layout, matrices: list[Matrix]) -> tuple[dict[TreePath, Scheme], Written]:
+    """The schemes of a layout by path, and its configs."""
+    chosen = []
+    for matrix in matrices:
+        try:
+            chosen.append((matrix, layout.scheme(matrix)))
+        except ValueError as error:
+            raise ValueError(f'{name_of(matrix.path)}: {matrix.packing.form}: {error}') from error
+    written = layout.written(chosen, _kept(source))
+    return {matrix.path: scheme for matrix, scheme in chosen}, written
 
 
-def _scale(kinds: set[np.dtype], given: Mapping[str, Any], leaf: Leaf) -> Scale:
-    """How the scales of a leaf are stored."""
-    powers = given.get('scale_fmt') == 'ue8m0'
-    names = {str(kind) for kind in kinds}
-    if names == {'float32'}:
-        return 'power_of_two' if powers else 'float32'
-    if names == {'float8_e8m0fnu'} and powers:
-        return 'e8m0'
-    shown = ', '.join(sorted(names))
-    raise ValueError(
-        f'{name_of(leaf.path)}: scales of {shown} with scale_fmt={given.get("scale_fmt", "float")!r}: '
-        "expected float32, or float8_e8m0fnu with 'ue8m0'"
-    )
+def _kept(source: LeafSource) -> Kept:
+    names: dict[str, set[str]] = {'kernel': {'lm_head'} if source.cfg.tied else set(), 'embedding': set()}
+    for leaf in leaves(source.cfg):
+        if leaf.role in names and leaf.path not in source.quantized:
+            names[leaf.role] |= {each.name.removesuffix(f'.{WEIGHT}') for each in leaf.sources}
+    return Kept(tuple(sorted(names['kernel'])), tuple(sorted(names['embedding'])))
 
 
-def scale_name(weight: str) -> str:
-    """The name of the scales beside a weight."""
-    return f'{weight.removesuffix(WEIGHT)}{SCALE}'
-
-
-def part_source(leaf: Leaf, source: Source) -> Source:
-    """Where a part of a quantized weight lies, from where the weight would lie.
-
-    Raises:
-        ValueError: the weight shares its tensor with others, or lies there the other way round.
-    """
-    part = leaf.part
-    if part is None:
-        return source
-    rows = leaf.own_shape[source.axis]
-    if not source.alone or source.first or (part == 'codes' and source.total != rows):
-        raise ValueError(f'{source.name}: a tensor of several weights, or a transposed one, cannot be quantized')
-    return source if part == 'codes' else dataclasses.replace(source, name=scale_name(source.name), total=rows)
-
-
-def quantization_config(source: LeafSource) -> dict[str, Any]:
-    """What config.json says of quantized weights.
-
-    Raises:
-        ValueError: a format that this layout does not have, or several of them.
-    """
-    forms = {packing.form for packing in source.quantized.values()}
-    for packing in source.quantized.values():
-        form = packing.form
-        if form.element != 'e4m3' or not form.rows or not form.columns or form.inputs != 'block':
-            raise ValueError(f'{form}: a Hugging Face directory holds blocks of E4M3 whose inputs are rounded alike')
-    if len(forms) > 1:
-        raise ValueError(f'{len(forms)} formats: a Hugging Face directory holds blocks of one size')
-    form = forms.pop()
-    kept = [
-        each.name.removesuffix(f'.{WEIGHT}')
-        for leaf in leaves(source.cfg)
-        if leaf.role == 'kernel' and leaf.path not in source.quantized
-        for each in leaf.sources
-    ]
-    heads = ['lm_head'] if source.cfg.tied else []
-    return {
-        'quant_method': METHOD,
-        'fmt': 'e4m3',
-        'activation_scheme': 'dynamic',
-        'weight_block_size': [form.rows, form.columns],
-        'scale_fmt': 'float' if form.scale == 'float32' else 'ue8m0',
-        'modules_to_not_convert': sorted({*kept, *heads}),
-    }
+def _narrow(source: LeafSource, laid: Laid) -> dict[TreePath, np.dtype]:
+    """The parts that lie in the dtype of their weight, where that holds them exactly."""
+    found = {}
+    for leaf in packed_leaves(source.cfg, laid.packings):
+        stored = laid.stored(leaf)
+        if stored is None or not stored.narrow:
+            continue
+        dtype = jnp.dtype(laid.packings[leaf.path[:-1]].weight_dtype)
+        exact = True
+        for rows in row_blocks(leaf.shape, 4):
+            values = source.read(leaf, (rows, *whole(leaf)[1:]))
+            exact = exact and np.array_equal(values.astype(dtype).astype(np.float32), values)
+        if exact:
+            found[leaf.path] = dtype
+    return found

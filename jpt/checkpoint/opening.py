@@ -52,7 +52,12 @@ def base_model(adapter: Path) -> Path:
 
 
 def open_model(
-    path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, mtp: bool = True, codes: bool = False
+    path: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    *,
+    mtp: bool = True,
+    codes: bool = False,
+    ignore_kv_scales: bool = False,
 ) -> Opened:
     """Opens a Hugging Face directory or a jpt checkpoint (a model, a step of a run, or a run's workdir).
 
@@ -60,6 +65,7 @@ def open_model(
     lies beside the adapter it is taken in place of the base's, since the adapter was trained with it. `mtp=False`
     leaves out the modules that predict further tokens. Quantized weights stay so, unless a dtype is asked for: then
     they are numbers of that dtype, or with `codes` stay so all the same, and the dtype is that of all other weights.
+    `ignore_kv_scales` leaves out the scales of keys and values that a Hugging Face directory has (see hf_import.py).
 
     Raises:
         FileNotFoundError: none of these.
@@ -69,12 +75,12 @@ def open_model(
     if not directory.is_dir():
         raise FileNotFoundError(f'{directory}: no such directory')
     if is_adapter(directory):
-        base = open_model(base_model(directory), dtype, mtp=mtp)
+        base = open_model(base_model(directory), dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
         assets = base.assets if open_tokenizer(directory) is None else directory
         return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        source = _in_dtype(HuggingFaceSource(directory, dtype, mtp=mtp), None if codes else dtype)
-        return Opened(source, directory, directory)
+        read = HuggingFaceSource(directory, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
+        return Opened(_in_dtype(read, None if codes else dtype), directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:

@@ -160,10 +160,10 @@ def whole(leaf: Leaf) -> Index:
     return tuple(slice(0, size) for size in leaf.shape)
 
 
-def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
-    """Slices of the leading axis, each of about BLOCK_BYTES at most, or of one row where a row is larger."""
-    row_bytes = itemsize * math.prod(shape[1:])
-    rows = max(1, min(shape[0], BLOCK_BYTES // max(row_bytes, 1)))
+def row_blocks(shape: tuple[int, ...], itemsize: int, together: int = 1) -> Iterator[slice]:
+    """Slices of the leading axis, each of about BLOCK_BYTES at most, or of as few rows as stay together."""
+    row_bytes = itemsize * together * math.prod(shape[1:])
+    rows = together * max(1, min(shape[0] // together, BLOCK_BYTES // max(row_bytes, 1)))
     for first in range(0, shape[0], rows):
         yield slice(first, min(first + rows, shape[0]))
 
