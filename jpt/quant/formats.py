@@ -106,6 +106,7 @@ FORMATS: dict[str, Format] = {
     'fp8_block': Format('e4m3', 128, 128, inputs='block'),
     'fp8_block_ue8m0': Format('e4m3', 128, 128, scale='power_of_two', inputs='block'),
     'fp8_weights': Format('e4m3', rows=1),
+    'fp8_block_weights': Format('e4m3', 128, 128),
     'mxfp8': Format('e4m3', 1, 32, scale='e8m0', inputs='block'),
     'nvfp4': Format('e2m1', 1, 16, scale='e4m3', inputs='block'),
     'nvfp4_weights': Format('e2m1', 1, 16, scale='e4m3'),

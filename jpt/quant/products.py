@@ -7,14 +7,20 @@ as the product of the numbers that it multiplied. A QTensor gets no gradient, th
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jpt.kernels import low_precision as low
+from jpt.kernels.block_matmul import BLOCK, block_matmul
+from jpt.kernels.block_quantize import SCALES, quantize_rows
+from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
-from jpt.kernels.local import platform
+from jpt.kernels.local import mesh_axes, platform
+from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS, weight_only_matmul
 from jpt.quant.formats import Format
 from jpt.quant.tensors import FakeQuant, QTensor, codes_of, dequantize, numbers_of, quantize
 
@@ -44,6 +50,9 @@ def round_inputs(x: jax.Array, form: Format, input_scale: jax.Array | None = Non
     wide = x.astype(jnp.float32)[..., None, :]
     scale = None if input_scale is None else jnp.broadcast_to(input_scale, x.shape[:-1])[..., None, None]
     own = inputs_format(form)
+    if _in_rows_of_128(own) and not mesh_axes(AxisType.Auto):
+        codes, scales = quantize_rows(x, own.columns, own.scale)  # the same bits, on GPUs in one pass
+        return QTensor(codes[..., None, :], scales[..., None, :], format=own, weight_dtype='float32')
     if form.inputs != 'tensor':
         return quantize(wide, own, scale_2=scale if own.scale == 'e4m3' else None)
     if scale is None:
@@ -62,8 +71,15 @@ def _forward(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None) -> jax.Ar
     """The product, in the dtype of x."""
     x = _times_factor(x, weight.input_factor, sizes_E)
     rounded = round_inputs(x, weight.format, _per_row(weight.input_scale, sizes_E, x))
+    if rounded is None and sizes_E is None and _has_kernels(weight.format) and _few(x):
+        product = weight_only_matmul(
+            x.reshape(-1, x.shape[-1]), jnp.asarray(weight.codes), jnp.asarray(weight.scale), x.dtype
+        )
+        return product.reshape(*x.shape[:-1], -1)
     if rounded is None:
         return _plain(x, dequantize(weight).astype(x.dtype), sizes_E)
+    if _has_kernels(weight.format):
+        return _by_kernels(x, rounded, weight, sizes_E)
     if sizes_E is not None or weight.format.columns:
         return _plain(_dense(rounded), numbers_of(weight), sizes_E).astype(x.dtype)
     # One scale for all of `in` on both sides: codes are multiplied as they are, which tensor cores do.
@@ -78,6 +94,33 @@ def _forward(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None) -> jax.Ar
     scale_out = jnp.broadcast_to(weight.scale[:, 0], weight.shape[:1])
     scaled = product.astype(jnp.float32) * rounded.scale[..., 0] * _like(scale_out, product)
     return scaled.astype(x.dtype)
+
+
+def _in_rows_of_128(form: Format) -> bool:
+    return (form.element, form.rows, form.columns) == ('e4m3', 1, BLOCK) and form.scale in SCALES
+
+
+def _has_kernels(form: Format) -> bool:
+    """Whether a weight of this format has products of its own (kernels/block_matmul.py), which know no mesh."""
+    blocks = (form.element, form.rows, form.columns) == ('e4m3', BLOCK, BLOCK) and form.scale in SCALES
+    return blocks and form.inputs in ('block', 'as_they_are') and not mesh_axes(AxisType.Auto)
+
+
+def _few(x: jax.Array) -> bool:
+    """Whether these are the few rows of a decoding step, in a dtype that the kernel for them takes."""
+    return math.prod(x.shape[:-1]) <= MOST_ROWS and x.dtype.name in INPUTS
+
+
+def _by_kernels(x: jax.Array, rounded: QTensor, weight: QTensor, sizes_E: jax.Array | None) -> jax.Array:
+    """The product of blocks of 128 x 128 with inputs in blocks of 128, promoted to float32 block by block."""
+    codes, scale = (jnp.asarray(part).reshape(-1, part.shape[-1]) for part in (rounded.codes, rounded.scale))
+    dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float16) else jnp.float32
+    operands = codes, scale, jnp.asarray(weight.codes), jnp.asarray(weight.scale)
+    if sizes_E is None:
+        product = block_matmul(*operands, dtype)
+    else:
+        product = grouped_block_matmul(*operands, sizes_E, dtype)
+    return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _operand(codes: jax.Array) -> jax.Array:
