@@ -1,12 +1,11 @@
 """The search for the scales of a weight that make the squares of its errors least, block by block."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jpt.kernels import low_precision as low
 from jpt.quant.formats import Format
 from jpt.quant.tensors import Array, block_amax, in_blocks, numbers_of, quantize, scales_of, spread
 
@@ -18,7 +17,11 @@ MULTIPLIERS = (1.0, *(round(0.05 * n, 2) for n in range(6, 31) if n != 20))
 
 @partial(jax.jit, static_argnums=(1, 3))
 def searched_amax(
-    weight: Array, form: Format, squares_I: Array | None = None, multipliers: Sequence[float] = MULTIPLIERS
+    weight: Array,
+    form: Format,
+    squares_I: Array | None = None,
+    multipliers: tuple[float, ...] = MULTIPLIERS,
+    factor: Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(amax, scale_2) of a weight [..., out, in] for `quantize`: of every block that with the least error.
 
@@ -39,18 +42,26 @@ def searched_amax(
     *lead, out, inner = weight.shape
     squares = jnp.ones(inner) if squares_I is None else jnp.asarray(squares_I)
     squares = jnp.broadcast_to(squares, (*lead, inner)).astype(jnp.float32)
+    given = {'weight': weight.reshape(-1, out, inner), 'squares_I': squares.reshape(-1, inner)}
+    if factor is not None:
+        given['factor_I'] = jnp.broadcast_to(jnp.asarray(factor), (*lead, inner)).reshape(-1, inner)
     search = partial(_search, form=form, multipliers=multipliers)
-    matrices, columns = weight.reshape(-1, out, inner), squares.reshape(-1, inner)
-    amax, second = jax.lax.map(lambda both: search(*both), (matrices, columns))
+    amax, second = jax.lax.map(lambda one: search(**one), given)
     amax = amax.reshape(*lead, *amax.shape[1:])
     return amax, None if second is None else second.reshape(*lead, 1, 1)
 
 
 def _search(
-    weight: jax.Array, squares_I: jax.Array, form: Format, multipliers: Sequence[float]
+    weight: jax.Array,
+    squares_I: jax.Array,
+    form: Format,
+    multipliers: tuple[float, ...],
+    factor_I: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The same of a matrix [out, in]."""
     wide = weight.astype(jnp.float32)
+    if factor_I is not None:
+        wide = low.exact_divide(wide, factor_I[None])
     largest = block_amax(wide, form)
     second = scales_of(largest, form)[1]
     # Squares of relative errors do not leave float32, however small the weights are.
@@ -67,5 +78,5 @@ def _search(
         return (jnp.where(better, total, least), jnp.where(better, candidate, amax)), None
 
     start = jnp.full(largest.shape, jnp.inf), largest
-    (_, amax), _ = jax.lax.scan(tried, start, np.asarray(multipliers, np.float32))
+    (_, amax), _ = jax.lax.scan(tried, start, jnp.asarray(multipliers, jnp.float32))
     return amax, second

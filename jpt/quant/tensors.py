@@ -207,7 +207,7 @@ def block_amax(weight: jax.Array, form: Format) -> jax.Array:
 
 
 def in_blocks(weight: jax.Array, form: Format) -> jax.Array:
-    """The elements by block, [..., out / rows, rows, in / columns, columns]; zeros where blocks reach over the edges."""
+    """The elements by block, [..., out / rows, rows, in / columns, columns]; zeros beyond the edges."""
     *lead, out, inner = weight.shape
     rows, columns = form.rows or out, form.columns or inner
     blocks = _whole_blocks(weight, rows, columns)

@@ -90,7 +90,8 @@ def test_columns_that_nothing_reads_do_not_count():
     amax, _ = searched_amax(weight, form, squares)
     numbers = np.asarray(numbers_of(quantize(weight, form, amax=amax)))[0]
     np.testing.assert_allclose(np.delete(numbers, 3), 0.1, rtol=0.02)
-    assert MULTIPLIERS[0] == 1 and len(set(MULTIPLIERS)) == len(MULTIPLIERS)
+    assert MULTIPLIERS[0] == 1
+    assert len(set(MULTIPLIERS)) == len(MULTIPLIERS)
     # Where nothing is read at all, all errors are equal and the scale is that of the largest value.
     assert searched_amax(weight, form, np.zeros(8, np.float32))[0].item() == np.float32(0.3)
 
