@@ -2,8 +2,8 @@
 
     python -m jpt.quantize --config=configs/quantize.py:MODEL,RECIPE --output=out/small
 
-MODEL is a Hugging Face directory, a jpt checkpoint or 'quickstart'; RECIPE a name of jpt/quantization/named.py (int8_sq,
-int4_awq, ...) or of a format in jpt/quant/formats.py, fp8_block by default. Some weights otherwise:
+MODEL is a Hugging Face directory, a jpt checkpoint or 'quickstart'; RECIPE a name of jpt/quantization/named.py (as
+int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default. Some weights otherwise:
 --config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the last pair that covers a weight
 holds, and 'none' leaves weights as they are. Scales otherwise: --config.calibration.weights=mse and its like, see
 jpt/quantization/settings.py. Text of yours: --config.text.calibration=train.jsonl

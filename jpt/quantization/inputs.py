@@ -72,7 +72,8 @@ def check_inputs(formats: Mapping[str, Format], statistics: Calibration) -> None
                         f'calibration: inputs of {path} are not finite in repeats {layers}: expected a model that is '
                         f'finite on the calibration text'
                     )
-                if not np.array_equal(values, found[0][name]):
+                # Sums of the same numbers may be made in another order for each layer that reads them.
+                if name != HISTOGRAM and not np.allclose(values, found[0][name], rtol=1e-3):
                     raise ValueError(f'calibration: {path} and {members[0]} are to read the same, {group}, and do not')
 
 

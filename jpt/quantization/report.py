@@ -40,6 +40,7 @@ def to_json(made: Quantized) -> dict[str, Any]:
     return {
         'models': [row._asdict() | {'perplexity': row.perplexity} for row in made.models],
         'calibration_tokens': made.tokens,
+        'calibration': dataclasses.asdict(made.how),
         'layers': [row._asdict() | {'format': dataclasses.asdict(row.format)} for row in made.layers],
         'not_quantized': made.kept,
     }

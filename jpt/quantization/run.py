@@ -61,6 +61,7 @@ class Quantized(NamedTuple):
     models: tuple[ModelReport, ModelReport]  # the original, this one
     kept: list[str]  # matrices that were not quantized
     tokens: int  # of calibration
+    how: CalibrationConfig
 
 
 def quantize_model(
@@ -94,7 +95,9 @@ def quantize_model(
     say(f'measuring on {int(sum(batch.loss_mask.sum() for batch in held_out)):,} held-out tokens')
     reports = tuple(measured(name, one, model, held_out) for name, one in (('original', model), ('quantized', made)))
     layers = layer_reports(model, params, formats, compared)
-    return Quantized(made, layers, (reports[0], reports[1]), left_out(model.params, formats), real_tokens(calibration))
+    return Quantized(
+        made, layers, (reports[0], reports[1]), left_out(model.params, formats), real_tokens(calibration), how
+    )
 
 
 def _check_experts(formats: Mapping[str, Format]) -> None:
