@@ -56,7 +56,8 @@ def calibrate(
 ) -> Calibration:
     """The statistics of a model over batches of one shape. Padding is left out.
 
-    Measured are the inputs of `Linear` modules: not those of routers and of experts, whose tokens are others.
+    Measured are the inputs of `Linear` modules, not those of routers. Of experts, whose tokens are others, everything
+    is by expert, and 'tokens' [R, E] says how many each had (jpt/models/expert_statistics.py).
     `compared` is a tree of the same model with other weights, such as quantized ones: then 'output' {'signal', 'noise':
     [R]} has the squares of every layer's output and of what it is off with the other weight, from the same input.
     `factors` is a tree with {'input_factor': [R, in]} in the place of layers' weights: their inputs are measured

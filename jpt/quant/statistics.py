@@ -79,14 +79,19 @@ class Watch:
         }
 
 
+def watch_of(module: nn.Module) -> Watch | None:
+    """What is to be measured of a module that is being applied; None where nothing is."""
+    if module.is_initializing() or not module.is_mutable_collection(CALIBRATION) or module.scope is None:
+        return None
+    return module.scope.root.get_variable(WATCH, 'tokens')
+
+
 def observe(module: nn.Module, x_BTI: jax.Array, y_BTO: jax.Array) -> None:
     """Measures the input of a linear layer that is being applied, where it is watched.
 
     Where the collection 'compared' has another weight for it, its output with that weight is compared with `y_BTO`.
     """
-    if module.is_initializing() or not module.is_mutable_collection(CALIBRATION) or module.scope is None:
-        return
-    watch = module.scope.root.get_variable(WATCH, 'tokens')
+    watch = watch_of(module)
     if watch is not None:
         read_BTI = x_BTI
         if module.has_variable(FACTORS, 'input_factor'):

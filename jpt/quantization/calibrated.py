@@ -15,7 +15,7 @@ from jpt.quant.recipes import quantized_tree
 from jpt.quant.statistics import HISTOGRAM, LARGEST
 from jpt.quant.tensors import QTensor, quantize
 from jpt.quantization.factors import Factors, awq_factors, smoothquant_factors
-from jpt.quantization.inputs import check_inputs, input_limits, input_of, input_scale, real_tokens, tree_of
+from jpt.quantization.inputs import check_inputs, input_limits, input_of, input_scale, mean_of, real_tokens, tree_of
 from jpt.quantization.settings import CalibrationConfig
 
 
@@ -88,15 +88,15 @@ def quantized_params(
 
     Args:
         statistics: 'square' of inputs, where how.weights is 'weighted_mse'.
-        factors: [R, in] of inputs, by path.
-        limits: [R] that inputs are rounded within, by path, where they have one scale.
+        factors: [R, in] or [R, E, in] of inputs, by path.
+        limits: [R] or [R, E] that inputs are rounded within, by path, where they have one scale.
     """
 
     def kernel(path: str, weight: jax.Array, form: Format) -> QTensor:
-        factor, read, squares = factors.get(path), input_of(path, statistics), None
+        factor, squares = factors.get(path), None
         scale = input_scale(limits[path], form) if path in limits else None
-        if how.weights == 'weighted_mse' and read is not None and statistics is not None:
-            squares = read['square'] / statistics.tokens * np.square(1.0 if factor is None else factor)
+        if how.weights == 'weighted_mse' and statistics is not None and input_of(path, statistics):
+            squares = mean_of(path, statistics, 'square') * np.square(1.0 if factor is None else factor)
             squares = squares.astype(np.float32)
         return _quantize(weight, form, how.weights != 'max', factor, scale, squares)
 

@@ -1,4 +1,4 @@
-"""Factors of inputs, [R, in] by path: SmoothQuant's from what was measured, AWQ's by trying them on the inputs.
+"""Factors of inputs, [R, in] or [R, E, in]: SmoothQuant's from what was measured, AWQ's by trying them on the inputs.
 
 Weights that read the same input (inputs.py) are always taken together and get one and the same array.
 """
@@ -22,6 +22,7 @@ from jpt.quantization.inputs import (
     input_limits,
     input_of,
     input_scale,
+    mean_of,
     node_of,
     tree_of,
     weights_of,
@@ -78,7 +79,7 @@ def awq_factors(
         say(f'factors of inputs: trying {"none" if exponent is None else f"exponent {exponent}"}')
         tried: Factors = {}
         for name, members in groups.items():
-            mean = input_of(members[0], statistics)['absolute'] / statistics.tokens  # type: ignore[index]
+            mean = mean_of(members[0], statistics, 'absolute')
             factor = np.ones(mean.shape, np.float32) if exponent is None else awq_factor(mean, shares[name], exponent)
             tried |= dict.fromkeys(members, factor)
         compared = _compared(model, formats, statistics, batches, tried, weights)
@@ -86,7 +87,7 @@ def awq_factors(
             noise = np.sum([node_of(path, compared)['output']['noise'] for path in members], axis=0)  # type: ignore[index]
             better = noise < least.get(name, np.inf)
             least[name] = np.where(better, noise, least.get(name, noise))
-            factor = np.where(better[:, None], tried[members[0]], best.get(members[0], tried[members[0]]))
+            factor = np.where(better[..., None], tried[members[0]], best.get(members[0], tried[members[0]]))
             best |= dict.fromkeys(members, factor)
     return best
 

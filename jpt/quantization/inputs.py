@@ -1,6 +1,6 @@
 """What calibration measures of the inputs of weights, and which weights read the same input; by the weights' paths."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def place_of(path: str) -> tuple[int, int, list[str]]:
 
 
 def node_of(path: str, statistics: Calibration) -> dict[str, Any] | None:
-    """What was measured of the linear layer with this weight; None of experts, whose tokens are others."""
+    """What was measured of the linear layer with this weight; None where nothing was."""
     segment, kind, modules = place_of(path)
     node: Any = statistics.layers[segment][kind]
     for module in modules:
@@ -51,9 +51,27 @@ def node_of(path: str, statistics: Calibration) -> dict[str, Any] | None:
 
 
 def input_of(path: str, statistics: Calibration | None) -> dict[str, np.ndarray] | None:
-    """The statistics [R, in] of what this weight reads; None where they were not measured."""
+    """The statistics [R, in], of experts [R, E, in], of what this weight reads; None where they were not measured."""
     node = None if statistics is None else node_of(path, statistics)
     return None if node is None else node.get('input')
+
+
+def mean_of(path: str, statistics: Calibration, name: str) -> np.ndarray:
+    """The mean over tokens of a sum of `input_of`; 0 for an expert that saw none."""
+    node = node_of(path, statistics)
+    assert node is not None
+    tokens = np.maximum(node['tokens'], 1)[..., None] if 'tokens' in node else statistics.tokens
+    return node['input'][name] / tokens
+
+
+def unseen_experts(paths: Iterable[str], statistics: Calibration) -> dict[str, list[tuple[int, int]]]:
+    """(repeat, expert) of the experts that no token went to, by the path of their weight."""
+    found = {}
+    for path in paths:
+        node = node_of(path, statistics)
+        if node is not None and 'tokens' in node and not node['tokens'].all():
+            found[path] = [(int(repeat), int(expert)) for repeat, expert in np.argwhere(node['tokens'] == 0)]
+    return found
 
 
 def check_inputs(formats: Mapping[str, Format], statistics: Calibration) -> None:
@@ -95,11 +113,11 @@ def input_limits(
     factors: Mapping[str, np.ndarray],
     percent: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """What inputs are rounded within, [R] float32, of every weight whose inputs have one scale known beforehand.
+    """What inputs are rounded within, [R] or [R, E] float32, by weight, where inputs have one scale known beforehand.
 
     It is their largest |x|, or where `percent` is given the |x| that so many of 100 elements do not exceed, of the
-    inputs multiplied by their factor. Statistics hold LARGEST of the inputs as they are, or the HISTOGRAM of the
-    multiplied ones.
+    inputs multiplied by their factor. An expert that read nothing takes the largest of its layer. Statistics hold
+    LARGEST of the inputs as they are, or the HISTOGRAM of the multiplied ones.
     """
     found = {}
     for path, form in formats.items():
@@ -109,7 +127,10 @@ def input_limits(
         if percent is not None:
             found[path] = percentile_of(read[HISTOGRAM], percent)
         else:
-            found[path] = np.max(read[LARGEST] * factors.get(path, 1.0), axis=-1).astype(np.float32)
+            largest = np.max(read[LARGEST] * factors.get(path, 1.0), axis=-1)
+            if largest.ndim > 1:
+                largest = np.where(largest > 0, largest, np.max(largest, axis=-1, keepdims=True))
+            found[path] = largest.astype(np.float32)
     return found
 
 

@@ -15,12 +15,13 @@ from jpt.data.batch import Batch
 from jpt.evaluation.score import Reference, score
 from jpt.model import Model
 from jpt.models.calibration import Calibration, calibrate
+from jpt.models.config import ModelConfig
 from jpt.quant.formats import Format
 from jpt.quant.paths import paths
 from jpt.quant.recipes import Recipe, chosen, left_out
 from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
 from jpt.quantization.calibrated import calibrated_params
-from jpt.quantization.inputs import node_of, real_tokens
+from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts
 from jpt.quantization.settings import CalibrationConfig
 
 Say = Callable[[str], Any]
@@ -62,6 +63,7 @@ class Quantized(NamedTuple):
     kept: list[str]  # matrices that were not quantized
     tokens: int  # of calibration
     how: CalibrationConfig
+    unseen: dict[int, list[int]]  # experts, by the number of their layer, that no token of calibration went to
 
 
 def quantize_model(
@@ -83,10 +85,10 @@ def quantize_model(
         say: gets a line of progress at a time.
 
     Raises:
-        ValueError: a recipe that does not fit the model, or experts whose inputs would need calibration.
+        ValueError: a recipe that does not fit the model, or percentiles of the inputs of experts.
     """
     formats = chosen(model.params, recipe)
-    _check_experts(formats)
+    _check_experts(formats, how)
     cfg, compute = model.config, model.compute
     params = calibrated_params(model, formats, calibration, how, say)
     say(f'quantized {len(formats)} of {len(formats) + len(left_out(model.params, formats))} matrices; comparing layers')
@@ -95,17 +97,24 @@ def quantize_model(
     say(f'measuring on {int(sum(batch.loss_mask.sum() for batch in held_out)):,} held-out tokens')
     reports = tuple(measured(name, one, model, held_out) for name, one in (('original', model), ('quantized', made)))
     layers = layer_reports(model, params, formats, compared)
-    return Quantized(
-        made, layers, (reports[0], reports[1]), left_out(model.params, formats), real_tokens(calibration), how
-    )
+    both, kept, tokens = (reports[0], reports[1]), left_out(model.params, formats), real_tokens(calibration)
+    return Quantized(made, layers, both, kept, tokens, how, _unseen(cfg, formats, compared))
 
 
-def _check_experts(formats: Mapping[str, Format]) -> None:
+def _unseen(cfg: ModelConfig, formats: Mapping[str, Format], statistics: Calibration) -> dict[int, list[int]]:
+    found: dict[int, set[int]] = {}
+    for path, experts in unseen_experts(formats, statistics).items():
+        for repeat, expert in experts:
+            found.setdefault(cfg.layer_index(*place_of(path)[:2], repeat), set()).add(expert)
+    return {layer: sorted(experts) for layer, experts in sorted(found.items())}
+
+
+def _check_experts(formats: Mapping[str, Format], how: CalibrationConfig) -> None:
     for path, form in formats.items():
-        if 'experts' in path.split('/') and form.inputs == 'tensor':
+        if 'experts' in path.split('/') and form.inputs == 'tensor' and how.inputs == 'percentile':
             raise ValueError(
-                f"recipe: {path}: experts' inputs are not calibrated: expected a format whose inputs are rounded per "
-                f'token or block (fp8_channel_token, fp8_block), or not at all'
+                f"calibration.inputs='percentile': {path}: there are no histograms by expert: expected 'max', or a "
+                f'format whose inputs are rounded per token or block (fp8_channel_token, fp8_block), or not at all'
             )
 
 
@@ -125,7 +134,7 @@ def layer_reports(
         for repeat in range(len(amax)):
             snr = None
             if output is not None:
-                signal, noise = float(output['signal'][repeat]), float(output['noise'][repeat])
+                signal, noise = float(np.sum(output['signal'][repeat])), float(np.sum(output['noise'][repeat]))
                 snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
             layer = model.config.layer_index(segment, kind, repeat)
             values = float(amax[repeat]), float(error[repeat]), float(clipped[repeat])
