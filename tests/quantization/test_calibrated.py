@@ -1,7 +1,9 @@
 """Scales of inputs and weights beside captured inputs; in any batches and on a mesh; what it does on a real model."""
 
 import dataclasses
+import importlib.util
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpt
-from jpt.config import ConfigError
+from jpt.config import ConfigError, from_config_dict
 from jpt.evaluation.text import Text, batches_from
 from jpt.models.calibration import calibrate
 from jpt.quant.formats import FORMATS, Format
@@ -25,7 +27,7 @@ from jpt.quantization.calibrated import calibrated_params
 from jpt.quantization.inputs import check_inputs, weights_of
 from jpt.quantization.named import NAMED, named
 from jpt.quantization.run import quantize_model
-from jpt.quantization.settings import CalibrationConfig
+from jpt.quantization.settings import CalibrationConfig, QuantizeConfig
 
 ROWS = 6
 PERCENTILE = CalibrationConfig(inputs='percentile', percentile=97.0)
@@ -145,6 +147,27 @@ def test_settings_and_names():
         CalibrationConfig(percentile=0.0)
     with pytest.raises(ConfigError, match=r'alpha=2\.0: expected a number from 0 to 1'):
         CalibrationConfig(alpha=2.0)
+
+
+def test_the_config_takes_recipes_and_formats_by_name():
+    path = pathlib.Path(__file__).parents[2] / 'configs' / 'quantize.py'
+    spec = importlib.util.spec_from_file_location('quantize_config', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for options, name in (
+        ('quickstart', 'fp8_block'),
+        ('some/model,int4_awq', 'int4_awq'),
+        ('quickstart,int8', 'int8'),
+    ):
+        config = from_config_dict(QuantizeConfig, module.get_config(options), 'config')
+        assert config.choices() == recipe_of(named(name).format)
+        assert config.calibration == named(name).calibration
+        assert config.model == options.split(',')[0]
+    given = module.get_config('quickstart,int8_sq')
+    given.calibration.alpha = 0.8
+    assert from_config_dict(QuantizeConfig, given, 'config').calibration == CalibrationConfig(
+        factors='smoothquant', alpha=0.8
+    )
 
 
 @pytest.fixture(scope='module')

