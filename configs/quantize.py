@@ -1,21 +1,30 @@
 """Quantize a model: all linear layers in one format, or each pattern in its own.
 
-    python -m jpt.quantize --config=configs/quantize.py:MODEL,FORMAT --output=out/small
+    python -m jpt.quantize --config=configs/quantize.py:MODEL,RECIPE --output=out/small
 
-MODEL is a Hugging Face directory, a jpt checkpoint or 'quickstart'; FORMAT a name of jpt/quant/formats.py, fp8_block by
-default. Some weights otherwise: --config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the
-last pair that covers a weight holds, and 'none' leaves weights as they are. Text of yours:
---config.text.calibration=train.jsonl --config.text.held_out=held_out.jsonl. See docs/quantize.md.
+MODEL is a Hugging Face directory, a jpt checkpoint or 'quickstart'; RECIPE a name of jpt/quantization/named.py (as
+int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default. Some weights otherwise:
+--config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the last pair that covers a weight
+holds, and 'none' leaves weights as they are. Scales otherwise: --config.calibration.weights=mse and its like, see
+jpt/quantization/settings.py. Text of yours: --config.text.calibration=train.jsonl
+--config.text.held_out=held_out.jsonl. See docs/quantize.md.
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
 from jpt.quant.recipes import EVERYTHING
+from jpt.quantization.named import named
 from jpt.quantization.settings import QuantizeConfig
 
 
 def get_config(options: str = 'quickstart') -> ConfigDict:
-    """Settings, from 'MODEL' or 'MODEL,FORMAT'."""
+    """Settings, from 'MODEL' or 'MODEL,RECIPE'."""
     model, _, name = options.partition(',')
-    return config_dict(QuantizeConfig, {'model': model, 'recipe': ((EVERYTHING, name or 'fp8_block'),)})
+    given = named(name or 'fp8_block')
+    calibration = dataclasses.asdict(given.calibration)
+    return config_dict(
+        QuantizeConfig, {'model': model, 'recipe': ((EVERYTHING, given.format),), 'calibration': calibration}
+    )

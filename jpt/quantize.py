@@ -1,4 +1,4 @@
-"""python -m jpt.quantize --config=configs/quantize.py:MODEL,FORMAT --output=DIR: a smaller model, and what it cost.
+"""python -m jpt.quantize --config=configs/quantize.py:MODEL,RECIPE --output=DIR: a smaller model, and what it cost.
 
 The model goes through text once to see how large its layers' inputs are and how far off each of them would be, and
 through held-out text for perplexity and divergence. The result is a jpt checkpoint or a Hugging Face directory
@@ -38,7 +38,9 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     text = config.text
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
     calibration, held_out = batches_from(model, windows)
-    made = quantize_model(model, config.choices(), calibration, held_out, lambda line: console.print(line))
+    made = quantize_model(
+        model, config.choices(), calibration, held_out, config.calibration, lambda line: console.print(line)
+    )
     save = made.model.export if config.to == 'hf' else made.model.save
     save(output)
     report.write(made, Path(output))

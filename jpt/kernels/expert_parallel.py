@@ -33,6 +33,7 @@ SPECS = {
     'gate_bias': P(EXPERT, TENSOR),
     'down_bias': P(EXPERT),
 }
+OTHER = '_other'  # behind a name: a kernel that is compared with the one of that name, and lies as it does
 
 
 class Rows(NamedTuple):
@@ -68,7 +69,8 @@ def mixture(
     Differentiable in x, weights and kernels.
 
     Args:
-      run: the experts: (kernels, Rows) -> [M, D]; rows that belong to nobody give 0.
+      run: the experts: (kernels, Rows) -> [M, D]; rows that belong to nobody give 0. Where it gives another width, so
+        does the mixture.
       ids_BTJ: int32, from 0 to count; `count` itself stands for no expert.
       weights_BTJ: in the dtype of x.
       kernels: by a name of SPECS, [E, out, in] or [E, out], a shard's own experts where `expert` is manual.
@@ -102,7 +104,7 @@ def mixture(
             mine = ids_MJ - axis_index([EXPERT]) * own
             mine = jnp.where((mine >= 0) & (mine < own), mine, own)
             out, late = _here(run, x_MD, mine, weights_MJ, kernels, own, on_input), jnp.zeros((), jnp.float32)
-        return out.reshape(1, *x.shape), late[None]
+        return out.reshape(1, *x.shape[:-1], out.shape[-1]), late[None]
 
     token = P(rows, sequence)
     specs = (token, token, token, {name: _lies(name, kernel) for name, kernel in kernels.items()})
@@ -115,7 +117,7 @@ def mixture(
 
 def _lies(name: str, kernel: Any) -> Any:
     """How a kernel lies; a weight type says how each of its arrays does."""
-    spec = SPECS[name]
+    spec = SPECS[name.removesuffix(OTHER)]
     if not hasattr(kernel, 'local_specs'):
         return spec
     sizes = {axis: auto_size([axis]) for axis in (EXPERT, TENSOR)}

@@ -12,7 +12,7 @@ from jpt.models.block import Block
 from jpt.models.config import Compute, ModelConfig, Segment
 from jpt.models.transformer import Params, embed, locate
 from jpt.quant.paths import map_with_path
-from jpt.quant.statistics import CALIBRATION, COMPARED, LARGEST, WATCH, Watch
+from jpt.quant.statistics import CALIBRATION, COMPARED, FACTORS, LARGEST, WATCH, Watch
 
 STATISTICS = ('absolute', 'square')
 
@@ -52,12 +52,16 @@ def calibrate(
     statistics: tuple[str, ...] = STATISTICS,
     compute: Compute = Compute(),  # noqa: B008 (frozen)
     compared: Params | None = None,
+    factors: Params | None = None,
 ) -> Calibration:
     """The statistics of a model over batches of one shape. Padding is left out.
 
-    Measured are the inputs of `Linear` modules: not those of routers and of experts, whose tokens are others.
+    Measured are the inputs of `Linear` modules, not those of routers. Of experts, whose tokens are others, everything
+    is by expert, and 'tokens' [R, E] says how many each had (jpt/models/expert_statistics.py).
     `compared` is a tree of the same model with other weights, such as quantized ones: then 'output' {'signal', 'noise':
     [R]} has the squares of every layer's output and of what it is off with the other weight, from the same input.
+    `factors` is a tree with {'input_factor': [R, in]} in the place of layers' weights: their inputs are measured
+    multiplied by it. Both may have some of the layers only.
     Parameters and batches may lie on a mesh that divides the rows. A batch is summed in float32 at least, batches in
     float64: sums over millions of tokens would lose digits.
 
@@ -67,7 +71,7 @@ def calibrate(
     found: Calibration | None = None
     for batch in batches:
         places = batch.tokens, batch.positions, batch.segment_ids
-        one = layer_statistics(cfg, params, *places, statistics, compute, compared)
+        one = layer_statistics(cfg, params, *places, statistics, compute, compared, factors)
         one = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), one)
         found = one if found is None else map_with_path(_joined, found, one)
     if found is None or not found.tokens:
@@ -85,6 +89,7 @@ def layer_statistics(
     statistics: tuple[str, ...],
     compute: Compute,
     compared: Params | None = None,
+    factors: Params | None = None,
 ) -> Calibration:
     """The sums of one batch [B, T], at least float32, on device."""
     wide = jnp.promote_types(compute.dtype, jnp.float32)
@@ -92,10 +97,12 @@ def layer_statistics(
     where = locate(cfg, positions_BT, segments_BT, compute.dtype)
     hidden_BTD = embed(cfg, params, tokens_BT, positions_BT, compute)
     found = []
-    others = [None] * len(cfg.segments) if compared is None else compared['layers']
-    for segment, layers, other in zip(cfg.segments, params['layers'], others, strict=True):
+    trees = {COMPARED: compared, FACTORS: factors}
+    beside = {name: tree['layers'] for name, tree in trees.items() if tree is not None}
+    for at, segment in enumerate(cfg.segments):
         period = partial(_period, cfg, segment, compute, where, watch)
-        hidden_BTD, sums = jax.lax.scan(period, hidden_BTD, (list(layers), other))
+        others = {name: layers[at] for name, layers in beside.items()}
+        hidden_BTD, sums = jax.lax.scan(period, hidden_BTD, (list(params['layers'][at]), others))
         found.append(sums)
     return Calibration(jnp.sum(watch.weights_BT), found, watch.total(_shares(hidden_BTD)))
 
@@ -112,16 +119,14 @@ def _period(
     where: Any,
     watch: Watch,
     hidden_BTD: jax.Array,
-    both: tuple[Any, Any],
+    both: tuple[Any, dict[str, Any]],
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
     """The layers of one period, and the sums of each."""
     found = []
     layers, others = both
     for at, (kind, params) in enumerate(zip(segment.kinds, layers, strict=True)):
         block = Block(cfg, kind, compute, parent=None)
-        variables = {'params': params, WATCH: {'tokens': watch}}
-        if others is not None:
-            variables[COMPARED] = others[at]
+        variables = {'params': params, WATCH: {'tokens': watch}} | {name: kinds[at] for name, kinds in others.items()}
         after, state = block.apply(variables, hidden_BTD, where, mutable=[CALIBRATION])
         after_BTD = after.hidden_BTD
         cosine, entering = watch.total(_cosine(hidden_BTD, after_BTD)), watch.total(_shares(hidden_BTD))

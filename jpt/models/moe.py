@@ -14,10 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.expert_parallel import Rows, mixture
 from jpt.models.config import Experts, ModelConfig
+from jpt.models.expert_statistics import expert_linear, observe_experts
 from jpt.models.layers import Linear, along_last, recomputed
 from jpt.models.mlp import ACTIVATIONS, MLP, gated_unit
 from jpt.models.routing import RouterSums, choose, router_sums, within_capacity
-from jpt.quant.dot import dot, grouped_dot
+from jpt.quant.dot import dot
 
 
 class Router(nn.Module):
@@ -84,10 +85,7 @@ class ExpertMLPs(nn.Module):
 def run_experts(cfg: ModelConfig, weights: dict[str, Any], rows: Rows) -> jax.Array:
     """The experts' MLPs on rows [M, D] sorted by expert: down(act(gate x) * up x), or down(act(up x))."""
 
-    def linear(name: str, x: jax.Array) -> jax.Array:
-        y = grouped_dot(x, weights[name], rows.sizes_E)
-        return y + rows.of_expert(weights[f'{name}_bias']).astype(y.dtype) if f'{name}_bias' in weights else y
-
+    linear = partial(expert_linear, weights, rows)
     up = checkpoint_name(linear('up', rows.x_MD), 'mlp_up')
     if 'gate' in weights:
         gate = checkpoint_name(linear('gate', rows.x_MD), 'mlp_gate')
@@ -119,12 +117,16 @@ class MoE(nn.Module):
         inner_BTX = x_BTD
         if experts.latent_width is not None:
             inner_BTX = Linear(experts.latent_width, cfg.mlp_bias, name='latent_in')(x_BTD)
+        ids_BTJ = ids_MJ.reshape(per_token)
+        weights_BTJ = choice.weights_MJ.reshape(per_token).astype(x_BTD.dtype)
+        kernels = ExpertMLPs(cfg, experts, name='experts')()
+        observe_experts(self, cfg, inner_BTX, ids_BTJ, weights_BTJ, kernels, self.exchange)
         mixed_BTD, late = mixture(
             partial(run_experts, cfg),
             inner_BTX,
-            ids_MJ.reshape(per_token),
-            choice.weights_MJ.reshape(per_token).astype(x_BTD.dtype),
-            ExpertMLPs(cfg, experts, name='experts')(),
+            ids_BTJ,
+            weights_BTJ,
+            kernels,
             experts.count,
             on_input=experts.on_input,
             exchange=self.exchange,

@@ -111,6 +111,7 @@ FORMATS: dict[str, Format] = {
     'nvfp4': Format('e2m1', 1, 16, scale='e4m3', inputs='block'),
     'nvfp4_weights': Format('e2m1', 1, 16, scale='e4m3'),
     'int8': Format('int8', rows=1, inputs='token'),
+    'int8_tensor': Format('int8', rows=1, inputs='tensor'),
     'int8_weights': Format('int8', rows=1),
     'int4_weights': Format('int4', 1, 128),
 }

@@ -237,11 +237,15 @@ def numbers_of(weight: QTensor) -> jax.Array:
 
 def block_amax(weight: jax.Array, form: Format) -> jax.Array:
     """The largest absolute value of every block [..., out / rows, in / columns], in the dtype of the weight."""
+    return jnp.max(jnp.abs(in_blocks(weight, form)), axis=(-3, -1))
+
+
+def in_blocks(weight: jax.Array, form: Format) -> jax.Array:
+    """The elements by block, [..., out / rows, rows, in / columns, columns]; zeros beyond the edges."""
     *lead, out, inner = weight.shape
     rows, columns = form.rows or out, form.columns or inner
     blocks = _whole_blocks(weight, rows, columns)
-    count = blocks.shape[-2] // rows, blocks.shape[-1] // columns
-    return jnp.max(jnp.abs(blocks.reshape(*lead, count[0], rows, count[1], columns)), axis=(-3, -1))
+    return blocks.reshape(*lead, blocks.shape[-2] // rows, rows, blocks.shape[-1] // columns, columns)
 
 
 def scales_of(amax: jax.Array, form: Format, scale_2: Array | None = None) -> tuple[jax.Array, jax.Array | None]:

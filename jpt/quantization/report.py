@@ -33,6 +33,11 @@ def show(made: Quantized, console: Console) -> None:
         table.add_row(str(one.layer), short(one.path), one.format.element, *values)
     console.print(table)
     console.print(f'not quantized: {", ".join(made.kept)}')
+    for layer, experts in made.unseen.items():
+        console.print(
+            f'layer {layer}: no token of calibration went to experts {", ".join(map(str, experts))}: they are '
+            f'calibrated by their weights alone'
+        )
 
 
 def to_json(made: Quantized) -> dict[str, Any]:
@@ -40,6 +45,8 @@ def to_json(made: Quantized) -> dict[str, Any]:
     return {
         'models': [row._asdict() | {'perplexity': row.perplexity} for row in made.models],
         'calibration_tokens': made.tokens,
+        'experts_without_tokens': {str(layer): experts for layer, experts in made.unseen.items()},
+        'calibration': dataclasses.asdict(made.how),
         'layers': [row._asdict() | {'format': dataclasses.asdict(row.format)} for row in made.layers],
         'not_quantized': made.kept,
     }

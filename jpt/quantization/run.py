@@ -15,11 +15,14 @@ from jpt.data.batch import Batch
 from jpt.evaluation.score import Reference, score
 from jpt.model import Model
 from jpt.models.calibration import Calibration, calibrate
+from jpt.models.config import ModelConfig
 from jpt.quant.formats import Format
 from jpt.quant.paths import paths
-from jpt.quant.recipes import Recipe, chosen, left_out, quantized_tree
-from jpt.quant.statistics import LARGEST
-from jpt.quant.tensors import QTensor, number_of, numbers_of, quantize, spread
+from jpt.quant.recipes import Recipe, chosen, left_out
+from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
+from jpt.quantization.calibrated import calibrated_params
+from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts
+from jpt.quantization.settings import CalibrationConfig
 
 Say = Callable[[str], Any]
 
@@ -59,6 +62,8 @@ class Quantized(NamedTuple):
     models: tuple[ModelReport, ModelReport]  # the original, this one
     kept: list[str]  # matrices that were not quantized
     tokens: int  # of calibration
+    how: CalibrationConfig
+    unseen: dict[int, list[int]]  # experts, by the number of their layer, that no token of calibration went to
 
 
 def quantize_model(
@@ -66,6 +71,7 @@ def quantize_model(
     recipe: Recipe,
     calibration: Sequence[Batch],
     held_out: Sequence[Batch],
+    how: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
     say: Say = lambda line: None,
 ) -> Quantized:
     """Quantizes a model by a recipe and measures it.
@@ -75,70 +81,40 @@ def quantize_model(
         recipe: see jpt.quant.recipes.
         calibration: batches [B, T] that say how large inputs are, and on which layers are compared.
         held_out: batches for loss and divergence.
+        how: scales are chosen.
         say: gets a line of progress at a time.
 
     Raises:
-        ValueError: a recipe that does not fit the model, or experts whose inputs would need calibration.
+        ValueError: a recipe that does not fit the model, or percentiles of the inputs of experts.
     """
     formats = chosen(model.params, recipe)
-    _check_experts(formats)
+    _check_experts(formats, how)
     cfg, compute = model.config, model.compute
-    say(f'calibrating on {_tokens(calibration):,} tokens')
-    statistics = calibrate(cfg, model.params, calibration, (LARGEST,), compute)
-    params = quantized_params(model.params, formats, statistics)
+    params = calibrated_params(model, formats, calibration, how, say)
     say(f'quantized {len(formats)} of {len(formats) + len(left_out(model.params, formats))} matrices; comparing layers')
     compared = calibrate(cfg, model.params, calibration, (), compute, compared=params)
     made = dataclasses.replace(model, params=params)
     say(f'measuring on {int(sum(batch.loss_mask.sum() for batch in held_out)):,} held-out tokens')
     reports = tuple(measured(name, one, model, held_out) for name, one in (('original', model), ('quantized', made)))
     layers = layer_reports(model, params, formats, compared)
-    return Quantized(made, layers, (reports[0], reports[1]), left_out(model.params, formats), _tokens(calibration))
+    both, kept, tokens = (reports[0], reports[1]), left_out(model.params, formats), real_tokens(calibration)
+    return Quantized(made, layers, both, kept, tokens, how, _unseen(cfg, formats, compared))
 
 
-def quantized_params(params: Any, formats: Mapping[str, Format], statistics: Calibration | None) -> Any:
-    """The tree with every weight that has a format quantized, and inputs scaled by what calibration saw.
-
-    A layer whose inputs are rounded with one scale gets the largest input over the largest number of its element; one
-    that read nothing but zeros gets 1.
-    """
-
-    def kernel(path: str, weight: jax.Array, form: Format) -> QTensor:
-        return _quantize(weight, form, _input_scale(path, form, statistics))
-
-    return quantized_tree(params, formats, kernel)
+def _unseen(cfg: ModelConfig, formats: Mapping[str, Format], statistics: Calibration) -> dict[int, list[int]]:
+    found: dict[int, set[int]] = {}
+    for path, experts in unseen_experts(formats, statistics).items():
+        for repeat, expert in experts:
+            found.setdefault(cfg.layer_index(*place_of(path)[:2], repeat), set()).add(expert)
+    return {layer: sorted(experts) for layer, experts in sorted(found.items())}
 
 
-_quantize = jax.jit(lambda weight, form, scale: quantize(weight, form, input_scale=scale), static_argnums=1)
-
-
-def _input_scale(path: str, form: Format, statistics: Calibration | None) -> jax.Array | None:
-    """[R], of the layers of a stacked weight."""
-    if form.inputs != 'tensor' or statistics is None:
-        return None
-    largest = np.max(_inputs_of(path, statistics)[LARGEST], axis=-1).astype(np.float32)
-    return jnp.asarray(np.where(largest > 0, largest / np.float32(form.largest), np.float32(1)))
-
-
-def _inputs_of(path: str, statistics: Calibration) -> Any:
-    return _node(path, statistics)['input']
-
-
-def _node(path: str, statistics: Calibration) -> Any:
-    """What was measured of the linear layer with this weight: 'layers/0.0/attn/q/kernel'."""
-    _, place, *modules, _ = path.split('/')
-    segment, kind = place.split('.')
-    node: Any = statistics.layers[int(segment)][int(kind)]
-    for module in modules:
-        node = node[module]
-    return node
-
-
-def _check_experts(formats: Mapping[str, Format]) -> None:
+def _check_experts(formats: Mapping[str, Format], how: CalibrationConfig) -> None:
     for path, form in formats.items():
-        if 'experts' in path.split('/') and form.inputs == 'tensor':
+        if 'experts' in path.split('/') and form.inputs == 'tensor' and how.inputs == 'percentile':
             raise ValueError(
-                f"recipe: {path}: experts' inputs are not calibrated: expected a format whose inputs are rounded per "
-                f'token or block (fp8_channel_token, fp8_block), or not at all'
+                f"calibration.inputs='percentile': {path}: there are no histograms by expert: expected 'max', or a "
+                f'format whose inputs are rounded per token or block (fp8_channel_token, fp8_block), or not at all'
             )
 
 
@@ -152,12 +128,13 @@ def layer_reports(
     found = []
     for path, form in formats.items():
         amax, error, clipped = (np.asarray(part, np.float64) for part in _weight_errors(weights[path], tensors[path]))
-        output = None if compared is None or 'experts' in path.split('/') else _node(path, compared)['output']
+        node = None if compared is None else node_of(path, compared)
+        output = None if node is None else node['output']
         segment, kind = map(int, path.split('/')[1].split('.'))
         for repeat in range(len(amax)):
             snr = None
             if output is not None:
-                signal, noise = float(output['signal'][repeat]), float(output['noise'][repeat])
+                signal, noise = float(np.sum(output['signal'][repeat])), float(np.sum(output['noise'][repeat]))
                 snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
             layer = model.config.layer_index(segment, kind, repeat)
             values = float(amax[repeat]), float(error[repeat]), float(clipped[repeat])
@@ -169,14 +146,16 @@ def layer_reports(
 def _weight_errors(weight: jax.Array, tensor: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of every layer [R]: the largest absolute value, the relative error, and the share that is clipped."""
     wide, numbers = weight.astype(jnp.float32), numbers_of(tensor)
+    factor = jnp.ones(()) if tensor.input_factor is None else jnp.asarray(tensor.input_factor)[..., None, :]
+    factor = jnp.broadcast_to(factor, wide.shape)
     axes = tuple(range(1, wide.ndim))
     size = jnp.sqrt(jnp.sum(jnp.square(wide), axis=axes))
-    error = jnp.sqrt(jnp.sum(jnp.square(wide - numbers), axis=axes))
+    error = jnp.sqrt(jnp.sum(jnp.square(wide - numbers * factor), axis=axes))
     # What is beyond by float32's own rounding of the scale is not.
     largest = (
         tensor.format.largest * (1 + 2.0**-20) * number_of(jnp.asarray(tensor.scale), tensor.scale_2, tensor.format)
     )
-    clipped = jnp.mean(jnp.abs(wide) > spread(largest, wide.shape, tensor.format), axis=axes)
+    clipped = jnp.mean(jnp.abs(wide / factor) > spread(largest, wide.shape, tensor.format), axis=axes)
     return jnp.max(jnp.abs(wide), axis=axes), jnp.where(size > 0, error / size, 0), clipped
 
 
@@ -191,7 +170,3 @@ def measured(name: str, model: Model, original: Model, batches: Sequence[Batch])
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.params))
     loss, kl, agreement = totals[:3] / totals[3]
     return ModelReport(name, size, float(loss), float(kl), float(agreement))
-
-
-def _tokens(batches: Sequence[Batch]) -> int:
-    return sum(int((batch.segment_ids > 0).sum()) for batch in batches)

@@ -24,6 +24,26 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationConfig:
+    """How scales are chosen: of inputs where a format wants them beforehand, of weights, and what is moved between."""
+
+    # A static scale of inputs is that of the largest |x|, or of what `percentile` of 100 elements do not exceed.
+    inputs: Literal['max', 'percentile'] = 'max'
+    percentile: float = 99.99
+    # A scale of weights is that of the largest |w| of a block, or of the multiple of it with the least squares of
+    # errors; these plain, or each times the mean square of the input that it meets (jpt/quant/amax_search.py).
+    weights: Literal['max', 'mse', 'weighted_mse'] = 'max'
+    # What inputs are multiplied by and weights divided by (jpt/quant/input_factors.py). 'awq' goes through the
+    # calibration text a dozen times.
+    factors: Literal['none', 'smoothquant', 'awq'] = 'none'
+    alpha: float = 0.5  # of SmoothQuant: 1 moves all differences between channels of inputs into the weights
+
+    def __post_init__(self) -> None:
+        require(self, 'percentile', 0 < self.percentile <= 100, 'more than 0 and at most 100')
+        require(self, 'alpha', 0 <= self.alpha <= 1, 'a number from 0 to 1')
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
     """A model, a recipe, and the text that says what the recipe costs."""
 
@@ -32,6 +52,7 @@ class QuantizeConfig:
     # Pairs of a pattern over weights (jpt/quant/paths.py) and a format (jpt/quant/formats.py) or 'none'; the last pair
     # that covers a weight holds for it.
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'fp8_block'),)
+    calibration: CalibrationConfig = CalibrationConfig()
     to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
     text: TextConfig = TextConfig()
 
