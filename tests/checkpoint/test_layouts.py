@@ -164,10 +164,12 @@ HOLD = {
     'fp8_block': ['fp8', 'compressed-tensors'],
     'fp8_block_ue8m0': ['fp8'],
     'fp8_weights': ['compressed-tensors'],
+    'fp8_block_weights': ['modelopt', 'compressed-tensors'],
     'mxfp8': ['modelopt', 'fp8', 'compressed-tensors'],
     'nvfp4': ['modelopt', 'compressed-tensors'],
     'nvfp4_weights': ['modelopt', 'compressed-tensors'],
     'int8': ['compressed-tensors'],
+    'int8_tensor': ['modelopt', 'compressed-tensors'],
     'int8_weights': ['modelopt', 'compressed-tensors'],
     'int4_weights': ['modelopt', 'compressed-tensors'],
 }
@@ -198,6 +200,10 @@ def assert_near(one, other):
             np.testing.assert_array_max_ulp(a, b, 1)
         else:
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+def test_every_format_is_told_of():
+    assert set(HOLD) == set(FORMATS)
 
 
 @pytest.mark.parametrize('name', HOLD)
@@ -281,7 +287,7 @@ def test_experts_lie_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     ('choices', 'fields', 'layout', 'words'),
     [
-        ('nvfp4', {}, None, "layout 'modelopt': layers/.*NVFP4 needs an input_scale"),
+        ('nvfp4', {}, None, "layout 'modelopt': layers/.*NVFP4 needs an input_scale, known beforehand"),
         ('int4_weights', {'intermediate_size': 192}, 'modelopt', 'multiples of 128 inputs, not 192'),
         ('fp8_block', {'intermediate_size': 192}, 'compressed-tensors', 'multiples of 128 inputs, not 192'),
         ([('layers/**', Format('e4m3', 64, 64))], {}, 'modelopt', "layout 'modelopt': layers/.*has FP8, "),

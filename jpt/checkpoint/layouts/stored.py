@@ -202,7 +202,7 @@ class Scheme:
             if there and stored is None:
                 return f'{self.label} has no {part}'
             if not there and stored is not None and not stored.optional:
-                return f'{self.label} needs an {part}, which calibration gives'
+                return f'{self.label} needs an {part}, known beforehand'
         return None
 
 
