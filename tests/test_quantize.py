@@ -1,0 +1,105 @@
+"""python -m jpt.quantize: what it writes, what it reports, and what it refuses."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import jpt
+from jpt.model import Model
+from jpt.models.families import config_from_hf
+from jpt.models.transformer import init
+from jpt.quant.formats import FORMATS
+from jpt.quant.tensors import QTensor
+from jpt.quantization.settings import QuantizeConfig, TextConfig
+from jpt.quantize import quantize
+
+TEACHER = pathlib.Path(__file__).resolve().parents[1] / 'jpt' / 'assets' / 'quickstart_teacher'
+SMALL = {
+    'model_type': 'llama', 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'vocab_size': 4096,
+    'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 16, 'max_position_embeddings': 64,
+    'tie_word_embeddings': True,
+}  # fmt: skip
+PARTS = {'attn/q', 'attn/k', 'attn/v', 'attn/out', 'mlp/up', 'mlp/gate', 'mlp/down'}
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """A Hugging Face directory of a tiny model with the quickstart's tokenizer."""
+    cfg = config_from_hf(SMALL)
+    folder = tmp_path_factory.mktemp('checkpoint') / 'model'
+    Model(cfg, jax.jit(init, static_argnums=0)(cfg, jax.random.key(0)), None, TEACHER).export(folder)
+    return str(folder)
+
+
+def settings(checkpoint, tmp_path, **changes):
+    for name in ('train', 'held_out'):
+        (tmp_path / f'{name}.txt').write_text(f'def {name}(x):\n    return x\n' * 9)
+    text = TextConfig(str(tmp_path / 'train.txt'), str(tmp_path / 'held_out.txt'), rows=4, length=32, batch_size=2)
+    return dataclasses.replace(QuantizeConfig(model=checkpoint, text=text), **changes)
+
+
+def test_what_is_written_and_reported(checkpoint, tmp_path):
+    recipe = (('layers/**', 'int8'), ('**/mlp/down', 'nvfp4'), ('**/attn/out', 'none'))
+    made = quantize(settings(checkpoint, tmp_path, recipe=recipe), tmp_path / 'out')
+    report = json.loads((tmp_path / 'out' / 'quantize.json').read_text())
+    assert {row['path'].split('/', 2)[2].removesuffix('/kernel') for row in report['layers']} == PARTS - {'attn/out'}
+    assert len(report['layers']) == 2 * 6  # two layers
+    assert report['not_quantized'] == ['embed/embedding', 'layers/0.0/attn/out/kernel']
+    original, quantized = report['models']
+    assert original['kl'] == pytest.approx(0, abs=1e-6)
+    assert quantized['kl'] > 0
+    assert quantized['perplexity'] == pytest.approx(np.exp(quantized['loss']))
+    assert (tmp_path / 'out' / 'quantize.png').read_bytes().startswith(b'\x89PNG')
+
+    again = jpt.load(tmp_path / 'out')
+    kernel = again.params['layers'][0][0]['mlp']['down']['kernel']
+    assert kernel.format == FORMATS['nvfp4']
+    assert kernel.input_scale.shape == (2,)
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(again.params))
+    assert quantized['bytes'] == stored < original['bytes']
+    # The error of a weight, from the files alone.
+    before = jpt.load(checkpoint).params['layers'][0][0]['mlp']['up']['kernel']
+    after = jpt.load(tmp_path / 'out', dtype='float32').params['layers'][0][0]['mlp']['up']['kernel']
+    row = next(row for row in report['layers'] if row['path'].endswith('up/kernel') and row['layer'] == 1)
+    one, other = (np.asarray(x[1], np.float64) for x in (before, after))
+    assert row['error'] == pytest.approx(np.linalg.norm(one - other) / np.linalg.norm(one), rel=1e-4)
+    assert row['amax'] == pytest.approx(np.abs(one).max())
+    assert [row.snr for row in made.layers] == sorted(row.snr for row in made.layers)  # the worst first
+
+
+def test_a_hugging_face_directory(checkpoint, tmp_path):
+    made = quantize(settings(checkpoint, tmp_path, recipe=(('layers/**', 'fp8_tensor'),), to='hf'), tmp_path / 'out')
+    assert (tmp_path / 'out' / 'hf_quant_config.json').is_file()
+    again = jpt.load(tmp_path / 'out')
+    for one, other in zip(jax.tree.leaves(again.params), jax.tree.leaves(made.model.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
+    assert isinstance(again.params['layers'][0][0]['attn']['q']['kernel'], QTensor)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'recipe': (('layers/**/qq', 'int8'),)}, r"recipe\.0: the pattern 'layers/\*\*/qq' matches nothing"),
+        ({'recipe': (('**/mlp', 'none'),)}, 'nothing is quantized'),
+        ({'model': 'no/such/place'}, 'no/such/place'),
+    ],
+)
+def test_what_does_not_hold_is_said_before_anything_is_measured(changes, words, checkpoint, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        quantize(settings(checkpoint, tmp_path, **changes), tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_nothing_is_overwritten_and_nothing_is_quantized_twice(checkpoint, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'mine.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='out'):
+        quantize(settings(checkpoint, tmp_path), tmp_path / 'out')
+    given = settings(checkpoint, tmp_path, recipe=(('layers/**', 'int8_weights'),))
+    quantize(given, tmp_path / 'one')
+    with pytest.raises(ValueError, match='is a QTensor: expected weights as they are; ask for a dtype'):
+        quantize(dataclasses.replace(given, model=str(tmp_path / 'one')), tmp_path / 'two')
