@@ -275,7 +275,7 @@ def test_several_formats(tmp_path):
         model.export(tmp_path / 'fp8', layout='fp8')
 
 
-def test_published_files_of_deepseek_are_read(tmp_path):
+def test_deepseek_in_blocks(tmp_path):
     """Blocks of FP8 in the model's layers, its low-rank projections and experts; its further layers as they were."""
     model = jpt.load(GOLDEN.parent / 'mtp' / 'deepseek_v3', dtype='bfloat16')
     formats = chosen(model.params, recipe_of([('layers/**', Format('e4m3', 16, 16, inputs='block'))]))
