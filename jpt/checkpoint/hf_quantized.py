@@ -224,6 +224,36 @@ def to_be_written(source: LeafSource, layout: str | None) -> tuple[Laid, Written
         if layout is not None:
             raise ValueError(f'layout={layout!r}: the weights are not quantized')
         return NOT_LAID, None
+    _, schemes, written = _held(source, layout)
+    laid = Laid(source.quantized, schemes)
+    apart = _apart(source)
+    if apart:
+        logging.warning(
+            'matrices that vLLM multiplies as one have different second scales, of which it takes the largest for all: '
+            'numbers of the others would be too large there. Quantize them with one scale_2:\n  %s',
+            listing(apart),
+        )
+    return dataclasses.replace(laid, narrow=_narrow(source, laid)), written
+
+
+class Described(NamedTuple):
+    """What is known of a model before it is there."""
+
+    cfg: ModelConfig
+    quantized: Mapping[TreePath, Packing]
+
+
+def check_held(model: Described) -> None:
+    """Whether some layout can hold such a model.
+
+    Raises:
+        ValueError: none can.
+    """
+    _held(model, None)
+
+
+def _held(source: LeafSource | Described, layout: str | None) -> tuple[str, dict[TreePath, Scheme], Written]:
+    """The layout that is written, and how."""
     matrices = _matrices(source)
     done: dict[str, tuple[dict[TreePath, Scheme], Written]] = {}
     reasons: dict[str, str] = {}
@@ -237,26 +267,17 @@ def to_be_written(source: LeafSource, layout: str | None) -> tuple[Laid, Written
         tried = reasons if layout is None else {layout: reasons[layout]}
         others = f'\nlayouts that hold it: {", ".join(done)}' if done else ''
         raise ValueError('\n'.join(f'layout {each!r}: {why}' for each, why in tried.items()) + others)
-    schemes, written = done[name]
-    laid = Laid(source.quantized, schemes)
-    apart = _apart(source)
-    if apart:
-        logging.warning(
-            'matrices that vLLM multiplies as one have different second scales, of which it takes the largest for all: '
-            'numbers of the others would be too large there. Quantize them with one scale_2:\n  %s',
-            listing(apart),
-        )
-    return dataclasses.replace(laid, narrow=_narrow(source, laid)), written
+    return name, *done[name]
 
 
-def _first(source: LeafSource, names: list[str]) -> str:
+def _first(source: LeafSource | Described, names: list[str]) -> str:
     """The layout that an export has where none is asked for."""
     mx = any(packing.form.is_mx for packing in source.quantized.values())
     order = sorted(names, key=lambda name: name == 'fp8') if mx else names
     return order[0] if order else ''
 
 
-def _matrices(source: LeafSource) -> list[Matrix]:
+def _matrices(source: LeafSource | Described) -> list[Matrix]:
     found = []
     for leaf in leaves(source.cfg):
         packing = source.quantized.get(leaf.path)
@@ -266,7 +287,9 @@ def _matrices(source: LeafSource) -> list[Matrix]:
     return found
 
 
-def _chosen(source: LeafSource, layout: Layout, matrices: list[Matrix]) -> tuple[dict[TreePath, Scheme], Written]:
+def _chosen(
+    source: LeafSource | Described, layout: Layout, matrices: list[Matrix]
+) -> tuple[dict[TreePath, Scheme], Written]:
     """The schemes of a layout by path, and its configs."""
     chosen = []
     for matrix in matrices:
@@ -278,7 +301,7 @@ def _chosen(source: LeafSource, layout: Layout, matrices: list[Matrix]) -> tuple
     return {matrix.path: scheme for matrix, scheme in chosen}, written
 
 
-def _kept(source: LeafSource) -> Kept:
+def _kept(source: LeafSource | Described) -> Kept:
     names: dict[str, set[str]] = {'kernel': {'lm_head'} if source.cfg.tied else set(), 'embedding': set()}
     for leaf in leaves(source.cfg):
         if leaf.role in names and leaf.path not in source.quantized:

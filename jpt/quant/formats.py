@@ -72,6 +72,11 @@ class Format:
         return (self.rows, self.columns, self.scale) == (1, 32, 'e8m0')
 
     @property
+    def takes_input_scale(self) -> bool:
+        """Whether inputs have a scale that calibration gives: of 'tensor', and the second one of E2M1 in blocks."""
+        return self.inputs == 'tensor' or (self.inputs == 'block' and self.scale == 'e4m3')
+
+    @property
     def packed(self) -> bool:
         """Whether a byte holds two elements, neighbours along `in`."""
         return ELEMENTS[self.element].bits == 4

@@ -66,7 +66,7 @@ def _measured(
 
 def _statistics(formats: Mapping[str, Format], how: CalibrationConfig) -> tuple[str, ...]:
     """What of the inputs has to be known."""
-    static = any(form.inputs == 'tensor' for form in formats.values())
+    static = any(form.takes_input_scale for form in formats.values())
     needed = {
         LARGEST: how.factors == 'smoothquant' or static,
         HISTOGRAM: how.inputs == 'percentile' and static,

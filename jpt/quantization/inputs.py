@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpt.kernels.low_precision import E4M3_MAX
 from jpt.models.calibration import Calibration
 from jpt.models.config import ModelConfig
 from jpt.quant.formats import Format
@@ -122,7 +123,7 @@ def input_limits(
     found = {}
     for path, form in formats.items():
         read = input_of(path, statistics)
-        if form.inputs != 'tensor' or read is None:
+        if not form.takes_input_scale or read is None:
             continue
         if percent is not None:
             found[path] = percentile_of(read[HISTOGRAM], percent)
@@ -136,7 +137,8 @@ def input_limits(
 
 def input_scale(limit: np.ndarray, form: Format) -> np.ndarray:
     """The scale [...] of inputs within these limits; 1 where nothing but zeros was read."""
-    return np.where(limit > 0, limit / np.float32(form.largest), np.float32(1))
+    largest = form.largest * (E4M3_MAX if form.scale == 'e4m3' else 1)
+    return np.where(limit > 0, limit / np.float32(largest), np.float32(1))
 
 
 def weights_of(params: Any, formats: Mapping[str, Format]) -> dict[str, jax.Array]:

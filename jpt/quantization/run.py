@@ -111,7 +111,7 @@ def _unseen(cfg: ModelConfig, formats: Mapping[str, Format], statistics: Calibra
 
 def _check_experts(formats: Mapping[str, Format], how: CalibrationConfig) -> None:
     for path, form in formats.items():
-        if 'experts' in path.split('/') and form.inputs == 'tensor' and how.inputs == 'percentile':
+        if 'experts' in path.split('/') and form.takes_input_scale and how.inputs == 'percentile':
             raise ValueError(
                 f"calibration.inputs='percentile': {path}: there are no histograms by expert: expected 'max', or a "
                 f'format whose inputs are rounded per token or block (fp8_channel_token, fp8_block), or not at all'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ from jax.sharding import Mesh
 
 from jpt.checkpoint.adapted import is_adapter
 from jpt.checkpoint.fingerprint import fingerprint_of
+from jpt.checkpoint.hf_quantized import Described, check_held
 from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
+from jpt.checkpoint.tree import name_of
 from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch, empty_batch
 from jpt.data.recorded import RecordedTargets
@@ -26,9 +29,11 @@ from jpt.kernels.distillation_loss import Teacher
 from jpt.kernels.sparse_target import no_words
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
-from jpt.models.names import BESIDE, get, put
+from jpt.models.names import BESIDE, get, leaves, put
 from jpt.models.transformer import init
+from jpt.quant.formats import Format
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
+from jpt.quant.packing import Packing
 from jpt.quant.recipes import chosen, packed, quantized_tree
 from jpt.quant.tensors import FakeQuant
 from jpt.sharding.layout import laid_out, to_canonical_layout, to_device_layout
@@ -306,6 +311,7 @@ def _extended(
         )
     if config.quantize is not None:
         formats = chosen(model, config.quantize.choices(), 'config.quantize.recipe')
+        _check_export(config, weights['model'].cfg, model, formats)
         model = quantized_tree(model, formats, lambda path, weight, form: FakeQuant(weight, format=form))
     if config.task == 'distill':
         pairs, own_key, dtype = config.distill.pairs, jax.random.fold_in(key, 1), config.compute.param_dtype
@@ -313,6 +319,21 @@ def _extended(
         drawn = new_projections(pairs, weights['model'].cfg, teachers, own_key, dtype)
         model = model | {BESIDE: drawn} if drawn else model
     return models | {'model': model}
+
+
+def _check_export(config: TrainConfig, cfg: ModelConfig, model: Any, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError where the run would end with weights that no Hugging Face directory holds."""
+    if not config.checkpoint.export:
+        return
+    quantized = {leaf.path: name_of(leaf.path) for leaf in leaves(cfg) if name_of(leaf.path) in formats}
+    try:
+        check_held(Described(cfg, {path: Packing(formats[name], 'float32') for path, name in quantized.items()}))
+    except ValueError as error:
+        raise ValueError(
+            f'config.quantize.recipe={config.quantize and config.quantize.recipe}: what the run ends with cannot be '
+            f'exported; expected other formats (such as nvfp4_weights), or config.checkpoint.export=False and '
+            f'python -m jpt.quantize of the run, which calibrates inputs:\n{error}'
+        ) from error
 
 
 def _trees(config: TrainConfig, models: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
