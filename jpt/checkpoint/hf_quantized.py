@@ -7,11 +7,13 @@ say.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from jpt.checkpoint.dtypes import is_floating
 from jpt.checkpoint.layouts.compressed import CompressedTensors
@@ -28,6 +30,7 @@ from jpt.quant.packing import Packing
 # In the order in which an export tries them; formats of OCP Microscaling, which are no transformers' fp8, begin with
 # the second.
 LAYOUTS: dict[str, Layout] = {each.method: each for each in (Fp8(), ModelOpt(), CompressedTensors())}
+TOGETHER = (('q', 'k', 'v'), ('gate', 'up'))  # what servers hold as one matrix
 CACHE_SCALES = ('.k_scale', '.v_scale')
 
 
@@ -223,6 +226,13 @@ def to_be_written(source: LeafSource, layout: str | None) -> tuple[Laid, Written
         return NOT_LAID, None
     _, schemes, written = _held(source, layout)
     laid = Laid(source.quantized, schemes)
+    apart = _apart(source)
+    if apart:
+        logging.warning(
+            'matrices that vLLM multiplies as one have different second scales, of which it takes the largest for all: '
+            'numbers of the others would be too large there. Quantize them with one scale_2:\n  %s',
+            listing(apart),
+        )
     return dataclasses.replace(laid, narrow=_narrow(source, laid)), written
 
 
@@ -297,6 +307,22 @@ def _kept(source: LeafSource | Described) -> Kept:
         if leaf.role in names and leaf.path not in source.quantized:
             names[leaf.role] |= {each.name.removesuffix(f'.{WEIGHT}') for each in leaf.sources}
     return Kept(tuple(sorted(names['kernel'])), tuple(sorted(names['embedding'])))
+
+
+def _apart(source: LeafSource) -> list[str]:
+    """Matrices side by side (q, k, v; gate, up) that do not share the second scale that they have."""
+    found: dict[tuple[TreePath, tuple[str, ...]], dict[str, np.ndarray]] = {}
+    for leaf in packed_leaves(source.cfg, source.quantized):
+        if leaf.part == 'scale_2':
+            *parent, name, _, _ = leaf.path
+            group = next((group for group in TOGETHER if name in group), None)
+            if group is not None:
+                found.setdefault((tuple(parent), group), {})[str(name)] = source.read(leaf, whole(leaf))
+    return [
+        f'{name_of(parent)}: {", ".join(scales)}'
+        for (parent, _), scales in found.items()
+        if any(not np.array_equal(one, other) for one, other in itertools.pairwise(scales.values()))
+    ]
 
 
 def _narrow(source: LeafSource, laid: Laid) -> dict[TreePath, np.dtype]:

@@ -172,6 +172,7 @@ HOLD = {
     'int8_tensor': ['modelopt', 'compressed-tensors'],
     'int8_weights': ['modelopt', 'compressed-tensors'],
     'int4_weights': ['modelopt', 'compressed-tensors'],
+    'mxfp4_weights': ['compressed-tensors'],
 }
 METHODS = ('fp8', 'modelopt', 'compressed-tensors')
 
@@ -202,15 +203,18 @@ def assert_near(one, other):
             np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
+FORMS = FORMATS | {'mxfp4_weights': Format('e2m1', 1, 32, 'e8m0')}
+
+
 def test_every_format_is_told_of():
-    assert set(HOLD) == set(FORMATS)
+    assert set(HOLD) == set(FORMS)
 
 
 @pytest.mark.parametrize('name', HOLD)
 def test_every_format_in_every_layout_that_holds_it(name, tmp_path):
-    model = model_in(WIDE, name)
+    model = model_in(WIDE, [('layers/**', FORMS[name])])
     model.export(tmp_path / 'first')
-    assert jpt.load(tmp_path / 'first').params['layers'][0][0]['attn']['q']['kernel'].format == FORMATS[name]
+    assert jpt.load(tmp_path / 'first').params['layers'][0][0]['attn']['q']['kernel'].format == FORMS[name]
     said = json.loads((tmp_path / 'first' / 'config.json').read_text())['quantization_config']
     assert said['quant_method'] == HOLD[name][0]
     for layout in METHODS:
@@ -269,6 +273,26 @@ def test_several_formats(tmp_path):
     assert_near(jpt.load(tmp_path / 'compressed').params, model.params)
     with pytest.raises(ValueError, match='layouts that hold it: modelopt, compressed-tensors'):
         model.export(tmp_path / 'fp8', layout='fp8')
+
+
+def test_deepseek_in_blocks(tmp_path):
+    """Blocks of FP8 in the model's layers, its low-rank projections and experts; its further layers as they were."""
+    model = jpt.load(GOLDEN.parent / 'mtp' / 'deepseek_v3', dtype='bfloat16')
+    formats = chosen(model.params, recipe_of([('layers/**', Format('e4m3', 16, 16, inputs='block'))]))
+    params = quantized_tree(model.params, formats, lambda path, weight, form: quantize(weight, form))
+    dataclasses.replace(model, params=params).export(tmp_path / 'out')
+    assert_same(jpt.load(tmp_path / 'out').params, params)
+    found = files_of(tmp_path / 'out')
+    assert found['model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv'].dtype == np.float32
+    assert 'model.layers.2.self_attn.kv_a_proj_with_mqa.weight_scale_inv' not in found
+
+
+def test_second_scales_that_servers_would_take_as_one(tmp_path, caplog):
+    convert(GOLDEN / 'modelopt_nvfp4', tmp_path / 'shared', 'hf')
+    assert not caplog.text
+    model_in(WIDE, 'nvfp4_weights').export(tmp_path / 'apart')
+    assert 'layers/0.0/attn: q, k, v' in caplog.text
+    assert 'layers/0.0/mlp: gate, up' in caplog.text
 
 
 def test_experts_lie_one_by_one(tmp_path):

@@ -8,8 +8,8 @@ reader that keeps scales in the weight's dtype rounds. NVFP4's `weight_global_sc
 divisors: jpt holds their reciprocals, rounded once, so a divisor may come back as its neighbour (a relative 6e-8).
 llm-compressor divides by 7.5 for int4, so that codes reach -8; a scale is any number, so nothing is lost by that.
 
-compressed-tensors 0.19 wrote the files that this was compared with; vLLM (layers/quantization/compressed_tensors) and
-SGLang were read, not run.
+compressed-tensors 0.19 wrote the files that this was compared with, and with transformers 5.23 loads what is written
+here; vLLM (layers/quantization/compressed_tensors) was read in part, SGLang not at all.
 """
 
 import re

@@ -3,9 +3,10 @@
 A `quant_algo` says what all quantized layers are, or MIXED_PRECISION, with one per layer in `quantized_layers`. Scales
 are multipliers in float32 but for MXFP8 (exponents' bytes) and NVFP4 (E4M3, relative to `weight_scale_2`). Blocks of
 128 x 128 have scales [n, 1, m, 1], or no axes where a matrix is one block. INT4 packs rows two by two. nvidia-modelopt
-0.47 (torch/export) wrote the files that this was compared with; vLLM (layers/quantization/modelopt.py) and SGLang were
-read, not run: vLLM has FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO (sides that 128 divides, scales of four axes), NVFP4,
-W4A16_NVFP4, MXFP8, and of the mixed ones FP8, NVFP4 and W4A16_NVFP4; it has no W4A16_AWQ, W8A16 and W8A8.
+0.47 (torch/export) wrote the files that this was compared with. vLLM (layers/quantization/modelopt.py) was read, not
+run, and so was SGLang in an older version, for FP8. vLLM has FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO (sides that 128
+divides, scales of four axes), NVFP4, W4A16_NVFP4, MXFP8, and of the mixed ones FP8, NVFP4 and W4A16_NVFP4; it has no
+W4A16_AWQ, W8A16 and W8A8.
 
 A weight of blocks that ModelOpt rounds, it rounds alone: vLLM rounds the inputs of FP8_PB_WO too.
 """
