@@ -22,6 +22,7 @@ def searched_amax(
     squares_I: Array | None = None,
     multipliers: tuple[float, ...] = MULTIPLIERS,
     factor: Array | None = None,
+    scale_2: Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """(amax, scale_2) of a weight [..., out, in] for `quantize`: of every block that with the least error.
 
@@ -35,8 +36,8 @@ def searched_amax(
 
     Returns:
         amax: [..., out / rows, in / columns] float32.
-        scale_2: [..., 1, 1], that of the largest values as they are, which the search keeps; None where the format has
-            none.
+        scale_2: [..., 1, 1], the one given or that of the largest values as they are, which the search keeps; None
+            where the format has none.
     """
     weight = jnp.asarray(weight)
     *lead, out, inner = weight.shape
@@ -45,6 +46,8 @@ def searched_amax(
     given = {'weight': weight.reshape(-1, out, inner), 'squares_I': squares.reshape(-1, inner)}
     if factor is not None:
         given['factor_I'] = jnp.broadcast_to(jnp.asarray(factor), (*lead, inner)).reshape(-1, inner)
+    if scale_2 is not None:
+        given['second'] = jnp.broadcast_to(jnp.asarray(scale_2), (*lead, 1, 1)).reshape(-1, 1, 1)
     search = partial(_search, form=form, multipliers=multipliers)
     amax, second = jax.lax.map(lambda one: search(**one), given)
     amax = amax.reshape(*lead, *amax.shape[1:])
@@ -57,13 +60,14 @@ def _search(
     form: Format,
     multipliers: tuple[float, ...],
     factor_I: jax.Array | None = None,
+    second: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The same of a matrix [out, in]."""
     wide = weight.astype(jnp.float32)
     if factor_I is not None:
         wide = low.exact_divide(wide, factor_I[None])
     largest = block_amax(wide, form)
-    second = scales_of(largest, form)[1]
+    second = scales_of(largest, form, second)[1]
     # Squares of relative errors do not leave float32, however small the weights are.
     unit = spread(jnp.where(largest > 0, largest, 1), wide.shape, form)
     mean = jnp.mean(squares_I)

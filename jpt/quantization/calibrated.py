@@ -4,18 +4,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jpt.data.batch import Batch
+from jpt.kernels.low_precision import exact_divide
 from jpt.model import Model
 from jpt.models.calibration import Calibration, calibrate
 from jpt.quant.amax_search import searched_amax
 from jpt.quant.formats import Format
 from jpt.quant.recipes import quantized_tree
 from jpt.quant.statistics import HISTOGRAM, LARGEST
-from jpt.quant.tensors import QTensor, quantize
+from jpt.quant.tensors import QTensor, block_amax, quantize, scales_of
 from jpt.quantization.factors import Factors, awq_factors, smoothquant_factors
-from jpt.quantization.inputs import check_inputs, input_limits, input_of, input_scale, mean_of, real_tokens, tree_of
+from jpt.quantization.inputs import (
+    check_inputs,
+    groups_of,
+    input_limits,
+    input_of,
+    input_scale,
+    mean_of,
+    real_tokens,
+    tree_of,
+    weights_of,
+)
 from jpt.quantization.settings import CalibrationConfig
 
 
@@ -92,15 +104,41 @@ def quantized_params(
         limits: [R] or [R, E] that inputs are rounded within, by path, where they have one scale.
     """
 
+    shared = _second_scales(params, formats, factors)
+
     def kernel(path: str, weight: jax.Array, form: Format) -> QTensor:
         factor, squares = factors.get(path), None
         scale = input_scale(limits[path], form) if path in limits else None
         if how.weights == 'weighted_mse' and statistics is not None and input_of(path, statistics):
             squares = mean_of(path, statistics, 'square') * np.square(1.0 if factor is None else factor)
             squares = squares.astype(np.float32)
-        return _quantize(weight, form, how.weights != 'max', factor, scale, squares)
+        return _quantize(weight, form, how.weights != 'max', factor, scale, squares, shared.get(path))
 
     return quantized_tree(params, formats, kernel)
+
+
+def _second_scales(
+    params: Any, formats: Mapping[str, Format], factors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The second scales, [R, 1, 1] or [R, E, 1, 1], where there are any: of weights that read the same the largest.
+
+    Readers that compute queries, keys and values in one product have one for all of them (vLLM, TensorRT-LLM).
+    """
+    own = {
+        path: np.asarray(_second_scale(weight, formats[path], factors.get(path)))
+        for path, weight in weights_of(params, formats).items()
+        if formats[path].scale == 'e4m3'
+    }
+    groups = groups_of({path: formats[path] for path in own})
+    return {path: np.max([own[other] for other in members], axis=0) for members in groups.values() for path in members}
+
+
+@jax.jit(static_argnums=1)
+def _second_scale(weight: jax.Array, form: Format, factor: jax.Array | None) -> jax.Array | None:
+    wide = weight.astype(jnp.float32)
+    if factor is not None:
+        wide = exact_divide(wide, factor[..., None, :])
+    return scales_of(block_amax(wide, form), form)[1]
 
 
 @jax.jit(static_argnums=(1, 2))
@@ -111,8 +149,9 @@ def _quantize(
     factor: jax.Array | None,
     scale: jax.Array | None,
     squares: jax.Array | None,
+    second: jax.Array | None,
 ) -> QTensor:
-    amax = second = None
+    amax = None
     if search:
-        amax, second = searched_amax(weight, form, squares, factor=factor)
+        amax, second = searched_amax(weight, form, squares, factor=factor, scale_2=second)
     return quantize(weight, form, amax=amax, scale_2=second, input_scale=scale, input_factor=factor)

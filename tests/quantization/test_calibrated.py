@@ -208,3 +208,22 @@ def test_searched_scales_never_raise_the_error_of_the_teachers_weights(teacher):
         }
     for path, plain in errors['max'].items():
         assert (errors['mse'][path] < 0.95 * plain).all()
+
+
+def test_second_scales_of_weights_that_read_the_same_are_one():
+    """NVFP4: of q, k and v, and of gate and up, the largest of theirs; of others their own; also where scales are
+    searched. Inputs have the second scale of their largest value."""
+    for how in (CalibrationConfig(), CalibrationConfig(weights='mse')):
+        found = calibrated(FORMATS['nvfp4'], how)
+        own = {path: np.abs(weights_of(small_model().params, [path])[path]).max(axis=(1, 2)) for path in found}
+        for members in (['attn/q', 'attn/k', 'attn/v'], ['mlp/gate', 'mlp/up'], ['attn/out'], ['mlp/down']):
+            here = [f'layers/0.0/{name}/kernel' for name in members]
+            largest = np.max([own[path] for path in here], axis=0).astype(np.float32)
+            for path in here:
+                np.testing.assert_array_equal(np.asarray(found[path].scale_2)[:, 0, 0], largest / np.float32(2688))
+        assert len({own[f'layers/0.0/attn/{name}/kernel'][0] for name in 'qkv'}) == 3
+    int8 = calibrated(FORMATS['int8_tensor'], CalibrationConfig())
+    for path, weight_ in found.items():
+        np.testing.assert_allclose(
+            np.asarray(weight_.input_scale) * 2688, np.asarray(int8[path].input_scale) * 127, rtol=1e-6
+        )
