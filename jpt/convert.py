@@ -26,7 +26,7 @@ from jpt.checkpoint.resize import ResizedSource
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.shards import parse_size
 from jpt.checkpoint.source import LeafSource, leaves_of
-from jpt.models.names import Leaf
+from jpt.models.names import Leaf, leaves
 
 FORMATS = ('hf', 'jpt')
 
@@ -139,7 +139,7 @@ def _made(source: LeafSource, total: int, files: list[int], seconds: float) -> C
     wanted = leaves_of(source)
     return Conversion(
         family=source.cfg.family,
-        parameters=sum(math.prod(leaf.shape) for leaf in wanted),
+        parameters=sum(math.prod(leaf.shape) for leaf in leaves(source.cfg)),
         bytes=total,
         dtypes=', '.join(sorted({str(source.dtype(leaf)) for leaf in wanted})),
         vocabulary=source.cfg.vocab_size,

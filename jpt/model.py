@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ class Model:
         export_hf(path, self.config, self.params, source_dir=assets, origin=origin, dtype=dtype, layout=layout)
 
     def __repr__(self) -> str:
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params, is_leaf=is_weight))
         return f'Model({self.config.family}, {count:,} parameters, {self.compute.dtype})'
 
 

@@ -15,8 +15,14 @@ from rich.console import Console
 
 import jpt
 from jpt.checkpoint.directories import check_absent
+from jpt.checkpoint.hf_quantized import Described, check_held
+from jpt.checkpoint.tree import name_of
 from jpt.config import from_config_dict
 from jpt.evaluation.text import Text, batches_from
+from jpt.model import Model
+from jpt.models.names import get, leaves
+from jpt.quant.packing import Packing
+from jpt.quant.recipes import chosen
 from jpt.quantization import report
 from jpt.quantization.run import Quantized, quantize_model
 from jpt.quantization.settings import QuantizeConfig
@@ -35,18 +41,35 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
         raise ValueError(
             f'config.model={config.model}: {model.config.family} is an encoder: expected one that predicts text'
         )
+    if config.to == 'hf':
+        _check_export(model, config)
     text = config.text
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
     calibration, held_out = batches_from(model, windows)
     made = quantize_model(
         model, config.choices(), calibration, held_out, config.calibration, lambda line: console.print(line)
     )
+    report.show(made, console)
     save = made.model.export if config.to == 'hf' else made.model.save
     save(output)
     report.write(made, Path(output))
-    report.show(made, console)
     console.print(f'saved {output}, with {report.JSON_FILE} and {report.PLOT_FILE}')
     return made
+
+
+def _check_export(model: Model, config: QuantizeConfig) -> None:
+    """Raises ValueError where no Hugging Face directory could hold what is asked for, before anything is measured."""
+    formats, moved = chosen(model.params, config.choices()), config.calibration.factors
+    packings = {}
+    for leaf in leaves(model.config):
+        form = formats.get(name_of(leaf.path))
+        if form is not None:
+            factor = moved == 'awq' or (moved == 'smoothquant' and form.inputs != 'as_they_are')
+            packings[leaf.path] = Packing(form, str(get(model.params, leaf.path).dtype), form.takes_input_scale, factor)
+    try:
+        check_held(Described(model.config, packings))
+    except ValueError as error:
+        raise ValueError(f"config.to='hf': expected 'jpt', or other formats:\n{error}") from error
 
 
 def main(argv: list[str], holder: Any) -> None:

@@ -14,7 +14,7 @@ from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
 from jpt.quant.formats import FORMATS
 from jpt.quant.tensors import QTensor
-from jpt.quantization.settings import QuantizeConfig, TextConfig
+from jpt.quantization.settings import CalibrationConfig, QuantizeConfig, TextConfig
 from jpt.quantize import quantize
 
 TEACHER = pathlib.Path(__file__).resolve().parents[1] / 'jpt' / 'assets' / 'quickstart_teacher'
@@ -23,6 +23,7 @@ SMALL = {
     'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 16, 'max_position_embeddings': 64,
     'tie_word_embeddings': True,
 }  # fmt: skip
+SMOOTH = CalibrationConfig(factors='smoothquant')
 PARTS = {'attn/q', 'attn/k', 'attn/v', 'attn/out', 'mlp/up', 'mlp/gate', 'mlp/down'}
 
 
@@ -86,12 +87,26 @@ def test_a_hugging_face_directory(checkpoint, tmp_path):
         ({'recipe': (('layers/**/qq', 'int8'),)}, r"recipe\.0: the pattern 'layers/\*\*/qq' matches nothing"),
         ({'recipe': (('**/mlp', 'none'),)}, 'nothing is quantized'),
         ({'model': 'no/such/place'}, 'no/such/place'),
+        ({'recipe': (('layers/**', 'int8_weights'),), 'calibration': SMOOTH}, "expected 'awq'"),
+        (
+            {'calibration': CalibrationConfig(factors='awq'), 'to': 'hf'},
+            "config.to='hf': expected 'jpt'.*no input_factor",
+        ),
     ],
 )
 def test_what_does_not_hold_is_said_before_anything_is_measured(changes, words, checkpoint, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=f'(?s){words}'):
         quantize(settings(checkpoint, tmp_path, **changes), tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+def test_weights_that_are_no_numbers_are_named(checkpoint, tmp_path):
+    model = jpt.load(checkpoint)
+    kernel = model.params['layers'][0][0]['mlp']['up']['kernel']
+    model.params['layers'][0][0]['mlp']['up']['kernel'] = kernel.at[1, 3, 5].set(np.nan)
+    model.save(tmp_path / 'broken')
+    with pytest.raises(ValueError, match=r'layers/0\.0/mlp/up/kernel: holds NaN'):
+        quantize(settings(str(tmp_path / 'broken'), tmp_path), tmp_path / 'out')
 
 
 def test_nothing_is_overwritten_and_nothing_is_quantized_twice(checkpoint, tmp_path):

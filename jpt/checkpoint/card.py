@@ -4,16 +4,14 @@ The last is there only where weights were read from that model. The card that li
 weights that were drawn at random, or came from elsewhere.
 """
 
+import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from jpt import __version__
 from jpt.checkpoint.assets import CARD_FILE
-from jpt.checkpoint.safetensors import TensorSpec
 from jpt.models.config import ModelConfig
+from jpt.models.names import leaves
 
 _FRONT = """---
 library_name: transformers
@@ -26,13 +24,13 @@ _OWN = 'Exported by jpt '
 _SOURCE = '## The card of the model that this was made from\n'
 
 
-def model_card(cfg: ModelConfig, dtype: str, specs: Mapping[str, TensorSpec], source: Path | None = None) -> str:
+def model_card(cfg: ModelConfig, dtype: str, source: Path | None = None) -> str:
     """The card of a model, with that of the directory `source` below it where that has one.
 
     The metadata (licence, languages, base model) stays as the source has it: it belongs to the weights. So `source` is
     the directory of the model that the weights were read from, and None where they were drawn at random.
     """
-    count = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in specs.values())
+    count = sum(math.prod(leaf.shape) for leaf in leaves(cfg))
     kinds = 'layers' if cfg.num_layers > 1 else 'layer'
     front, below = _source_card(source)
     return f"""{front}

@@ -1,5 +1,6 @@
 """A model with quantized weights as the numbers that these stand for: for training, merging and other formats."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -58,9 +59,8 @@ def numbers_at(
     """
     *lead, rows, columns = (slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
     form, (out, inner) = packing.form, shape[-2:]
-    in_rows, own_rows = _blocks(rows, form.rows or out, out)
-    # Two elements may share a byte, so that columns begin at an even one.
-    in_columns, own_columns = _blocks(columns, form.columns or inner, inner)
+    in_rows, own_rows = _blocks(rows, form.rows, out)
+    in_columns, own_columns = _blocks(columns, form.columns, inner, even=form.packed)
     parts = {}
     for name in packing.parts(shape):
         where = {
@@ -76,12 +76,17 @@ def numbers_at(
     return numbers[..., cut_rows, cut_columns]
 
 
-def _blocks(part: slice, block: int, size: int) -> tuple[slice, slice]:
-    """The blocks that a part of an axis touches, and the elements that they hold."""
-    first, last = part.start // block, -(-part.stop // block)
-    if block % 2 and block > 1:  # no block ends within a byte
-        first, last = 0, -(-size // block)
-    return slice(first, last), slice(first * block, min(last * block, size))
+def _blocks(part: slice, block: int, size: int, even: bool = False) -> tuple[slice, slice]:
+    """The blocks that a part of an axis touches, and the elements that are read; 0: one block is all of the axis.
+
+    even: two elements share a byte, so these begin and end at even ones.
+    """
+    if not block:
+        return slice(0, 1), slice(part.start - part.start % 2, part.stop + part.stop % 2) if even else part
+    unit = math.lcm(block, 2) if even else block
+    first, last = part.start // unit, -(-part.stop // unit)
+    last_block = min(last * unit // block, -(-size // block))
+    return slice(first * unit // block, last_block), slice(first * unit, min(last * unit, size))
 
 
 def _within(part: slice, held: slice) -> slice:

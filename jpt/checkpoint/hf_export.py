@@ -47,8 +47,9 @@ class _Part:
     stored: Stored | None = None
 
     def index(self, rows: slice | None = None) -> Index:
-        """Where in the leaf the part is; `rows` narrows it on its own first axis."""
+        """Where in the leaf the part is; `rows` narrows it on its own first axis, where it has one."""
         own = whole(self.leaf)[len(self.place) :]
+        rows = rows if own else None
         here = tuple(slice(at, at + 1) for at in self.place)
         return (*here, *(own if rows is None else (rows, *own[1:])))
 
@@ -128,7 +129,7 @@ def write_hf(
         _write_configs(directory, hf_config(source.cfg, written, assets), quantization)
         if assets is not None:
             copy_assets(assets, directory, (*TOKENIZER_FILES, GENERATION_FILE))
-        card = model_card(source.cfg, written, specs, None if origin is None else Path(origin))
+        card = model_card(source.cfg, written, None if origin is None else Path(origin))
         (directory / CARD_FILE).write_text(card, 'utf-8')
         files = list(writer.shards)
     return [Path(path) / file for file in files]

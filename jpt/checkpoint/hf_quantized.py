@@ -31,6 +31,7 @@ from jpt.quant.packing import Packing
 # the second.
 LAYOUTS: dict[str, Layout] = {each.method: each for each in (Fp8(), ModelOpt(), CompressedTensors())}
 TOGETHER = (('q', 'k', 'v'), ('gate', 'up'))  # what servers hold as one matrix
+SHARED = 'a tensor of several weights, or a transposed one, cannot be quantized'
 CACHE_SCALES = ('.k_scale', '.v_scale')
 
 
@@ -60,7 +61,7 @@ class Laid:
         if stored is None:
             return source
         if not source.alone or source.first or (leaf.part == 'codes' and source.total != leaf.own_shape[0]):
-            raise ValueError(f'{source.name}: a tensor of several weights, or a transposed one, cannot be quantized')
+            raise ValueError(f'{source.name}: {SHARED}')
         return dataclasses.replace(source, name=stored.name(source.name), copies=())
 
     def shapes(self, leaf: Leaf, source: Source) -> tuple[Shape, ...]:
@@ -254,6 +255,7 @@ def check_held(model: Described) -> None:
 
 def _held(source: LeafSource | Described, layout: str | None) -> tuple[str, dict[TreePath, Scheme], Written]:
     """The layout that is written, and how."""
+    _check_alone(source)
     matrices = _matrices(source)
     done: dict[str, tuple[dict[TreePath, Scheme], Written]] = {}
     reasons: dict[str, str] = {}
@@ -268,6 +270,14 @@ def _held(source: LeafSource | Described, layout: str | None) -> tuple[str, dict
         others = f'\nlayouts that hold it: {", ".join(done)}' if done else ''
         raise ValueError('\n'.join(f'layout {each!r}: {why}' for each, why in tried.items()) + others)
     return name, *done[name]
+
+
+def _check_alone(source: LeafSource | Described) -> None:
+    """Raises ValueError where a quantized weight shares its tensor with others, or lies there the other way round."""
+    for leaf in leaves(source.cfg):
+        for each in leaf.sources if leaf.path in source.quantized else ():
+            if not each.alone or each.first or each.total != leaf.own_shape[0]:
+                raise ValueError(f'{each.name}: {SHARED}')
 
 
 def _first(source: LeafSource | Described, names: list[str]) -> str:

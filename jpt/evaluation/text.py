@@ -45,10 +45,10 @@ def batches_from(model: Model, text: Text) -> tuple[list[Batch], list[Batch]]:
     """
     tokenizer, longest = model.tokenizer, model.config.max_length
     if tokenizer is None:
-        raise ValueError('--input has no tokenizer, so texts cannot be read')
+        raise ValueError('the model has no tokenizer, so texts cannot be read')
     length = text.length or min(longest, 1024)
     if model.config.learned_positions and length > longest:
-        raise ValueError(f"--length={length}: expected at most the model's {longest} positions")
+        raise ValueError(f"length={length}: expected at most the model's {longest} positions")
 
     def encode(string: str) -> Sequence[int]:
         return tokenizer.encode(string, bos=tokenizer.adds_bos)

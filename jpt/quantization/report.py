@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,15 @@ def to_json(made: Quantized) -> dict[str, Any]:
         'calibration_tokens': made.tokens,
         'experts_without_tokens': {str(layer): experts for layer, experts in made.unseen.items()},
         'calibration': dataclasses.asdict(made.how),
-        'layers': [row._asdict() | {'format': dataclasses.asdict(row.format)} for row in made.layers],
+        'layers': [_row(row) for row in made.layers],
         'not_quantized': made.kept,
     }
+
+
+def _row(row: LayerReport) -> dict[str, Any]:
+    """A layer as JSON, which has no numbers that are not finite: None, as where nothing was measured."""
+    snr = row.snr if row.snr is not None and math.isfinite(row.snr) else None
+    return row._asdict() | {'format': dataclasses.asdict(row.format), 'snr': snr}
 
 
 def write(made: Quantized, directory: Path) -> None:
@@ -67,7 +74,7 @@ def plot(layers: Sequence[LayerReport], models: Sequence[ModelReport], path: Pat
     for name in dict.fromkeys(short(row.path) for row in sorted(layers, key=lambda row: row.path)):
         rows = sorted((row for row in layers if short(row.path) == name), key=lambda row: row.layer)
         above.plot([row.layer for row in rows], [100 * row.error for row in rows], marker='o', markersize=3, label=name)
-        told = [(row.layer, row.snr) for row in rows if row.snr is not None]
+        told = [(row.layer, row.snr) for row in rows if row.snr is not None and math.isfinite(row.snr)]
         if told:
             below.plot(*zip(*told, strict=True), marker='o', markersize=3, label=name)
     original, quantized = models

@@ -21,7 +21,7 @@ from jpt.quant.paths import paths
 from jpt.quant.recipes import Recipe, chosen, left_out
 from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
 from jpt.quantization.calibrated import calibrated_params
-from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts
+from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts, weights_of
 from jpt.quantization.settings import CalibrationConfig
 
 Say = Callable[[str], Any]
@@ -89,6 +89,9 @@ def quantize_model(
     """
     formats = chosen(model.params, recipe)
     _check_experts(formats, how)
+    _check_finite(model, formats)
+    if how.factors == 'smoothquant' and all(form.inputs == 'as_they_are' for form in formats.values()):
+        raise ValueError("calibration.factors='smoothquant': no format of the recipe rounds inputs: expected 'awq'")
     cfg, compute = model.config, model.compute
     params = calibrated_params(model, formats, calibration, how, say)
     say(f'quantized {len(formats)} of {len(formats) + len(left_out(model.params, formats))} matrices; comparing layers')
@@ -107,6 +110,16 @@ def _unseen(cfg: ModelConfig, formats: Mapping[str, Format], statistics: Calibra
         for repeat, expert in experts:
             found.setdefault(cfg.layer_index(*place_of(path)[:2], repeat), set()).add(expert)
     return {layer: sorted(experts) for layer, experts in sorted(found.items())}
+
+
+def _check_finite(model: Model, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError where a weight holds NaN or infinities, which codes would hide."""
+    for path, weight in weights_of(model.params, formats).items():
+        if not bool(_finite(weight)):
+            raise ValueError(f'{path}: holds NaN or infinities: expected finite weights')
+
+
+_finite = jax.jit(lambda weight: jnp.all(jnp.isfinite(weight)))
 
 
 def _check_experts(formats: Mapping[str, Format], how: CalibrationConfig) -> None:
@@ -135,11 +148,25 @@ def layer_reports(
             snr = None
             if output is not None:
                 signal, noise = float(np.sum(output['signal'][repeat])), float(np.sum(output['noise'][repeat]))
-                snr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
+                snr = _decibels(signal, noise)
             layer = model.config.layer_index(segment, kind, repeat)
             values = float(amax[repeat]), float(error[repeat]), float(clipped[repeat])
             found.append(LayerReport(layer, path, form, *values, snr))
-    return sorted(found, key=lambda one: (math.inf if one.snr is None else one.snr, -one.error))
+    return sorted(found, key=lambda one: (_badness(one.snr), -one.error))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """Of signal over noise; infinite where there is no noise, NaN where either is no number."""
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else -math.inf if noise > 0 else math.inf
+
+
+def _badness(snr: float | None) -> float:
+    """What reports are sorted by: outputs that are no numbers first, those that were not measured last."""
+    if snr is None:
+        return math.inf
+    return -math.inf if math.isnan(snr) else snr
 
 
 @jax.jit

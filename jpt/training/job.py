@@ -29,7 +29,7 @@ from jpt.kernels.distillation_loss import Teacher
 from jpt.kernels.sparse_target import no_words
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
-from jpt.models.names import BESIDE, get, leaves, put
+from jpt.models.names import BESIDE, TreePath, get, leaves, put
 from jpt.models.transformer import init
 from jpt.quant.formats import Format
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
@@ -126,6 +126,9 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
             f'config.mtp_loss={config.mtp_loss}: config.model has no modules that predict further tokens '
             '(num_nextn_predict_layers): expected 0'
         )
+    source = models['model'].source
+    if config.checkpoint.export and source is not None and source.quantized:
+        _check_held(config, source.cfg, source.quantized)
     targets = _targets(config, models)
     second = _second(config, mesh)
     apart = _apart(config, theirs)
@@ -323,16 +326,19 @@ def _extended(
 
 def _check_export(config: TrainConfig, cfg: ModelConfig, model: Any, formats: Mapping[str, Format]) -> None:
     """Raises ValueError where the run would end with weights that no Hugging Face directory holds."""
-    if not config.checkpoint.export:
-        return
-    quantized = {leaf.path: name_of(leaf.path) for leaf in leaves(cfg) if name_of(leaf.path) in formats}
+    if config.checkpoint.export:
+        named = {leaf.path: name_of(leaf.path) for leaf in leaves(cfg) if name_of(leaf.path) in formats}
+        _check_held(config, cfg, {path: Packing(formats[name], 'float32') for path, name in named.items()})
+
+
+def _check_held(config: TrainConfig, cfg: ModelConfig, quantized: Mapping[TreePath, Packing]) -> None:
     try:
-        check_held(Described(cfg, {path: Packing(formats[name], 'float32') for path, name in quantized.items()}))
+        check_held(Described(cfg, quantized))
     except ValueError as error:
+        given = f'config.quantize.recipe={config.quantize.recipe}' if config.quantize else 'config.model.path'
         raise ValueError(
-            f'config.quantize.recipe={config.quantize and config.quantize.recipe}: what the run ends with cannot be '
-            f'exported; expected other formats (such as nvfp4_weights), or config.checkpoint.export=False and '
-            f'python -m jpt.quantize of the run, which calibrates inputs:\n{error}'
+            f'{given}: what the run ends with cannot be exported; expected other formats (such as nvfp4_weights), or '
+            f'config.checkpoint.export=False; python -m jpt.quantize of the run calibrates inputs:\n{error}'
         ) from error
 
 

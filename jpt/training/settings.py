@@ -112,7 +112,7 @@ class FakeQuantConfig:
     """Training through rounded weights (QAT; with a teacher, QAD): what is exported is quantized."""
 
     # Pairs of a pattern over weights and a format (jpt/quant/formats.py) or 'none'; the last one that covers holds.
-    recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4'),)
+    recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4_weights'),)
 
     def __post_init__(self) -> None:
         try:
@@ -323,6 +323,7 @@ def teacher_alone(config: TrainConfig, mesh: MeshConfig, microbatches: int) -> T
         distill=DistillConfig(),
         compare=None,
         lora=None,
+        quantize=None,
         freeze=(),
         ema=None,
         mtp_loss=0.0,

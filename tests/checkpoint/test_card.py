@@ -2,27 +2,23 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from jpt.checkpoint.assets import copy_companions
 from jpt.checkpoint.card import model_card
-from jpt.checkpoint.safetensors import TensorSpec
 from jpt.models.config import LayerKind, ModelConfig, Rope, Segment
 
 CFG = ModelConfig('llama', 31, 8, 2, 1, 4, (Segment((LayerKind(Rope(), None, 16),), 2),), 32)
-SPECS = {'a': TensorSpec(np.dtype(np.float32), (1000, 3)), 'b': TensorSpec(np.dtype(np.float32), (7,))}
 FRONT = '---\nlicense: llama3.1\nlanguage:\n- en\n---\n'
 
 
 def written(source: Path | None = None) -> str:
-    return model_card(CFG, 'bfloat16', SPECS, source)
+    return model_card(CFG, 'bfloat16', source)
 
 
 def test_a_card_without_a_source_says_what_the_model_is(tmp_path):
     for source in (None, tmp_path):  # the second has no card
         card = written(source)
         assert card.startswith('---\nlibrary_name: transformers\n')
-        assert '# llama with 3,007 parameters' in card
+        assert '# llama with 1,688 parameters' in card
         assert '2 layers, width 8' in card
         assert 'made from' not in card
 
@@ -31,7 +27,7 @@ def test_licence_and_text_of_the_source_stay(tmp_path):
     (tmp_path / 'README.md').write_text(FRONT + '# Some model\n\nTrained --- carefully.\n')
     card = written(tmp_path)
     assert card.startswith(FRONT)
-    assert '3,007 parameters' in card
+    assert '1,688 parameters' in card
     assert card.endswith('made from\n\n# Some model\n\nTrained --- carefully.\n')
     assert card.count('\n---\n') == 1
 

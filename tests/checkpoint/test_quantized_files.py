@@ -20,7 +20,7 @@ from jpt.checkpoint.source import TreeSource, leaves_of
 from jpt.convert import convert
 from jpt.models.names import get, leaves
 from jpt.quant.dot import dense
-from jpt.quant.formats import FORMATS
+from jpt.quant.formats import FORMATS, Format
 from jpt.quant.tensors import QTensor
 
 
@@ -68,7 +68,8 @@ def test_exported_and_imported_in_blocks(scale, tmp_path):
 
 
 def test_a_part_of_a_weight_is_dequantized_alone():
-    for name, form in (('llama', BLOCKS), ('llama', FORMATS['nvfp4']), ('experts', FORMATS['fp8_tensor'])):
+    odd = Format('int4', 0, 1), Format('int4', 3, 5), FORMATS['nvfp4'], BLOCKS
+    for name, form in (*(('llama', form) for form in odd), ('experts', FORMATS['fp8_tensor'])):
         _, model = quantized_model(EXPERTS if name == 'experts' else LLAMA, form)
         source = DequantizedSource(TreeSource(model.config, model.params), 'float32')
         random = np.random.default_rng(0)

@@ -10,9 +10,10 @@ from sharded_steps import MODELS, canonical_params, make_batch, worst_error
 
 from jpt.models.config import Compute
 from jpt.models.transformer import forward, unembed
+from jpt.quant.dot import is_weight
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.recipes import chosen, quantized_tree, recipe_of
-from jpt.quant.tensors import QTensor, quantize
+from jpt.quant.tensors import FakeQuant, quantize
 from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
@@ -31,27 +32,29 @@ RECIPES = {
 
 
 @functools.cache
-def quantized(model):
-    """The model's parameters, float32 where they are arrays, on one device."""
+def quantized(model, fake=False):
+    """The model's parameters, float32 where they are arrays, on one device; `fake`: to be trained through rounding."""
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), canonical_params(model))
     formats = chosen(params, recipe_of(RECIPES[model]))
+    if fake:
+        return quantized_tree(params, formats, lambda path, weight, form: FakeQuant(weight, format=form))
     return jax.jit(lambda params: quantized_tree(params, formats))(params)
 
 
 def in_float64(tree):
     """The arrays that are not part of a quantized weight in float64, so that sums in another order hardly differ."""
     return jax.tree.map(
-        lambda leaf: leaf if isinstance(leaf, QTensor) else np.asarray(leaf, np.float64),
+        lambda leaf: leaf if is_weight(leaf) else np.asarray(leaf, np.float64),
         tree,
-        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+        is_leaf=is_weight,
     )
 
 
 @functools.cache
-def wanted(model):
+def wanted(model, fake):
     """Loss and gradients from whole logits on one device, without jpt.sharding."""
     cfg, batch = MODELS[model], make_batch(MODELS[model].vocab_size)
-    params, frozen = partition(in_float64(quantized(model)), ())
+    params, frozen = partition(in_float64(quantized(model, fake)), ())
 
     def loss(params):
         whole = merge(params, frozen)
@@ -66,27 +69,29 @@ def wanted(model):
 
 
 @pytest.mark.parametrize(
-    ('model', 'mesh', 'microbatches'),
+    ('model', 'mesh', 'microbatches', 'fake'),
     [
-        ('mixed', MeshConfig(fsdp=2, tensor=2, context=2), 1),
-        ('mixed', MeshConfig(pipe=2, data=2, tensor=2), 2),
-        ('experts', MeshConfig(expert=2, tensor=2, fsdp=2), 1),
-        ('experts', MeshConfig(expert=4, data=2), 1),
+        ('mixed', MeshConfig(fsdp=2, tensor=2, context=2), 1, False),
+        ('mixed', MeshConfig(pipe=2, data=2, tensor=2), 2, False),
+        ('experts', MeshConfig(expert=2, tensor=2, fsdp=2), 1, False),
+        ('experts', MeshConfig(expert=4, data=2), 1, False),
+        ('mixed', MeshConfig(fsdp=2, tensor=2, data=2), 1, True),
+        ('experts', MeshConfig(expert=4, fsdp=2), 1, True),
     ],
-    ids=('sharded', 'pipelined', 'experts sharded', 'experts exchanged'),
+    ids=('sharded', 'pipelined', 'experts sharded', 'experts exchanged', 'trained', 'experts trained'),
 )
-def test_loss_and_gradients(model, mesh, microbatches):
-    loss, gradients = wanted(model)
+def test_loss_and_gradients(model, mesh, microbatches, fake):
+    loss, gradients = wanted(model, fake)
     with jax.enable_x64(True):
-        total, found = on_mesh(model, mesh, microbatches)
+        total, found = on_mesh(model, mesh, microbatches, fake)
     np.testing.assert_allclose(total, float(loss), rtol=1e-7)
     assert worst_error(found, gradients) < 1e-5
 
 
-def on_mesh(model, mesh, microbatches):
+def on_mesh(model, mesh, microbatches, fake):
     """Loss and gradients of one step on eight devices."""
     cfg, devices = MODELS[model], make_mesh(mesh)
-    params, rest = partition(in_float64(quantized(model)), ())
+    params, rest = partition(in_float64(quantized(model, fake)), ())
     plan = make_plan(devices, {'model': cfg}, params, {'model': rest}, num_microbatches=microbatches, dtype='float64')
     place = functools.partial(to_device_layout, plan.layouts['model'])
     kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}

@@ -12,7 +12,6 @@ import jpt
 from jpt.checkpoint.model_dir import StoredSource
 from jpt.checkpoint.source import load_tree
 from jpt.config import ConfigError
-from jpt.model import Model
 from jpt.quant.dot import is_weight
 from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import chosen, packed, quantized_tree, recipe_of
@@ -41,7 +40,7 @@ def kinds(params):
 
 def losses(folder):
     rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return [row['loss'] for row in rows if 'loss' in row], [row['eval_loss'] for row in rows if 'eval_loss' in row]
+    return [row['loss'] for row in rows if 'loss' in row]
 
 
 def test_a_model_is_trained_through_its_rounding(tmp_path):
@@ -52,14 +51,14 @@ def test_a_model_is_trained_through_its_rounding(tmp_path):
         'attn/q': QTensor, 'attn/out': kinds(jpt.load('quickstart').params)['attn/out'],
         'mlp/up': QTensor, 'mlp/down': QTensor,
     }  # fmt: skip
-    found, held_out = losses(tmp_path / 'run')
+    found = losses(tmp_path / 'run')
     assert found[-1] < found[0] - 0.5
     job = make_job(config)
     weights = kinds(job.state.params)
     assert [weights[name] for name in ('attn/q', 'mlp/down')] == [FakeQuant, FakeQuant]
     run_job(dataclasses.replace(config, steps=4), tmp_path / 'again')
     again = run_job(config, tmp_path / 'again')
-    np.testing.assert_allclose(losses(tmp_path / 'again')[0][4:], found[4:], rtol=0.2)  # another schedule before
+    assert losses(tmp_path / 'again')[4:] == pytest.approx(found[4:], rel=0.2)  # another schedule before
     assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
 
     # The step's own weights, opened as a model, are what was rounded: quantizing them gives the same codes.
@@ -69,20 +68,18 @@ def test_a_model_is_trained_through_its_rounding(tmp_path):
     rounded = quantized_tree(params, chosen(params, RECIPE.choices()), lambda path, w, form: quantize(w, form))
     for one, other in zip(jax.tree.leaves(rounded), jax.tree.leaves(model.params), strict=True):
         np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
-    assert held_out[-1] == pytest.approx(found[-1], abs=1.5)
 
 
 def quantized_checkpoint(folder, name):
     teacher = jpt.load('quickstart', dtype='float32')
     formats = chosen(teacher.params, recipe_of(name))
     params = jax.jit(lambda params: quantized_tree(params, formats))(teacher.params)
-    model = dataclasses.replace(teacher, params=params)
-    model.save(folder / name)
-    return model, str(folder / name)
+    dataclasses.replace(teacher, params=params).save(folder / name)
+    return str(folder / name)
 
 
 def test_adapters_are_trained_on_codes(tmp_path):
-    base, path = quantized_checkpoint(tmp_path, 'nvfp4')
+    path = quantized_checkpoint(tmp_path, 'nvfp4')
     config = settings(
         tmp_path,
         model={'path': path},
@@ -103,12 +100,11 @@ def test_adapters_are_trained_on_codes(tmp_path):
     np.testing.assert_allclose(merged, found['attn']['q']['kernel'], atol=2e-6)
     before = jpt.load(path, dtype='float32').params['layers'][0][0]['attn']['q']['kernel']
     assert 0 < np.abs(np.asarray(merged) - np.asarray(before)).max() < 0.1
-    assert base.config == model.config
 
 
 def test_a_quantized_teacher_and_a_student_that_is_it(tmp_path):
     """A student whose weights are rounded like its teacher's has no divergence from it, and its start has one."""
-    _, path = quantized_checkpoint(tmp_path, 'int8')
+    path = quantized_checkpoint(tmp_path, 'int8')
     common = {'task': 'distill', 'tokenizer': None, 'steps': 1, 'schedule': {'lr': 1e-9, 'warmup': 0}}
     for recipe, holds in (('int8', lambda kl: abs(kl) < 1e-6), ('nvfp4', lambda kl: kl > 1e-3)):
         config = settings(
@@ -124,6 +120,30 @@ def test_a_quantized_teacher_and_a_student_that_is_it(tmp_path):
         assert holds(next(row['kl'] for row in rows if 'kl' in row)), recipe
 
 
+def test_a_teacher_on_its_own_mesh_is_not_rounded(tmp_path):
+    config = settings(
+        tmp_path,
+        task='distill',
+        model={'path': 'quickstart'},
+        teacher={'path': 'quickstart'},
+        teacher_mesh={'microbatches': 1},
+        record={'likely': 64},
+        tokenizer=None,
+        quantize={'recipe': (('layers/**', 'int8_weights'),)},
+        steps=1,
+        schedule={'lr': 1e-9, 'warmup': 0},
+    )
+    run_job(config, tmp_path / 'run')
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    assert 0 < next(row['kl'] for row in rows if 'kl' in row) < 0.01
+
+
+def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path):
+    config = settings(tmp_path, quantize={'recipe': (('layers/**', 'nvfp4'),)}, checkpoint={'every': 3, 'export': True})
+    with pytest.raises(ValueError, match='what the run ends with cannot be exported'):
+        make_job(config)
+
+
 def test_settings_that_do_not_hold():
     with pytest.raises(ConfigError, match='need no calibration'):
         FakeQuantConfig((('layers/**', 'fp8_tensor'),))
@@ -137,4 +157,4 @@ def test_packing_is_what_a_fake_weight_computes_as():
     found = packed({'kernel': fake})['kernel']
     wanted = jax.jit(quantize, static_argnums=1)(weight, FORMATS['nvfp4'])
     np.testing.assert_array_equal(np.asarray(found.codes), np.asarray(wanted.codes))
-    assert isinstance(Model(jpt.load('quickstart').config, {'k': found}).compute.dtype, str | np.dtype)
+    np.testing.assert_array_equal(np.asarray(found.scale).view(np.uint8), np.asarray(wanted.scale).view(np.uint8))

@@ -41,7 +41,11 @@ class Fp8:
         form = matrix.packing.form
         if form.element != 'e4m3' or not form.rows or not form.columns or form.inputs != 'block':
             raise ValueError('holds blocks of E4M3 whose inputs are rounded alike')
-        return _scheme(form.rows, form.columns, form.scale)
+        scheme = _scheme(form.rows, form.columns, form.scale)
+        lacking = scheme.lacks(matrix.packing)
+        if lacking:
+            raise ValueError(lacking)
+        return scheme
 
     def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
         forms = {scheme.form for _, scheme in chosen}
