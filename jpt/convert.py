@@ -21,7 +21,7 @@ from jpt.checkpoint.dtypes import CAST_TARGETS
 from jpt.checkpoint.hf_export import write_hf
 from jpt.checkpoint.hf_quantized import LAYOUTS
 from jpt.checkpoint.model_dir import write_model
-from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.opening import Opened, open_model
 from jpt.checkpoint.resize import ResizedSource
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.shards import parse_size
@@ -87,13 +87,7 @@ def convert(
     check_absent(output_dir)
     start = time.perf_counter()
     opened = open_model(input_dir, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
-    source: LeafSource = opened.source
-    if layers is not None:
-        source = SelectedLayers(source, layers)
-    if resize_vocab is not None:
-        tokenizer = open_tokenizer(opened.assets)
-        used = None if tokenizer is None else tokenizer.vocab_size
-        source = ResizedSource(source, resize_vocab, used=used, allow_cut=allow_cut)
+    source = _changed(opened, layers, resize_vocab, allow_cut)
     total, done = _bytes_written(source, to), 0
 
     def count(name: str, size: int) -> None:
@@ -108,6 +102,18 @@ def convert(
         write_model(source, output_dir, assets=opened.assets, origin=opened.origin, report=count)
     files = Path(output_dir).rglob('*.safetensors' if to == 'hf' else 'state/**/d/*')
     return _made(source, total, [path.stat().st_size for path in files], time.perf_counter() - start)
+
+
+def _changed(opened: Opened, layers: Sequence[int] | None, vocab_size: int | None, allow_cut: bool) -> LeafSource:
+    """The model with fewer layers or another vocabulary, as far as these are asked for."""
+    source = opened.source
+    if layers is not None:
+        source = SelectedLayers(source, layers)
+    if vocab_size is not None:
+        tokenizer = open_tokenizer(opened.assets)
+        used = None if tokenizer is None else tokenizer.vocab_size
+        source = ResizedSource(source, vocab_size, used=used, allow_cut=allow_cut)
+    return source
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -89,6 +89,7 @@ def _body(count: int, ahead: int, produce: Callable, scale: str, *refs):
         return lax.div(tile, columns), lax.rem(tile, columns)
 
     def quantize_tile(indices, *tiles):
+        """One step of the pipeline: a tile of inputs to codes and scales, and these on their way to memory."""
         (step,) = indices
         row, column = place(step)
         numbers = produce(*(tile[...] for tile in tiles[:count]))

@@ -86,7 +86,10 @@ def _body(steps: int, each: int, codes, x, scale, y, code_tiles, x_tiles, out, l
     count = jnp.minimum(pl.cdiv(x.shape[1], BLOCK) - begin, each)
 
     def load():
+        """Fetches codes and inputs, some steps ahead of the products."""
+
         def one_step(step, nothing):
+            """Waits for a free slot and fills it."""
             slot, depth = lax.rem(step, steps), pl.ds((begin + step) * BLOCK, BLOCK)
 
             @pl.when(step >= steps)
@@ -100,7 +103,10 @@ def _body(steps: int, each: int, codes, x, scale, y, code_tiles, x_tiles, out, l
         lax.fori_loop(0, count, one_step, None)
 
     def multiply():
+        """Adds up the products of a warpgroup's rows, and stores them."""
+
         def one_step(step, total):
+            """The sum with the product of one block of K, scaled in float32."""
             slot, factor = lax.rem(step, steps), scale[row, begin + step]
             plgpu.barrier_wait(loaded.at[slot])
 

@@ -84,12 +84,19 @@ def awq_factors(
             tried |= dict.fromkeys(members, factor)
         compared = _compared(model, formats, statistics, batches, tried, weights)
         for name, members in groups.items():
-            noise = np.sum([node_of(path, compared)['output']['noise'] for path in members], axis=0)  # type: ignore[index]
+            noise = np.sum([_noise(path, compared) for path in members], axis=0)
             better = noise < least.get(name, np.inf)
             least[name] = np.where(better, noise, least.get(name, noise))
             factor = np.where(better[..., None], tried[members[0]], best.get(members[0], tried[members[0]]))
             best |= dict.fromkeys(members, factor)
     return best
+
+
+def _noise(path: str, compared: Calibration) -> np.ndarray:
+    """How far a weight's output is off, [R] or [R, E]."""
+    node = node_of(path, compared)
+    assert node is not None
+    return node['output']['noise']
 
 
 def _compared(

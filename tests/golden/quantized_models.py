@@ -32,33 +32,30 @@ LLAMA = Variant(
     },
 )
 # Blocks of 128: one or two in every matrix, and keys and values of 32 rows.
+# Of both Qwen3 models.
+QWEN3_SIZES: dict[str, Any] = {
+    'hidden_size': 128,
+    'num_hidden_layers': 1,
+    'vocab_size': 43,
+    'tie_word_embeddings': True,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 1,
+    'head_dim': 32,
+    'rope_parameters': ROTARY,
+}
 QWEN3 = Variant(
     'qwen3',
     'Qwen3ForCausalLM',
     {
-        'hidden_size': 128,
+        **QWEN3_SIZES,
         'intermediate_size': 256,
-        'num_hidden_layers': 1,
-        'vocab_size': 43,
-        'tie_word_embeddings': True,
-        'num_attention_heads': 4,
-        'num_key_value_heads': 1,
-        'head_dim': 32,
-        'rope_parameters': ROTARY,
     },
 )
 QWEN3_MOE = Variant(
     'qwen3_moe',
     'Qwen3MoeForCausalLM',
     {
-        'hidden_size': 128,
-        'num_hidden_layers': 1,
-        'vocab_size': 43,
-        'tie_word_embeddings': True,
-        'num_attention_heads': 4,
-        'num_key_value_heads': 1,
-        'head_dim': 32,
-        'rope_parameters': ROTARY,
+        **QWEN3_SIZES,
         'num_experts': 2,
         'num_experts_per_tok': 1,
         'moe_intermediate_size': 128,

@@ -43,6 +43,7 @@ class CompressedTensors:
     method = 'compressed-tensors'
 
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
+        """What the configs of a directory in this layout say of its weights; ValueError for what is not known."""
         if beside is not None:
             raise ValueError(f'hf_quant_config.json beside quant_method={self.method!r}: expected one of the two')
         unknown = sorted(set(given) - _FIELDS)
@@ -68,6 +69,7 @@ class CompressedTensors:
         return Said(scheme_of, cache=given.get('kv_cache_scheme') is not None)
 
     def scheme(self, matrix: Matrix) -> Scheme:
+        """How a matrix lies in this layout; ValueError with the reason where it has no place."""
         form, inner = matrix.packing.form, matrix.shape[-1]
         scheme = _scheme(form)
         if form.columns and inner % form.columns:
@@ -78,6 +80,7 @@ class CompressedTensors:
         return scheme
 
     def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
+        """What the configs of a directory with these matrices say; ValueError where they cannot."""
         modules: dict[Scheme, list[str]] = {}
         for matrix, scheme in chosen:
             modules.setdefault(scheme, []).extend(matrix.modules)

@@ -25,6 +25,7 @@ class Fp8:
     method = 'fp8'
 
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
+        """What the configs of a directory in this layout say of its weights; ValueError for what is not known."""
         if beside is not None:
             raise ValueError(f'hf_quant_config.json beside quant_method={self.method!r}: expected one of the two')
         rows, columns = _block(given)
@@ -38,6 +39,7 @@ class Fp8:
         return Said(scheme_of, cache=False)
 
     def scheme(self, matrix: Matrix) -> Scheme:
+        """How a matrix lies in this layout; ValueError with the reason where it has no place."""
         form = matrix.packing.form
         if form.element != 'e4m3' or not form.rows or not form.columns or form.inputs != 'block':
             raise ValueError('holds blocks of E4M3 whose inputs are rounded alike')
@@ -48,6 +50,7 @@ class Fp8:
         return scheme
 
     def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
+        """What the configs of a directory with these matrices say; ValueError where they cannot."""
         forms = {scheme.form for _, scheme in chosen}
         if len(forms) > 1:
             raise ValueError(f'holds blocks of one size, not {len(forms)} formats')

@@ -85,6 +85,7 @@ class ModelOpt:
     method = 'modelopt'
 
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
+        """What the configs of a directory in this layout say of its weights; ValueError for what is not known."""
         inner: Mapping[str, Any] = {}
         if beside is not None:
             inner = beside.get('quantization', {})
@@ -104,6 +105,7 @@ class ModelOpt:
         return Said(lambda module, tensors: by_name.get(module, every), cached)
 
     def scheme(self, matrix: Matrix) -> Scheme:
+        """How a matrix lies in this layout; ValueError with the reason where it has no place."""
         form, (out, inner) = matrix.packing.form, matrix.shape
         reasons = []
         for name, build in ALGORITHMS.items():
@@ -121,6 +123,7 @@ class ModelOpt:
         raise ValueError('; '.join(reasons) or f'has {", ".join(ALGORITHMS)}')
 
     def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
+        """What the configs of a directory with these matrices say; ValueError where they cannot."""
         factor = any(matrix.packing.input_factor for matrix, _ in chosen)
         layers = {name: _settings(scheme, factor) for matrix, scheme in chosen for name in matrix.modules}
         different = [dict(pairs) for pairs in dict.fromkeys(tuple(each.items()) for each in layers.values())]

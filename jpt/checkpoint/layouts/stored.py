@@ -51,6 +51,7 @@ class Reshaped:
     rows: int = 1
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes that the tensor may have; the first is written."""
         match self.axes:
             case 'rows':
                 return ((shape[0],),)
@@ -65,9 +66,11 @@ class Reshaped:
                 return (shape,)
 
     def read(self, tensor: np.ndarray, shape: Shape, index: Index) -> np.ndarray:
+        """A piece of a part of this shape."""
         return tensor.reshape(shape)[index]
 
     def write(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        """The rows of the tensor that hold these rows of the part."""
         to = self.shapes(shape)[0]
         return rows.reshape((-1, *to[1:]) if to else ())
 
@@ -79,9 +82,11 @@ class PairedRows:
     rows: int = 2
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes that the tensor may have; the first is written."""
         return ((-(-shape[0] // 2), 2 * shape[1]),)
 
     def read(self, tensor: np.ndarray, shape: Shape, index: Index) -> np.ndarray:
+        """A piece of a part of this shape."""
         rows, columns = (slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
         pairs = tensor[rows.start // 2 : -(-rows.stop // 2), 2 * columns.start : 2 * columns.stop]
         codes = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1, pairs.shape[1])
@@ -89,6 +94,7 @@ class PairedRows:
         return (codes[:, ::2] | codes[:, 1::2] << 4)[:: rows.step, :: columns.step]
 
     def write(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        """The rows of the tensor that hold these rows of the part."""
         codes = np.stack([rows & 15, rows >> 4], axis=-1).reshape(len(rows), -1)
         return codes[::2] | codes[1::2] << 4
 
@@ -105,9 +111,11 @@ class Words:
     rows: int = 1
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes that the tensor may have; the first is written."""
         return ((shape[0], -(-shape[1] // 4)),)
 
     def read(self, tensor: np.ndarray, shape: Shape, index: Index) -> np.ndarray:
+        """A piece of a part of this shape."""
         rows, columns = (slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
         first = columns.start // 4
         words = np.ascontiguousarray(tensor[rows, first : -(-columns.stop // 4)])
@@ -115,6 +123,7 @@ class Words:
         return held ^ np.uint8(self.signs)
 
     def write(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
+        """The rows of the tensor that hold these rows of the part."""
         held = rows.view(np.uint8) ^ np.uint8(self.signs)
         return np.pad(held, ((0, 0), (0, -held.shape[1] % 4))).view(np.int32)
 
