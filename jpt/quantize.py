@@ -5,6 +5,7 @@ through held-out text for perplexity and divergence. The result is a jpt checkpo
 (config.to), with quantize.json and quantize.png beside the weights. See docs/quantize.md.
 """
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,11 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     )
     report.show(made, console)
     save = made.model.export if config.to == 'hf' else made.model.save
-    save(output)
-    report.write(made, Path(output))
+    fresh = Path(output).with_name(f'{Path(output).name}.new')  # the directory appears with its report, or not at all
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+    save(fresh)
+    report.write(made, fresh)
+    fresh.replace(output)
     console.print(f'saved {output}, with {report.JSON_FILE} and {report.PLOT_FILE}')
     return made
 
