@@ -69,7 +69,8 @@ def mixture(
     Differentiable in x, weights and kernels.
 
     Args:
-      run: the experts: (kernels, Rows) -> [M, D], or another width, of the mixture then; 0 for rows that are nobody's.
+      run: the experts: (kernels, Rows) -> [M, D], or another width and dtype, of the mixture then; 0 for rows that are
+        nobody's.
       ids_BTJ: int32, from 0 to count; `count` itself stands for no expert.
       weights_BTJ: in the dtype of x.
       kernels: by a name of SPECS, [E, out, in] or [E, out], a shard's own experts where `expert` is manual.
@@ -111,7 +112,7 @@ def mixture(
     out, late = local(shard, specs, (P(partial, *token), P((*rows, *sequence))), opened)(
         x_BTD, ids_BTJ, weights_BTJ, kernels
     )
-    return jnp.sum(out, axis=0, dtype=x_BTD.dtype), lax.stop_gradient(jnp.sum(late))
+    return jnp.sum(out, axis=0, dtype=out.dtype), lax.stop_gradient(jnp.sum(late))
 
 
 def _lies(name: str, kernel: Any) -> Any:

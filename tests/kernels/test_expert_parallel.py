@@ -249,6 +249,14 @@ def test_rows_of_nobody_have_no_values():
     np.testing.assert_array_equal(values[:, 0], [1, 1, 3, 3, 3, 0])
 
 
+def test_the_result_has_the_dtype_of_what_the_experts_return():
+    x = jnp.full((1, 2, D), 2.0**15, jnp.float16)
+    ids, ones = jnp.zeros((1, 2, 1), jnp.int32), jnp.ones((1, 2, 1), jnp.float16)
+    kernels = {'up': jnp.ones((1, F, D), jnp.float16)}
+    found, _ = mixture(lambda _, rows: jnp.square(rows.x_MD.astype(jnp.float32)), x, ids, ones, kernels, 1)
+    np.testing.assert_array_equal(found, np.full((1, 2, D), 2.0**30))  # more than float16 holds
+
+
 @pytest.mark.parametrize(
     ('count', 'held', 'message'),
     [
