@@ -9,12 +9,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.attention import attention
 from jpt.kernels.blockwise_attention import Scores
+from jpt.kernels.cache_codes import cache_codes, cache_numbers, cache_rounded
 from jpt.kernels.cached_attention import FEW_QUERIES, cached_attention
 from jpt.kernels.masks import Mask, Places
-from jpt.models.cache import KeysValues, LayerCache
+from jpt.models.cache import CACHE_SCALES, KeysValues, LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Temperature
 from jpt.models.layers import Linear, RMSNorm, unit_rms
 from jpt.models.rope import apply_rope
+from jpt.quant.statistics import observe_cache
 
 
 class Where(NamedTuple):
@@ -58,12 +60,18 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = (unit_rms(x, cfg.norm_eps) for x in (q_BTNH, k_BTKH))
         if kind.temperature is not None:
             q_BTNH = _tempered(q_BTNH, where.positions_BT, kind.temperature)
+        observe_cache(self, k=k_BTKH, v=v_BTKH)
+        scales = None
+        if cfg.kv_cache == 'fp8':
+            k_scale, v_scale = scales = [self.param(name, nn.initializers.ones, ()) for name in CACHE_SCALES]
+            turn = cache_rounded if cache is None else cache_codes
+            k_BTKH, v_BTKH = turn(k_BTKH, k_scale), turn(v_BTKH, v_scale)
         q_BTNH = checkpoint_name(q_BTNH, 'query')
         k_BTKH, v_BTKH = checkpoint_name(k_BTKH, 'key'), checkpoint_name(v_BTKH, 'value')
         if cache is not None:
             cache = cache.write(KeysValues(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)))
         sinks_N = self.param('sinks', nn.initializers.zeros, (cfg.num_heads,)) if cfg.sinks else None
-        out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, where, cache)
+        out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, where, cache, scales)
         out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
         return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache
 
@@ -75,8 +83,12 @@ class Attention(nn.Module):
         sinks_N: jax.Array | None,
         where: Where,
         cache: LayerCache | None,
+        scales: list[jax.Array] | None,
     ) -> jax.Array:
-        """Attention [B, T, N, H] of the tokens to themselves, or to all of a cache that holds them."""
+        """Attention [B, T, N, H] of the tokens to themselves, or to all of a cache that holds them.
+
+        `scales` are those of keys and of values where a cache holds codes.
+        """
         cfg, kind, implementation = self.cfg, self.kind, self.compute.attention
         scale = cfg.scale if kind.attention_scale is None else kind.attention_scale
         k_positions, k_segments = where.positions_BT, where.segments_BT
@@ -86,8 +98,13 @@ class Attention(nn.Module):
             if implementation == 'auto' and q_BTNH.shape[1] <= FEW_QUERIES:
                 places = Places(where.positions_BT, k_positions, where.segments_BT, k_segments)
                 rule = Scores(Mask(window=kind.window, chunk=kind.chunk), scale, cfg.attention_soft_cap)
-                return cached_attention(q_BTNH, k_BKHS, v_BKSH, places, rule, sinks_N)
+                return cached_attention(q_BTNH, k_BKHS, v_BKSH, places, rule, sinks_N, *(scales or ()))
             k_BTKH, v_BTKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
+            if scales is not None:
+                k_BTKH, v_BTKH = (
+                    cache_numbers(codes, scale, q_BTNH.dtype)
+                    for codes, scale in zip((k_BTKH, v_BTKH), scales, strict=True)
+                )
         return attention(
             q_BTNH,
             k_BTKH.astype(q_BTNH.dtype),

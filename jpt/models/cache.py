@@ -10,11 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jpt.kernels.low_precision import E4M3
 from jpt.models.config import LayerKind, ModelConfig
+
+# What an attention layer has as parameters where its cache holds codes: the scale [] of keys and that of values. Latent
+# attention, whose keys and values are one array, has the first alone.
+CACHE_SCALES = ('k_scale', 'v_scale')
 
 
 class KeysValues(NamedTuple):
-    """Of attention: keys [B, K, H, S] and values [B, K, S, H], as the products with them read memory.
+    """Of attention: keys [B, K, H, S] and values [B, K, S, H], as the products with them read memory; or their codes.
 
     See kernels/cached_attention.py. A single row without a stack may leave out B: XLA copies what it has to reshape.
     """
@@ -24,7 +29,7 @@ class KeysValues(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """Of latent attention: for every token its latent and the rotated key that all heads share, [B, S, C]."""
+    """Of latent attention: for every token its latent and the rotated key that all heads share, [B, S, C]; or codes."""
 
     latents: jax.Array
 
@@ -93,7 +98,7 @@ class LayerCache(NamedTuple):
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """An empty cache for `batch` rows of up to `slots` tokens."""
+    """An empty cache for `batch` rows of up to `slots` tokens; keys and values in `dtype`, or codes (cfg.kv_cache)."""
 
     def empty(kind: LayerKind, repeats: int) -> Any:
         entry = _empty_entry(cfg, kind, batch, slots, dtype)
@@ -118,6 +123,8 @@ def _empty_entry(cfg: ModelConfig, kind: LayerKind, batch: int, slots: int, dtyp
         wide = jnp.promote_types(dtype, jnp.float32)
         state = jnp.zeros((batch, space.num_heads, space.head_dim, space.state_dim), wide)
         return Recurrent(x, b, c, state, jnp.zeros(batch, jnp.int32))
+    if cfg.kv_cache == 'fp8':
+        dtype = E4M3
     if cfg.latent is not None:
         return Latents(jnp.zeros((batch, slots, cfg.latent.rank + cfg.latent.rope_dim), dtype))
     keys = jnp.zeros((batch, cfg.num_kv_heads, cfg.head_dim, slots), dtype)

@@ -226,6 +226,9 @@ class ModelConfig:
     encoder: Encoder | None = None
     mtp: tuple[LayerKind, ...] = ()  # the layers of modules that predict further tokens, see models/mtp.py
     tied: bool = False
+    # How keys and values are kept, and rounded wherever they are attended: 'fp8' is E4M3 with a scale for all keys of a
+    # layer and one for all values, which are parameters of it. Those of `mtp` are as computed.
+    kv_cache: Literal['as_computed', 'fp8'] = 'as_computed'
 
     def __post_init__(self) -> None:
         _require_positive(self, 'vocab_size', 'width', 'num_heads', 'num_kv_heads', 'head_dim', 'max_length')
@@ -241,6 +244,16 @@ class ModelConfig:
             raise ValueError('ModelConfig.experts: expected where, and only where, some layers have experts')
         if any(kind.mixer == 'mamba' for kind in self.layer_kinds()) != (self.state_space is not None):
             raise ValueError('ModelConfig.state_space: expected where, and only where, some layers are Mamba layers')
+        self._check_kv_cache()
+
+    def _check_kv_cache(self) -> None:
+        if self.kv_cache not in ('as_computed', 'fp8'):
+            raise ValueError(f"ModelConfig.kv_cache={self.kv_cache!r}: expected 'as_computed' or 'fp8'")
+        keeps = self.causal and any(kind.mixer == 'attention' for kind in self.layer_kinds())
+        if self.kv_cache == 'fp8' and not keeps:
+            raise ValueError(
+                f"ModelConfig.kv_cache='fp8': {self.family} keeps no keys and values: expected 'as_computed'"
+            )
 
     @property
     def num_layers(self) -> int:

@@ -12,14 +12,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.attention import attention
 from jpt.kernels.blockwise_attention import Scores
+from jpt.kernels.cache_codes import cache_codes, cache_numbers, cache_rounded
 from jpt.kernels.cached_attention import FEW_QUERIES, cached_attention
 from jpt.kernels.masks import Mask, Places
 from jpt.models.attention import Where
-from jpt.models.cache import Latents, LayerCache
+from jpt.models.cache import CACHE_SCALES, Latents, LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig
 from jpt.models.layers import Linear, RMSNorm
 from jpt.models.rope import apply_rope
 from jpt.quant.dot import dense
+from jpt.quant.statistics import observe_cache
 
 
 class LatentAttention(nn.Module):
@@ -45,10 +47,16 @@ class LatentAttention(nn.Module):
         down_BTC = Linear(latent.rank + latent.rope_dim, cfg.qkv_bias, name='kv_down')(x_BTD)
         normed_BTR = RMSNorm(latent.norm_eps, name='kv_norm')(down_BTC[..., : latent.rank])
         shared_BT1H = self._rotated(down_BTC[:, :, None, latent.rank :], 0, where)
-        latents_BTC = checkpoint_name(jnp.concatenate([normed_BTR, shared_BT1H[:, :, 0]], axis=-1), 'key')
+        latents_BTC = jnp.concatenate([normed_BTR, shared_BT1H[:, :, 0]], axis=-1)
+        observe_cache(self, k=latents_BTC)
+        scale = None
+        if cfg.kv_cache == 'fp8':
+            scale = self.param(CACHE_SCALES[0], nn.initializers.ones, ())
+            latents_BTC = (cache_rounded if cache is None else cache_codes)(latents_BTC, scale)
+        latents_BTC = checkpoint_name(latents_BTC, 'key')
         if cache is not None:
             cache = cache.write(Latents(latents_BTC))
-        out_BTNH = checkpoint_name(self._attend(q_BTNH, latents_BTC, where, cache), 'attention')
+        out_BTNH = checkpoint_name(self._attend(q_BTNH, latents_BTC, where, cache, scale), 'attention')
         out_BTF = out_BTNH.reshape(batch, length, cfg.num_heads * latent.value_dim)
         return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTF), cache
 
@@ -60,7 +68,14 @@ class LatentAttention(nn.Module):
         rotated = apply_rope(x_BTNH[..., first:], *where.rope(self.cfg, rope), rope.interleaved)
         return jnp.concatenate([x_BTNH[..., :first], rotated], axis=-1) if first else rotated
 
-    def _attend(self, q_BTNH: jax.Array, latents_BTC: jax.Array, where: Where, cache: LayerCache | None) -> jax.Array:
+    def _attend(
+        self,
+        q_BTNH: jax.Array,
+        latents_BTC: jax.Array,
+        where: Where,
+        cache: LayerCache | None,
+        cache_scale: jax.Array | None,
+    ) -> jax.Array:
         """Attention [B, T, N, value_dim] of the tokens to themselves, or to all of a cache that holds them."""
         cfg, latent, kind = self.cfg, self.cfg.latent, self.kind
         assert latent is not None
@@ -68,11 +83,14 @@ class LatentAttention(nn.Module):
         up = Linear(cfg.num_heads * (latent.nope_dim + latent.value_dim), name='kv_up')
         latents_BSC, positions_BS, segments_BS = latents_BTC, where.positions_BT, where.segments_BT
         if cache is not None:
-            latents_BSC = cache.read().latents.astype(q_BTNH.dtype)
+            latents_BSC = cache.read().latents
             positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
             if self.compute.attention == 'auto' and q_BTNH.shape[1] <= FEW_QUERIES:
                 places = Places(where.positions_BT, positions_BS, where.segments_BT, segments_BS)
-                return self._absorbed(q_BTNH, latents_BSC, places, Scores(Mask(window=kind.window), scale))
+                return self._absorbed(q_BTNH, latents_BSC, places, Scores(Mask(window=kind.window), scale), cache_scale)
+            if cache_scale is not None:
+                latents_BSC = cache_numbers(latents_BSC, cache_scale, q_BTNH.dtype)
+            latents_BSC = latents_BSC.astype(q_BTNH.dtype)
         both = up(latents_BSC[..., : latent.rank])
         both_BSNH = self.compute.place(
             both.reshape(*both.shape[:2], cfg.num_heads, -1), ('batch', 'length', 'heads', None)
@@ -91,7 +109,14 @@ class LatentAttention(nn.Module):
             implementation=self.compute.attention,
         )
 
-    def _absorbed(self, q_BTNH: jax.Array, latents_BSC: jax.Array, places: Places, rule: Scores) -> jax.Array:
+    def _absorbed(
+        self,
+        q_BTNH: jax.Array,
+        latents_BSC: jax.Array,
+        places: Places,
+        rule: Scores,
+        scale: jax.Array | None,
+    ) -> jax.Array:
         """Attention on the latents: one key head of rank + rope_dim, whose first `rank` dimensions are the value."""
         latent, heads = self.cfg.latent, self.cfg.num_heads
         assert latent is not None
@@ -101,4 +126,5 @@ class LatentAttention(nn.Module):
         q_BTNR = jnp.einsum('btnh,nhr->btnr', q_BTNH[..., : latent.nope_dim], to_latent)
         q_BTNC = jnp.concatenate([q_BTNR, q_BTNH[..., latent.nope_dim :]], axis=-1)
         keys, values = latents_BSC.swapaxes(1, 2)[:, None], latents_BSC[:, None, :, : latent.rank]
-        return jnp.einsum('btnr,nhr->btnh', cached_attention(q_BTNC, keys, values, places, rule), from_latent)
+        out_BTNR = cached_attention(q_BTNC, keys, values, places, rule, k_scale=scale, v_scale=scale)
+        return jnp.einsum('btnr,nhr->btnh', out_BTNR, from_latent)

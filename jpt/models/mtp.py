@@ -5,6 +5,7 @@ t + k + 1: from the hidden state before it at t, and from the embedding of token
 model's own.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ class MTP(nn.Module):
         cfg = self.cfg
         both = (norm(cfg, 'embed_norm')(embedded_BTD), norm(cfg, 'hidden_norm')(hidden_BTD))
         joined_BTD = Linear(cfg.width, name='join')(jnp.concatenate(both, axis=-1))
-        after = Block(cfg, self.kind, self.compute, name='layer')(joined_BTD, where)
+        plain = dataclasses.replace(cfg, kv_cache='as_computed')
+        after = Block(plain, self.kind, self.compute, name='layer')(joined_BTD, where)
         return norm(cfg, 'norm')(after.hidden_BTD), after.router
 
 

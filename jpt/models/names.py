@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jpt.models.cache import CACHE_SCALES
 from jpt.models.config import ModelConfig
 from jpt.models.families import FAMILIES
 from jpt.models.families.dialect import Dialect
@@ -56,6 +57,8 @@ class Source:
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the tensor in the file, for a leaf (one source of it) of this shape."""
+        if not shape:
+            return ()
         whole = (*shape[: self.axis], self.total, *shape[self.axis + 1 :])
         return (*whole[:-2], whole[-1], whole[-2]) if self.transposed else whole
 
@@ -87,8 +90,13 @@ class Leaf:
         return str(last) if above and above[-1] == 'kernel' and last in PARTS else None
 
     @property
+    def cache_scale(self) -> bool:
+        """Whether this is a scale of the keys or values that a cache holds as codes."""
+        return self.path[-1] in CACHE_SCALES
+
+    @property
     def own_shape(self) -> tuple[int, ...]:
-        """The shape of what one source holds."""
+        """The shape of what one source holds; () for a number."""
         return self.shape[self.stack :]
 
     def places(self) -> Iterator[tuple[tuple[int, ...], Source]]:
@@ -142,7 +150,8 @@ def _check_apart(cfg: ModelConfig, found: list[Leaf]) -> None:
     owners: dict[str, list[tuple[Leaf, range]]] = {}
     for leaf in found:
         for source in leaf.sources:
-            own = range(source.first, source.first + leaf.own_shape[source.axis] * source.step, source.step)
+            rows = leaf.own_shape[source.axis] if leaf.own_shape else 1
+            own = range(source.first, source.first + rows * source.step, source.step)
             owners.setdefault(source.name, []).append((leaf, own))
     for name, parts in owners.items():
         for (leaf, own), (other, others) in itertools.combinations(parts, 2):
@@ -177,7 +186,8 @@ def _layer_leaves(
         apart = '{e}' in stored.name
         fused = 'experts' in module and not apart
         axis = first + (fused or apart)  # of the outputs, in the leaf
-        beside = [shapes[other, name][axis] for other in stored.beside if (other, name) in shapes] or [shape[axis]]
+        rows = shape[axis] if shape[axis:] else 1
+        beside = [shapes[other, name][axis] for other in stored.beside if (other, name) in shapes] or [rows]
         before = stored.beside.index(module) if stored.beside else 0
         sources = tuple(
             Source(
@@ -197,6 +207,8 @@ def _layer_leaves(
     def place(leaf: Leaf) -> tuple[int, bool]:
         *module, name = map(str, leaf.path[len(path) :])
         exact = '.'.join((*module, name))
+        if leaf.cache_scale:
+            return order.index('attn.out'), True
         return order.index(exact if exact in dialect.layer else '.'.join(module)), name != 'kernel'
 
     return sorted(found, key=place)
@@ -247,7 +259,7 @@ def to_hf(cfg: ModelConfig, params: Any) -> dict[str, np.ndarray]:
                 transposed.add(source.name)
             shape = dataclasses.replace(source, transposed=False).stored_shape(leaf.own_shape)
             tensor = tensors.setdefault(source.name, np.empty(shape, values.dtype))
-            tensor[source.within(slice(0, leaf.own_shape[source.axis]))] = values[place]
+            tensor[source.within(slice(0, leaf.own_shape[source.axis])) if shape else ()] = values[place]
     whole = {
         name: np.ascontiguousarray(tensor.swapaxes(-1, -2) if name in transposed else tensor)
         for name, tensor in tensors.items()
@@ -261,6 +273,10 @@ def from_hf(cfg: ModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, An
     """The parameter tree (numpy leaves), from tensors under their Hugging Face names."""
     params: dict[str, Any] = {}
     for leaf in leaves(cfg):
-        parts = [source.read(tensors[source.name], leaf.own_shape[source.axis]) for source in leaf.sources]
+        own = leaf.own_shape
+        parts = [
+            source.read(tensors[source.name], own[source.axis]) if own else tensors[source.name]
+            for source in leaf.sources
+        ]
         put(params, leaf.path, np.stack(parts).reshape(leaf.shape))
     return params

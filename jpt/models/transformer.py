@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jpt.kernels.vocab import embed_lookup
 from jpt.models.attention import Where
 from jpt.models.block import Block, apply_block
-from jpt.models.cache import Cache, LayerCache, admit
+from jpt.models.cache import CACHE_SCALES, Cache, LayerCache, admit
 from jpt.models.config import Compute, ModelConfig, Segment
 from jpt.models.encoder import init_encoder, masked_words, normed_embeddings
 from jpt.models.layers import along_last, norm
@@ -21,8 +21,9 @@ from jpt.models.taps import EMBEDDED, NORMED, Passed, Slots, check_taps, empty_s
 from jpt.quant.dot import dot
 
 Params = dict[str, Any]
-# Parameters that are held in float32 whatever the others are: steps of a correction are lost in fewer bits.
-KEPT = ('correction',)
+# Parameters that are held in float32 whatever the others are: steps of a correction are lost in fewer bits, and codes in
+# a cache are multiples of these scales.
+KEPT = ('correction', *CACHE_SCALES)
 
 
 class Forward(NamedTuple):

@@ -23,7 +23,8 @@ FACTORS = 'factors'  # a collection of what inputs are multiplied by before they
 SUMS: dict[str, Callable[[jax.Array], jax.Array]] = {'absolute': jnp.abs, 'square': jnp.square}
 LARGEST = 'largest'  # |x|
 HISTOGRAM = 'histogram'  # of |x| over all channels, see jpt/quant/histogram.py
-STATISTICS = (*SUMS, LARGEST, HISTOGRAM)
+CACHE = 'cache'  # the largest |x| of all keys and of all values that attention layers keep
+STATISTICS = (*SUMS, LARGEST, HISTOGRAM, CACHE)
 
 
 @jax.tree_util.register_dataclass
@@ -101,3 +102,18 @@ def observe(module: nn.Module, x_BTI: jax.Array, y_BTO: jax.Array) -> None:
         if module.has_variable(COMPARED, 'kernel'):
             other_BTO = dot(x_BTI, module.get_variable(COMPARED, 'kernel'))
             module.put_variable(CALIBRATION, 'output', watch.compare(y_BTO, other_BTO))
+
+
+def observe_cache(module: nn.Module, **kept_BT: jax.Array) -> None:
+    """Measures what an attention layer keeps of its tokens, [B, T, ...] each, where that is watched.
+
+    It becomes the variable 'cache' of the layer: {name: {LARGEST: []}}, at least float32.
+    """
+    watch = watch_of(module)
+    if watch is None or CACHE not in watch.statistics:
+        return
+    found = {}
+    for name, x in kept_BT.items():
+        wide = jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        found[name] = {LARGEST: watch.largest(jnp.max(wide, axis=tuple(range(2, x.ndim))))}
+    module.put_variable(CALIBRATION, 'cache', found)

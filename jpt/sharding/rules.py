@@ -65,6 +65,8 @@ LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     'experts/gate/bias': ('expert', 'mlp'),
     'experts/down/bias': ('expert', None),
     'attn/sinks': ('heads',),
+    'attn/k_scale': (),
+    'attn/v_scale': (),
     'latent_in/kernel': (None, 'embed'),
     'latent_out/kernel': ('embed', None),
     'latent_in/bias': (None,),

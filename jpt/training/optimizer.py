@@ -34,6 +34,7 @@ ROLES: tuple[tuple[str, Role], ...] = (
     ('**/{sinks,a_log,dt_bias,skip}', 'bias'),
     ('**/filter', 'norm'),
     ('**/correction', 'bias'),  # has no gradient, see jpt.training.router
+    ('**/{k_scale,v_scale}', 'bias'),  # nor have scales of a cache, see jpt.training.freeze
 )
 
 

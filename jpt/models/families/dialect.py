@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jpt.models.cache import CACHE_SCALES
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -50,9 +52,15 @@ class Dialect:
     def place(self, module: str, leaf: str, family: str) -> Stored:
         """The full name within a layer, and the rest, of one parameter; `family` is for the error.
 
+        Scales of keys and values stand in the module of attention; layouts of quantized weights have other places too.
+
         Raises:
             ValueError: the family has no name for it.
         """
+        if leaf in CACHE_SCALES:
+            out = self.layer['attn.out']
+            above, _, _ = (out if isinstance(out, str) else out.name).rpartition('.')
+            return Stored(f'{above}.{leaf}')
         exact = self.layer.get(f'{module}.{leaf}')
         entry = self.layer.get(module) if exact is None else exact
         if entry is None:
