@@ -73,7 +73,7 @@ def convert(
         layers: numbers of the layers that stay, ascending; None keeps all.
         layout: of quantized weights in a Hugging Face directory, see jpt/checkpoint/hf_quantized.py; None: the first
             that holds their formats.
-        ignore_kv_scales: leave out the scales of keys and values that the input has.
+        ignore_kv_scales: leave out that keys and values are kept in eight bits, where the input says so.
         report: called with a tensor's name, bytes written so far, and bytes in all.
 
     Raises:
@@ -222,7 +222,7 @@ def _define_flags() -> None:
         'With --to=hf: how quantized weights lie; by default the first that holds them.',
     )
     flags.DEFINE_boolean(
-        'ignore_kv_scales', False, 'Leave out the scales by which keys and values are to be kept in eight bits.'
+        'ignore_kv_scales', False, 'Leave out that keys and values are kept in eight bits, and their scales.'
     )
     flags.DEFINE_boolean('mtp', True, 'Keep modules that predict further tokens, where there are any.')
     flags.mark_flags_as_required(['input', 'output', 'to'])

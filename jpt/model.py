@@ -134,7 +134,8 @@ def load(
         mesh: where the weights go; None: the default device.
         dtype: cast the weights; None keeps what is stored.
         mtp: keep modules that predict further tokens, where there are any; generation takes no notice of them.
-        ignore_kv_scales: load a model whose keys and values are to be kept in eight bits, without their scales.
+        ignore_kv_scales: keep keys and values as they are computed, where the model says that they are kept in eight
+            bits.
 
     Raises:
         FileNotFoundError: no model there.

@@ -20,7 +20,7 @@ from jpt.checkpoint.hf_quantized import NOT_LAID, Laid, to_be_written
 from jpt.checkpoint.layouts.stored import Shape, Stored, Written
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import ShardedWriter
-from jpt.checkpoint.source import Index, LeafSource, TreeSource, packed_leaves, row_blocks, whole
+from jpt.checkpoint.source import Index, LeafSource, TreeSource, row_blocks, whole
 from jpt.checkpoint.tree import listing
 from jpt.data.tokenizer import TOKENIZER_FILES
 from jpt.models.config import ModelConfig
@@ -67,7 +67,7 @@ class _Part:
 def tensors_of(cfg: ModelConfig, laid: Laid = NOT_LAID) -> dict[str, list[_Part]]:
     """The parts of every tensor of the model, by Hugging Face name, grouped by leaf."""
     tensors: dict[str, list[_Part]] = {}
-    for leaf in packed_leaves(cfg, laid.packings):
+    for leaf in laid.leaves(cfg):
         stored = laid.stored(leaf)
         for place, weight in leaf.places():
             source = laid.source(leaf, weight)
@@ -250,7 +250,8 @@ def hf_config(cfg: ModelConfig, dtype: str, source_dir: Path | None = None) -> d
     else:
         tokenizer = open_tokenizer(source_dir)
         carried = {f'{name}_token_id': getattr(tokenizer, f'{name}_id', None) for name in ('bos', 'eos', 'pad')}
-    lines = model_differences(config_from_hf(json.loads(json.dumps(written))), cfg)
+    described = dataclasses.replace(cfg, kv_cache='as_computed')  # the cache is said by quantization_config
+    lines = model_differences(config_from_hf(json.loads(json.dumps(written))), described)
     if lines:
         lines = [line.replace('in the checkpoint', 'as config.json would say it') for line in lines]
         raise ValueError(f'a config.json of {cfg.family} cannot say what the model computes:\n  {listing(lines)}')

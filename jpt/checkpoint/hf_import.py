@@ -65,12 +65,11 @@ class HuggingFaceSource:
             must then agree, since they are stacked. Matrices in MXFP4 (see mxfp4.py) count as bfloat16, which holds
             them exactly.
         mtp: read modules that predict further tokens; else their tensors are set aside, whatever they hold.
-        ignore_kv_scales: leave out the scales by which keys and values are to be kept in eight bits, with a warning.
 
     Raises:
         FileNotFoundError: no config or no safetensors (pickled weights are refused by name).
         ValueError: a config that jpt does not compute; missing, unexpected or wrongly shaped tensors, by name; layers
-            of one leaf in different dtypes; scales of keys and values that are not to be left out.
+            of one leaf in different dtypes.
     """
 
     def __init__(
@@ -79,10 +78,9 @@ class HuggingFaceSource:
         dtype: DTypeLike | None = None,
         *,
         mtp: bool = True,
-        ignore_kv_scales: bool = False,
     ) -> None:
         self.directory = Path(path)
-        self._target, self._ignore_kv_scales = cast_target(dtype), ignore_kv_scales
+        self._target = cast_target(dtype)
         try:
             config, of_many = text_part(read_config(self.directory))
             self.cfg = config_from_hf(_unquantized(config))
@@ -120,14 +118,11 @@ class HuggingFaceSource:
         found = {name: specs[where] for name, where in stored.items()}
         try:
             beside = read_config(self.directory, QUANT_FILE) if (self.directory / QUANT_FILE).is_file() else None
-            self._laid, cache = read_laid(self.cfg, config, beside, found, self._ignore_kv_scales)
+            self.cfg, self._laid = read_laid(self.cfg, config, beside, found)
             self.quantized: Mapping[TreePath, Packing] = self._laid.packings
             wanted = expected(self.cfg, self._laid, found)
         except ValueError as error:
             raise ValueError(f'{place}: {error}') from error
-        if cache:
-            logging.warning('%s: read without %d scales of keys and values', place, len(cache))
-        found = {name: spec for name, spec in found.items() if name not in cache}
         names = resolve_names(self.cfg, found, place, wanted)
         self._names = {name: stored[found] for name, found in names.items()}
         read = {copy: name for copy, name in copies(self.cfg).items() if copy not in may_differ(self.cfg)}
@@ -140,7 +135,7 @@ class HuggingFaceSource:
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype in which a leaf is given."""
-        if leaf.part is not None:
+        if leaf.part is not None or leaf.cache_scale:
             return self._laid.dtype(leaf)
         stored = self._spec(leaf.sources[0]).dtype
         return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
@@ -148,6 +143,8 @@ class HuggingFaceSource:
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
         """A part of a leaf, copied out of the files; nothing else is read."""
         ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+        if leaf.cache_scale and not self._laid.cache:
+            return np.ones([len(each) for each in ranges], self.dtype(leaf))
         array = np.empty([len(each) for each in ranges], self.dtype(leaf))
         sources = np.empty(leaf.shape[: leaf.stack], object)
         sources[...] = np.array(leaf.sources, object).reshape(sources.shape)
@@ -189,7 +186,7 @@ class HuggingFaceSource:
     def _check_uniform(self) -> None:
         lines = []
         for leaf in leaves_of(self):
-            if leaf.part is not None:  # all of its dtypes are exact in the one that it has in memory
+            if leaf.part is not None or leaf.cache_scale:  # all of its dtypes are exact in the one that it has in memory
                 continue
             dtypes = {source.name: self._spec(source).dtype for source in leaf.sources}
             if len(set(dtypes.values())) > 1:

@@ -32,7 +32,6 @@ from jpt.quant.packing import Packing
 LAYOUTS: dict[str, Layout] = {each.method: each for each in (Fp8(), ModelOpt(), CompressedTensors())}
 TOGETHER = (('q', 'k', 'v'), ('gate', 'up'))  # what servers hold as one matrix
 SHARED = 'a tensor of several weights, or a transposed one, cannot be quantized'
-CACHE_SCALES = ('.k_scale', '.v_scale')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +40,22 @@ class Laid:
 
     packings, schemes: of the weights by path.
     narrow: the parts that are written in a dtype other than their tensor's own, by path.
+    cache: the tensors of the scales of keys and values, by their names; empty where there are none: such scales are 1.
     """
 
     packings: Mapping[TreePath, Packing] = dataclasses.field(default_factory=dict)
     schemes: Mapping[TreePath, Scheme] = dataclasses.field(default_factory=dict)
     narrow: Mapping[TreePath, np.dtype] = dataclasses.field(default_factory=dict)
+    cache: Mapping[str, Stored] = dataclasses.field(default_factory=dict)
+
+    def leaves(self, cfg: ModelConfig) -> tuple[Leaf, ...]:
+        """The leaves of a model that lie in files."""
+        return tuple(leaf for leaf in packed_leaves(cfg, self.packings) if self.cache or not leaf.cache_scale)
 
     def stored(self, leaf: Leaf) -> Stored | None:
-        """The tensor that a leaf is as a part of a quantized weight; None: it is none."""
+        """The tensor that a leaf is as a part of a quantized weight, or a scale of a cache; None: it is neither."""
+        if leaf.cache_scale:
+            return self.cache[str(leaf.path[-1])]
         return None if leaf.part is None else self.schemes[leaf.path[:-1]].of(leaf.part)
 
     def source(self, leaf: Leaf, source: Source) -> Source:
@@ -60,7 +67,8 @@ class Laid:
         stored = self.stored(leaf)
         if stored is None:
             return source
-        if not source.alone or source.first or (leaf.part == 'codes' and source.total != leaf.own_shape[0]):
+        codes = leaf.part == 'codes'
+        if not leaf.cache_scale and (not source.alone or source.first or (codes and source.total != leaf.own_shape[0])):
             raise ValueError(f'{source.name}: {SHARED}')
         return dataclasses.replace(source, name=stored.name(source.name), copies=())
 
@@ -70,7 +78,9 @@ class Laid:
         return (source.stored_shape(leaf.own_shape),) if stored is None else stored.order.shapes(leaf.own_shape)
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """The dtype of a part in memory."""
+        """The dtype of a part, or of a scale of a cache, in memory."""
+        if leaf.cache_scale:
+            return np.dtype(np.float32)
         packing = self.packings[leaf.path[:-1]]
         return packing.parts((*leaf.shape[: leaf.stack], 2, 2))[str(leaf.part)].dtype
 
@@ -91,13 +101,6 @@ def _beside(weight: str, suffix: str) -> str:
     return f'{weight.removesuffix(WEIGHT)}{suffix}'
 
 
-class Found(NamedTuple):
-    """What a directory holds quantized: how, and the scales of keys and values that are not read."""
-
-    laid: Laid
-    cache: tuple[str, ...]
-
-
 def layout_of(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Layout | None:
     """The layout of a directory, from its config.json and hf_quant_config.json; None: none of those here."""
     given = config.get('quantization_config')
@@ -111,15 +114,14 @@ def read_laid(
     config: Mapping[str, Any],
     beside: Mapping[str, Any] | None,
     tensors: Mapping[str, TensorSpec],
-    ignore_kv_scales: bool,
-) -> Found:
-    """How the quantized weights of a model lie, from its configs and the tensors by their names of today.
+) -> tuple[ModelConfig, Laid]:
+    """The model with its cache, and how its quantized weights lie: from its configs and the tensors by their names of
+    today.
 
     Args:
         cfg: the model.
         config, beside: config.json, and hf_quant_config.json or None.
         tensors: their specs.
-        ignore_kv_scales: read the weights of a model whose keys and values are to be kept quantized.
 
     Raises:
         ValueError: a config that says what jpt does not read, a tensor in a dtype that does not go with it, or layers
@@ -127,15 +129,11 @@ def read_laid(
     """
     layout = layout_of(config, beside)
     if layout is None:
-        return Found(NOT_LAID, ())
+        return cfg, NOT_LAID
     said = layout.said(config.get('quantization_config') or {}, beside)
-    cache = tuple(name for name in tensors if name.endswith(CACHE_SCALES))
-    if (said.cache or cache) and not ignore_kv_scales:
-        names = listing(list(cache)) if cache else 'quantization_config, without scales'
-        raise ValueError(
-            'keys and values are kept quantized, which jpt does not do; their scales would be lost. Ask for the model '
-            f'without them (ignore_kv_scales=True, --ignore_kv_scales):\n  {names}'
-        )
+    if said.cache:
+        cfg = dataclasses.replace(cfg, kv_cache='fp8')
+    cache = _cache_tensors(cfg, layout, tensors)
     dtype = str(config.get('dtype') or config.get('torch_dtype') or 'bfloat16')
     packings: dict[TreePath, Packing] = {}
     schemes: dict[TreePath, Scheme] = {}
@@ -150,7 +148,23 @@ def read_laid(
     if not schemes and not said.cache:
         scale = 'weight_scale_inv' if layout.method == 'fp8' else 'weight_scale'
         raise ValueError(f"config.json: quantization_config.quant_method='{layout.method}', but there is no {scale}")
-    return Found(Laid(packings, schemes), cache)
+    return cfg, Laid(packings, schemes, cache=cache)
+
+
+def _cache_tensors(cfg: ModelConfig, layout: Layout, tensors: Mapping[str, TensorSpec]) -> Mapping[str, Stored]:
+    """The tensors of the scales of keys and values, where there are any."""
+    lies = layout.cache
+    if lies is None:
+        return {}
+    found = False
+    for leaf in leaves(cfg):
+        for source in leaf.sources if leaf.cache_scale else ():
+            stored = lies.tensors[str(leaf.path[-1])]
+            name = stored.name(source.name)
+            found = found or name in tensors
+            if name in tensors and not stored.allows(tensors[name].dtype):
+                raise ValueError(f'{name}: is {tensors[name].dtype}, expected one of {", ".join(stored.dtypes)}')
+    return lies.tensors if found or not lies.implied else {}
 
 
 def _scheme_of(leaf: Leaf, said: Said, tensors: Mapping[str, TensorSpec], faults: list[str]) -> Scheme | None:
@@ -198,7 +212,7 @@ def expected(cfg: ModelConfig, laid: Laid, tensors: Mapping[str, TensorSpec]) ->
         ValueError: as `Laid.source`, or a shape that a format does not take.
     """
     wanted: dict[str, Shape] = {}
-    for leaf in packed_leaves(cfg, laid.packings):
+    for leaf in laid.leaves(cfg):
         for each in leaf.sources:
             source = laid.source(leaf, each)
             shapes = laid.shapes(leaf, source)
@@ -221,12 +235,12 @@ def to_be_written(source: LeafSource, layout: str | None) -> tuple[Laid, Written
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f'layout={layout!r}: expected one of {", ".join(LAYOUTS)}')
-    if not source.quantized:
+    if not source.quantized and source.cfg.kv_cache == 'as_computed':
         if layout is not None:
             raise ValueError(f'layout={layout!r}: the weights are not quantized')
         return NOT_LAID, None
-    _, schemes, written = _held(source, layout)
-    laid = Laid(source.quantized, schemes)
+    name, schemes, written = _held(source, layout)
+    laid = Laid(source.quantized, schemes, cache=_cache_written(source, LAYOUTS[name]))
     apart = _apart(source)
     if apart:
         logging.warning(
@@ -235,6 +249,15 @@ def to_be_written(source: LeafSource, layout: str | None) -> tuple[Laid, Written
             listing(apart),
         )
     return dataclasses.replace(laid, narrow=_narrow(source, laid)), written
+
+
+def _cache_written(source: LeafSource, layout: Layout) -> Mapping[str, Stored]:
+    """The tensors that are written for the scales of keys and values, if any."""
+    scales = [source.read(leaf, whole(leaf)) for leaf in leaves(source.cfg) if leaf.cache_scale]
+    lies = layout.cache
+    if lies is None or not scales or (lies.implied and all(np.all(scale == 1) for scale in scales)):
+        return {}
+    return lies.tensors
 
 
 class Described(NamedTuple):
@@ -302,12 +325,15 @@ def _chosen(
 ) -> tuple[dict[TreePath, Scheme], Written]:
     """The schemes of a layout by path, and its configs."""
     chosen = []
+    cache = source.cfg.kv_cache == 'fp8'
+    if cache and layout.cache is None:
+        raise ValueError('has no place for scales of keys and values')
     for matrix in matrices:
         try:
             chosen.append((matrix, layout.scheme(matrix)))
         except ValueError as error:
             raise ValueError(f'{name_of(matrix.path)}: {matrix.packing.form}: {error}') from error
-    written = layout.written(chosen, _kept(source))
+    written = layout.written(chosen, _kept(source), cache)
     return {matrix.path: scheme for matrix, scheme in chosen}, written
 
 
@@ -338,11 +364,11 @@ def _apart(source: LeafSource) -> list[str]:
 def _narrow(source: LeafSource, laid: Laid) -> dict[TreePath, np.dtype]:
     """The parts that lie in the dtype of their weight, where that holds them exactly."""
     found = {}
-    for leaf in packed_leaves(source.cfg, laid.packings):
+    for leaf in laid.leaves(source.cfg):
         stored = laid.stored(leaf)
         if stored is None or not stored.narrow:
             continue
-        dtype = jnp.dtype(laid.packings[leaf.path[:-1]].weight_dtype)
+        dtype = _weight_dtype(source, leaf)
         exact = True
         for rows in row_blocks(leaf.shape, 4):
             values = source.read(leaf, (rows, *whole(leaf)[1:]))
@@ -350,3 +376,12 @@ def _narrow(source: LeafSource, laid: Laid) -> dict[TreePath, np.dtype]:
         if exact:
             found[leaf.path] = dtype
     return found
+
+
+def _weight_dtype(source: LeafSource, leaf: Leaf) -> np.dtype:
+    """The dtype of the weight that a leaf is a part of, or of the map that makes what a cache keeps."""
+    if not leaf.cache_scale:
+        return jnp.dtype(source.quantized[leaf.path[:-1]].weight_dtype)
+    out = next(each for each in leaves(source.cfg) if each.path == (*leaf.path[:-1], 'out', 'kernel'))
+    packing = source.quantized.get(out.path)
+    return source.dtype(out) if packing is None else jnp.dtype(packing.weight_dtype)

@@ -11,7 +11,7 @@ from jpt.checkpoint.assets import CONFIG_FILE, open_tokenizer
 from jpt.checkpoint.dequantized import DequantizedSource
 from jpt.checkpoint.hf_import import HuggingFaceSource, is_hf_directory
 from jpt.checkpoint.model_dir import StoredSource, find_checkpoint
-from jpt.checkpoint.source import LeafSource, WithoutMTP
+from jpt.checkpoint.source import LeafSource, WithoutMTP, WithPlainCache
 
 SHIPPED = {'quickstart': Path(__file__).resolve().parents[1] / 'assets' / 'quickstart_teacher'}
 
@@ -65,7 +65,8 @@ def open_model(
     lies beside the adapter it is taken in place of the base's, since the adapter was trained with it. `mtp=False`
     leaves out the modules that predict further tokens. Quantized weights stay so, unless a dtype is asked for: then
     they are numbers of that dtype, or with `codes` stay so all the same, and the dtype is that of all other weights.
-    `ignore_kv_scales` leaves out the scales of keys and values that a Hugging Face directory has (see hf_import.py).
+    `ignore_kv_scales` opens a model whose keys and values are kept in eight bits as one that keeps them as computed; a
+    dtype does not, since it is that of weights.
 
     Raises:
         FileNotFoundError: none of these.
@@ -79,15 +80,19 @@ def open_model(
         assets = base.assets if open_tokenizer(directory) is None else directory
         return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        read = HuggingFaceSource(directory, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
+        read = _with_cache(HuggingFaceSource(directory, dtype, mtp=mtp), ignore_kv_scales)
         return Opened(_in_dtype(read, None if codes else dtype), directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no {CONFIG_FILE}') from error
     stored = StoredSource(directory, dtype)
-    found = _in_dtype(stored, None if codes else dtype)
+    found = _in_dtype(_with_cache(stored, ignore_kv_scales), None if codes else dtype)
     return Opened(found if mtp else WithoutMTP(found), stored.assets, stored.assets)
+
+
+def _with_cache(source: LeafSource, ignore_kv_scales: bool) -> LeafSource:
+    return WithPlainCache(source) if ignore_kv_scales and source.cfg.kv_cache != 'as_computed' else source
 
 
 def _in_dtype(source: LeafSource, dtype: DTypeLike | None) -> LeafSource:

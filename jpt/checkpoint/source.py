@@ -90,6 +90,23 @@ class WithoutMTP:
         return self._source.read(leaf, index)
 
 
+class WithPlainCache:
+    """A source whose keys and values are kept as they are computed, without the scales that it may have for them."""
+
+    def __init__(self, source: LeafSource) -> None:
+        self.cfg = dataclasses.replace(source.cfg, kv_cache='as_computed')
+        self.quantized = source.quantized
+        self._source = source
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        """That of the source's leaf."""
+        return self._source.dtype(leaf)
+
+    def read(self, leaf: Leaf, index: Index) -> np.ndarray:
+        """A part of a leaf of the source."""
+        return self._source.read(leaf, index)
+
+
 class TreeSource:
     """A parameter tree in memory, numpy or jax, also where rows beyond the vocabulary pad it for a mesh.
 

@@ -16,8 +16,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jpt.checkpoint.layouts.stored import FLOATS, Kept, Matrix, Reshaped, Said, Scheme, Stored, Words, Written
+from jpt.checkpoint.layouts.stored import FLOATS, CacheLayout, Kept, Matrix, Reshaped, Said, Scheme, Stored, Words, Written
 from jpt.checkpoint.safetensors import TensorSpec
+from jpt.models.cache import CACHE_SCALES
 from jpt.quant.formats import Element, Format, Inputs, Scale
 
 VERSION = '0.19.0'
@@ -35,12 +36,14 @@ _ELEMENTS: dict[tuple[Any, Any], Element] = {
     ('float', 8): 'e4m3', ('float', 4): 'e2m1', ('int', 8): 'int8', ('int', 4): 'int4',
 }  # fmt: skip
 _ONE = Reshaped('one')
+_CACHE_ARGS = _ARGS | {'type': 'float', 'strategy': 'tensor'}
 
 
 class CompressedTensors:
     """See the module."""
 
     method = 'compressed-tensors'
+    cache = CacheLayout({name: Stored(name, name, FLOATS, _ONE, narrow=True) for name in CACHE_SCALES}, implied=False)
 
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
         """What the configs of a directory in this layout say of its weights; ValueError for what is not known."""
@@ -53,8 +56,10 @@ class CompressedTensors:
                               ('transform_config', ({}, None))):  # fmt: skip
             if given.get(name, allowed[0]) not in allowed:
                 raise ValueError(f'{PLACE}.{name}={given[name]!r}: expected {allowed[0]!r}')
-        groups = given.get('config_groups')
-        if not isinstance(groups, Mapping) or not groups:
+        groups, cache = given.get('config_groups'), given.get('kv_cache_scheme')
+        if cache is not None:
+            _check_said(f'{PLACE}.kv_cache_scheme', _said_args(f'{PLACE}.kv_cache_scheme', cache), _CACHE_ARGS)
+        if not isinstance(groups, Mapping) or not (groups or cache):
             raise ValueError(f'{PLACE}.config_groups={groups!r}: expected an object of groups')
         by_target: dict[str, Scheme] = {}
         for name, group in groups.items():
@@ -66,7 +71,7 @@ class CompressedTensors:
                 (scheme for target, scheme in by_target.items() if _covers(target, module)), by_target.get('Linear')
             )
 
-        return Said(scheme_of, cache=given.get('kv_cache_scheme') is not None)
+        return Said(scheme_of, cache=cache is not None)
 
     def scheme(self, matrix: Matrix) -> Scheme:
         """How a matrix lies in this layout; ValueError with the reason where it has no place."""
@@ -79,7 +84,7 @@ class CompressedTensors:
             raise ValueError(lacking)
         return scheme
 
-    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
+    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept, cache: bool) -> Written:
         """What the configs of a directory with these matrices say; ValueError where they cannot."""
         modules: dict[Scheme, list[str]] = {}
         for matrix, scheme in chosen:
@@ -100,7 +105,7 @@ class CompressedTensors:
             'format': labels.pop() if len(labels) == 1 else 'mixed-precision',
             'global_compression_ratio': None,
             'ignore': list(kept.linear),
-            'kv_cache_scheme': None,
+            'kv_cache_scheme': _CACHE_ARGS if cache else None,
             'quant_method': self.method,
             'quantization_status': 'compressed',
             'sparsity_config': {},

@@ -23,6 +23,7 @@ class Fp8:
     """See the module."""
 
     method = 'fp8'
+    cache = None
 
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
         """What the configs of a directory in this layout say of its weights; ValueError for what is not known."""
@@ -49,7 +50,7 @@ class Fp8:
             raise ValueError(lacking)
         return scheme
 
-    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
+    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept, cache: bool) -> Written:
         """What the configs of a directory with these matrices say; ValueError where they cannot."""
         forms = {scheme.form for _, scheme in chosen}
         if len(forms) > 1:

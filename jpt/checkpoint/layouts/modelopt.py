@@ -18,6 +18,7 @@ from jpt import __version__
 from jpt.checkpoint.layouts.stored import (
     FLOATS,
     Axes,
+    CacheLayout,
     Kept,
     Matrix,
     PairedRows,
@@ -27,6 +28,7 @@ from jpt.checkpoint.layouts.stored import (
     Stored,
     Written,
 )
+from jpt.models.cache import CACHE_SCALES
 from jpt.quant.formats import Format
 
 QUANT_FILE = 'hf_quant_config.json'
@@ -49,6 +51,10 @@ _FACTOR = Stored('input_factor', 'pre_quant_scale', FLOATS, narrow=True, optiona
 
 def _scale(axes: Axes = 'same', dtypes: tuple[str, ...] = FLOATS) -> Stored:
     return Stored('scale', 'weight_scale', dtypes, Reshaped(axes))
+
+
+def _cache_scale(name: str) -> Stored:
+    return Stored(name, f'{name[0]}_proj.{name}', FLOATS, _SCALAR)
 
 
 _NVFP4 = (_PAIRS, _scale(dtypes=('F8_E4M3',)), _SECOND)
@@ -83,6 +89,7 @@ class ModelOpt:
     """See the module."""
 
     method = 'modelopt'
+    cache = CacheLayout({name: _cache_scale(name) for name in CACHE_SCALES}, implied=True)
 
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
         """What the configs of a directory in this layout say of its weights; ValueError for what is not known."""
@@ -93,11 +100,12 @@ class ModelOpt:
                 raise ValueError(f'{QUANT_FILE}: expected an object of producer and quantization')
             _check_fields(QUANT_FILE, inner, _FIELDS | _OF_A_LAYER)
             found = _layers(QUANT_FILE, inner)
-            cached = inner.get('kv_cache_quant_algo') is not None
+            cached = _cached(f'{QUANT_FILE}.kv_cache_quant_algo', inner.get('kv_cache_quant_algo'), 'FP8')
         if given:
             place = 'config.json: quantization_config'
             _check_fields(place, given, _IN_CONFIG | _OF_A_LAYER | {'quantized_layers'})
-            other, cache = _layers(place, _with_group(given, inner)), given.get('kv_cache_scheme') is not None
+            other = _layers(place, _with_group(given, inner))
+            cache = _cached(f'{place}.kv_cache_scheme', given.get('kv_cache_scheme'), _CACHE)
             if beside is not None and (other != found or cached != cache):
                 raise ValueError(f'{QUANT_FILE} and {place} say different things')
             found, cached = other, cache
@@ -122,15 +130,17 @@ class ModelOpt:
             reasons.append(lacking)
         raise ValueError('; '.join(reasons) or f'has {", ".join(ALGORITHMS)}')
 
-    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
+    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept, cache: bool) -> Written:
         """What the configs of a directory with these matrices say; ValueError where they cannot."""
         factor = any(matrix.packing.input_factor for matrix, _ in chosen)
         layers = {name: _settings(scheme, factor) for matrix, scheme in chosen for name in matrix.modules}
         different = [dict(pairs) for pairs in dict.fromkeys(tuple(each.items()) for each in layers.values())]
-        inner: dict[str, Any] = {'quant_algo': MIXED, 'kv_cache_quant_algo': None}
-        config: dict[str, Any] = {}
+        inner: dict[str, Any] = {'quant_algo': MIXED, 'kv_cache_quant_algo': 'FP8' if cache else None}
+        config: dict[str, Any] = {'kv_cache_scheme': _CACHE} if cache else {}
         ignored: list[str] = []
-        if len(different) > 1:
+        if not different:
+            inner['quant_algo'] = None
+        elif len(different) > 1:
             inner['quantized_layers'] = config['quantized_layers'] = layers
             config['config_groups'] = {
                 f'group_{at}': _group(one) | {'targets': sorted(name for name in layers if layers[name] == one)}
@@ -147,6 +157,13 @@ class ModelOpt:
 
 
 _GROUPED = ('FP8', 'NVFP4', 'W4A16_NVFP4')  # the ones of which config.json has config_groups where all layers are so
+
+
+def _cached(place: str, given: Any, wanted: Any) -> bool:
+    """Whether keys and values are kept in E4M3; ValueError where they are kept otherwise."""
+    if given not in (None, wanted):
+        raise ValueError(f'{place}={given!r}: expected {wanted!r} or null')
+    return given is not None
 
 
 def _check_fields(place: str, given: Mapping[str, Any], known: set[str]) -> None:

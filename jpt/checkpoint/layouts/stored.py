@@ -132,8 +132,8 @@ class Words:
 class Stored:
     """One tensor of a quantized matrix, and the part of a QTensor that it is.
 
-    part: codes, scale, scale_2, input_scale or input_factor.
-    suffix: its name in place of the 'weight' that the matrix would have.
+    part: codes, scale, scale_2, input_scale or input_factor; or a scale of a cache, k_scale or v_scale.
+    suffix: its name in place of the 'weight' that the matrix would have, or of the scale's own name.
     dtypes: those that it may have, as safetensors names them; the first is written.
     order: how its elements lie.
     narrow: it is written in the dtype of the weight, where that holds all of its numbers exactly.
@@ -150,8 +150,8 @@ class Stored:
     divisor: bool = False
 
     def name(self, weight: str) -> str:
-        """The name of this tensor beside a weight's."""
-        return f'{weight.removesuffix(WEIGHT)}{self.suffix}'
+        """The name of this tensor beside a weight's, or for a scale's."""
+        return f'{weight.removesuffix(WEIGHT).removesuffix(self.part)}{self.suffix}'
 
     def allows(self, dtype: np.dtype) -> bool:
         """Whether the tensor may have this dtype."""
@@ -230,7 +230,7 @@ class Said(NamedTuple):
 
     scheme_of: how a module's matrix lies if it is quantized, by the module's name and the tensors there are; None: it
         is not.
-    cache: whether keys and values are to be kept quantized.
+    cache: whether keys and values are kept in E4M3.
     """
 
     scheme_of: Callable[[str, Mapping[str, TensorSpec]], Scheme | None]
@@ -244,12 +244,27 @@ class Written(NamedTuple):
     files: dict[str, Any]
 
 
+class CacheLayout(NamedTuple):
+    """How the scales of keys and values lie.
+
+    tensors: of every layer, by the scale's name.
+    implied: scales that are 1 throughout are not written.
+    """
+
+    tensors: Mapping[str, Stored]
+    implied: bool
+
+
 class Layout(Protocol):
     """One layout of quantized weights."""
 
     @property
     def method(self) -> str:
         """Its `quant_method`."""
+
+    @property
+    def cache(self) -> CacheLayout | None:
+        """How scales of keys and values lie; None: they have no place."""
 
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
         """What `quantization_config` says, and hf_quant_config.json where that is there.
@@ -265,8 +280,8 @@ class Layout(Protocol):
             ValueError: it cannot, and why.
         """
 
-    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept) -> Written:
-        """The config of a model whose quantized matrices lie by these schemes.
+    def written(self, chosen: Sequence[tuple[Matrix, Scheme]], kept: Kept, cache: bool) -> Written:
+        """The config of a model whose quantized matrices lie by these schemes; `cache`: its keys and values are codes.
 
         Raises:
             ValueError: formats that this layout does not hold together.
