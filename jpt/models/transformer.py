@@ -21,8 +21,8 @@ from jpt.models.taps import EMBEDDED, NORMED, Passed, Slots, check_taps, empty_s
 from jpt.quant.dot import dot
 
 Params = dict[str, Any]
-# Parameters that are held in float32 whatever the others are: steps of a correction are lost in fewer bits, and codes in
-# a cache are multiples of these scales.
+# Parameters that are held in float32 whatever the others are: steps of a correction are lost in fewer bits, and a scale
+# of a cache that is rounded rounds all that is kept.
 KEPT = ('correction', *CACHE_SCALES)
 
 

@@ -14,7 +14,7 @@ def partition(params: Any, frozen: Sequence[str], place: str = 'freeze') -> tupl
     """Splits params into (trainable, frozen) by path patterns (see jpt.quant.paths); `merge` puts them together again.
 
     A pattern that starts with '!' takes back what earlier ones froze: ('**', '!lm_head') trains the head alone. Codes
-    cannot be trained, so quantized weights are frozen whatever the patterns say, and so are the scales of a cache's codes.
+    cannot be trained, so quantized weights are frozen whatever the patterns say, and so are the scales of a cache.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to train.

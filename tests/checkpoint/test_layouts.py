@@ -16,8 +16,6 @@ import jpt
 from jpt.checkpoint.hf_import import HuggingFaceSource
 from jpt.checkpoint.source import leaves_of, whole
 from jpt.convert import convert
-from jpt.kernels import low_precision as low
-from jpt.models.attention import Attention
 from jpt.models.config import Compute
 from jpt.models.transformer import forward, unembed
 from jpt.quant.formats import FORMATS, Format
@@ -26,6 +24,7 @@ from jpt.quant.tensors import QTensor, quantize
 
 LAYOUT_OF = {
     'modelopt_fp8_kv': 'modelopt',
+    'modelopt_kv_cast': 'modelopt',
     'modelopt_nvfp4': 'modelopt',
     'modelopt_fp8_block': 'modelopt',
     'modelopt_int4_awq': 'modelopt',
@@ -33,21 +32,17 @@ LAYOUT_OF = {
     'compressed_fp8_block': 'compressed-tensors',
     'compressed_w4a16': 'compressed-tensors',
     'compressed_nvfp4a16': 'compressed-tensors',
+    'compressed_fp8_kv': 'compressed-tensors',
     'transformers_fp8': 'fp8',
     'transformers_fp8_moe': 'fp8',
 }
 COMPUTE = Compute(dtype='float32')
-KV = {'ignore_kv_scales': True}
 # Sides that groups of 128 divide, one of which blocks of 128 do not.
 WIDE = {
     'model_type': 'llama', 'hidden_size': 128, 'intermediate_size': 256, 'num_hidden_layers': 2, 'vocab_size': 37,
     'num_attention_heads': 4, 'num_key_value_heads': 1, 'head_dim': 32, 'max_position_embeddings': 64,
     'rms_norm_eps': 1e-6, 'rope_theta': 1e4, 'tie_word_embeddings': False,
 }  # fmt: skip
-
-
-def options(name):
-    return KV if name.endswith('kv') else {}
 
 
 def settings_of(directory):
@@ -66,18 +61,13 @@ def settings_of(directory):
 @pytest.mark.parametrize('name', LAYOUT_OF)
 def test_a_directory_of_another_library_comes_back_byte_for_byte(name, tmp_path):
     """Tensors: names, dtypes, shapes, bytes. Configs: all fields. Read in blocks of leaves, not as a tree."""
-    convert(GOLDEN / name, tmp_path / 'out', 'hf', layout=LAYOUT_OF[name], **options(name))
+    convert(GOLDEN / name, tmp_path / 'out', 'hf', layout=LAYOUT_OF[name])
     wanted, found = files_of(GOLDEN / name), files_of(tmp_path / 'out')
-    wanted = {key: array for key, array in wanted.items() if not re.search(r'\.[kv]_scale$', key)}
     assert set(found) == set(wanted)
     for key, array in wanted.items():
         assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape), key
         assert found[key].tobytes() == array.tobytes(), key
     (config, beside), (said, said_beside) = settings_of(GOLDEN / name), settings_of(tmp_path / 'out')
-    if name.endswith('kv'):
-        assert config.pop('kv_cache_scheme') == {'dynamic': False, 'num_bits': 8, 'type': 'float'}
-        assert beside['quantization'].pop('kv_cache_quant_algo') == 'FP8'
-        assert said_beside['quantization'].pop('kv_cache_quant_algo') is None
     if LAYOUT_OF[name] == 'fp8':  # transformers' list has ends of names, and fields of its own
         assert said.pop('fmt') == 'e4m3'
         assert {'lm_head', 'model.layers.0.self_attn.k_proj'} < set(said.pop('modules_to_not_convert'))
@@ -88,11 +78,11 @@ def test_a_directory_of_another_library_comes_back_byte_for_byte(name, tmp_path)
 @pytest.mark.parametrize('name', LAYOUT_OF)
 def test_the_numbers_are_those_of_the_library(name):
     golden = np.load(GOLDEN / name / 'golden.npz')
-    model = jpt.load(GOLDEN / name, dtype='float32', **options(name))
+    model = jpt.load(GOLDEN / name, dtype='float32', ignore_kv_scales=True)
     np.testing.assert_allclose(model.logits(golden['tokens']), golden['logits'], atol=2e-5)
-    codes = jpt.load(GOLDEN / name, **options(name)).params['layers'][0][0]['attn']['q']['kernel']
-    assert isinstance(codes, QTensor)
-    assert codes.weight_dtype == 'bfloat16'
+    codes = jpt.load(GOLDEN / name).params['layers'][0][0]['attn']['q']['kernel']
+    assert isinstance(codes, QTensor) == (name != 'modelopt_kv_cast')
+    assert getattr(codes, 'weight_dtype', codes.dtype) == 'bfloat16'
 
 
 def logits_in_float32(model, tokens):
@@ -102,48 +92,22 @@ def logits_in_float32(model, tokens):
     return np.asarray(jax.jit(run)(model.params, jnp.asarray(tokens)))
 
 
-@pytest.mark.parametrize('name', ['compressed_fp8_dynamic', 'compressed_fp8_block'])
-def test_rounded_inputs_are_those_of_the_library(name):
-    """The library's own quantizers round the inputs by the same rule, so that nothing but float32's order differs."""
+@pytest.mark.parametrize(
+    'name',
+    ['compressed_fp8_dynamic', 'compressed_fp8_block', 'compressed_fp8_kv', 'modelopt_fp8_kv', 'modelopt_kv_cast'],
+)
+def test_rounded_inputs_and_caches_are_those_of_the_library(name):
+    """The library's own quantizers round inputs, keys and values by the same rule, so that nothing but float32's order
+    differs."""
     golden = np.load(GOLDEN / name / 'golden.npz')
     found = logits_in_float32(jpt.load(GOLDEN / name), golden['tokens'])
     np.testing.assert_allclose(found, golden['logits_activations'], atol=2e-5)
     assert np.abs(golden['logits_activations'] - golden['logits']).max() > 0.1  # rounding does something
 
 
-def test_static_input_scales_are_those_of_the_library(monkeypatch):
-    """Keys and values are rounded in this golden too. Rounded here by the scales that the import leaves out, they give
-    its logits; the rest is what the import keeps."""
-    directory = GOLDEN / 'modelopt_fp8_kv'
-    golden, tensors = np.load(directory / 'golden.npz'), files_of(directory)
-    attend, calls = Attention._attend, []
-
-    def rounded(x, scale):
-        return low.to_e4m3(x / scale).astype(x.dtype) * scale
-
-    def with_rounded(self, q, k, v, *rest):
-        stem = f'model.layers.{len(calls)}.self_attn'
-        calls.append(stem)
-        k, v = rounded(k, tensors[f'{stem}.k_proj.k_scale']), rounded(v, tensors[f'{stem}.v_proj.v_scale'])
-        return attend(self, q, k, v, *rest)
-
-    def loop(body, carry, xs, **options):
-        outputs = []
-        for at in range(2):
-            carry, output = body(carry, jax.tree.map(lambda leaf, at=at: leaf[at], xs))
-            outputs.append(output)
-        return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)
-
-    monkeypatch.setattr(Attention, '_attend', with_rounded)
-    monkeypatch.setattr(jax.lax, 'scan', loop)  # so that layers can be told apart
-    found = logits_in_float32(jpt.load(directory, **KV), golden['tokens'])
-    assert len(calls) == 2
-    np.testing.assert_allclose(found, golden['logits_activations'], atol=2e-5)
-
-
 @pytest.mark.parametrize('name', LAYOUT_OF)
 def test_a_piece_of_a_part_is_that_piece_of_the_whole(name):
-    source, random = HuggingFaceSource(GOLDEN / name, **options(name)), np.random.default_rng(0)
+    source, random = HuggingFaceSource(GOLDEN / name), np.random.default_rng(0)
     for leaf in leaves_of(source):
         if leaf.part is None or not leaf.shape:
             continue
@@ -330,23 +294,6 @@ def test_a_layout_is_of_quantized_weights_in_a_hugging_face_directory(tmp_path):
         whole_model(WIDE).export(tmp_path / 'out', layout='fp8')
     with pytest.raises(ValueError, match='--layout=fp8 with --to=jpt: expected --to=hf'):
         convert(GOLDEN / 'transformers_fp8', tmp_path / 'out', 'jpt', layout='fp8')
-
-
-def without_kv_scales(files):
-    for key in [key for key in files if re.search(r'\.[kv]_scale$', key)]:
-        del files[key]
-
-
-def test_scales_of_keys_and_values_are_not_dropped_silently(tmp_path, caplog):
-    words = r'--ignore_kv_scales\):\n  model.layers.0.self_attn.k_proj.k_scale'
-    for dtype in (None, 'float32'):
-        with pytest.raises(ValueError, match=words):
-            jpt.load(GOLDEN / 'modelopt_fp8_kv', dtype=dtype)
-    jpt.load(GOLDEN / 'modelopt_fp8_kv', **KV)
-    assert 'read without 4 scales of keys and values' in caplog.text
-    silent = changed('modelopt_fp8_kv', tmp_path, without_kv_scales)
-    with pytest.raises(ValueError, match='quantization_config, without scales'):
-        jpt.load(silent)
 
 
 def test_older_directories_say_it_in_one_file_alone(tmp_path):

@@ -5,12 +5,15 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor, compress_module
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import (
+    QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
+    apply_quantization_config,
     initialize_module_for_quantization,
     preset_name_to_scheme,
 )
 from compressed_tensors.quantization.lifecycle.forward import dequantize
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.calibration import (
@@ -21,7 +24,20 @@ from llmcompressor.modifiers.quantization.calibration import (
 )
 from make_models import logits_of
 from quantized_cases import Tensors, bits_of, weights
-from quantized_models import LLAMA, QWEN3, float32_model, fresh, loaded_source, stored_tensors, tokens_of, write_golden
+from quantized_models import (
+    LLAMA,
+    QWEN3,
+    T,
+    float32_model,
+    fresh,
+    loaded_source,
+    stored_tensors,
+    tokens_of,
+    write_golden,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 from variant import Variant
 
 RENAMED = {
@@ -75,13 +91,17 @@ CHECKPOINTS = {
     'compressed_nvfp4a16': (LLAMA, 'NVFP4A16'),
     'compressed_fp8_block': (QWEN3, 'FP8_BLOCK'),
     'compressed_w4a16': (QWEN3, 'W4A16'),
+    'compressed_fp8_kv': (LLAMA, 'FP8_DYNAMIC'),
 }
+KV = {'num_bits': 8, 'type': 'float', 'strategy': 'tensor', 'dynamic': False, 'symmetric': True}
 
 
 def dequantized(tensors: Tensors, scheme: QuantizationScheme) -> Tensors:
     """The float32 weights that the stored tensors mean, by the library's own functions, from scales in float32."""
     out: Tensors = {}
     for layer in {name.rpartition('.')[0] for name in tensors}:
+        if layer.endswith('.self_attn'):  # k_scale and v_scale
+            continue
         local = {kind: tensors[f'{layer}.{kind}'] for kind in KINDS if f'{layer}.{kind}' in tensors}
         if 'weight_scale' not in local:
             out |= {f'{layer}.{kind}': tensor.float() for kind, tensor in local.items()}
@@ -104,25 +124,56 @@ def dequantized_weight(local: Tensors, scheme: QuantizationScheme) -> torch.Tens
     return dequantize(codes, scale, args=scheme.weights, dtype=torch.float32, global_scale=global_scale)
 
 
-def logits_with_activations(variant: Variant, weights: Tensors, scheme: QuantizationScheme) -> np.ndarray:
-    """Of the float32 model with the library's own dynamic quantization of every input that the scheme asks for."""
+def logits_with_activations(
+    variant: Variant, weights: Tensors, scheme: QuantizationScheme, cache: Tensors
+) -> np.ndarray:
+    """Of the float32 model with the library's own dynamic quantization of every input that the scheme asks for.
+
+    `cache` has the scales of keys and values, where these are quantized too.
+    """
     model = float32_model(variant, weights)
     inputs_only = QuantizationScheme(targets=['Linear'], input_activations=scheme.input_activations)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != 'lm_head':
             initialize_module_for_quantization(module, inputs_only)
             module.quantization_status = QuantizationStatus.FROZEN
+    if cache:
+        apply_quantization_config(
+            model, QuantizationConfig(config_groups={}, kv_cache_scheme=KV, quantization_status='frozen')
+        )
+        missing, unexpected = model.load_state_dict(
+            {name: scale.float() for name, scale in cache.items()}, strict=False
+        )
+        assert not unexpected, unexpected
     return logits_of(model, tokens_of(variant))
 
 
 def checkpoints() -> None:
     for name, (variant, preset) in CHECKPOINTS.items():
         model, directory = loaded_source(variant), fresh(name)
-        oneshot(model=model, recipe=QuantizationModifier(targets='Linear', scheme=preset, ignore=['lm_head']))
+        given = {'targets': 'Linear', 'scheme': preset, 'ignore': ['lm_head']}
+        more: dict[str, np.ndarray] = {}
+        if name.endswith('kv'):
+            more['calibration'] = tokens_of(variant, rows=4, seed=' calibration').astype(np.int32)
+            rows = {'input_ids': more['calibration'].tolist(), 'attention_mask': np.ones((4, T), int).tolist()}
+            modifier = QuantizationModifier(**given, kv_cache_scheme=KV)
+            # A tokenizer is asked for, though the rows are numbers.
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({'?': 0}, unk_token='?')))
+            oneshot(
+                model=model,
+                dataset=Dataset.from_dict(rows),
+                num_calibration_samples=4,
+                recipe=modifier,
+                processor=tokenizer,
+                pipeline='basic',
+            )
+        else:
+            oneshot(model=model, recipe=QuantizationModifier(**given))
         scheme = model.model.layers[0].self_attn.q_proj.quantization_scheme
         model.save_pretrained(directory, save_compressed=True)
-        weights = dequantized(stored_tensors(directory), scheme)
-        more = {}
+        stored = stored_tensors(directory)
+        weights = dequantized(stored, scheme)
+        cache = {key: scale for key, scale in stored.items() if key.endswith(('.k_scale', '.v_scale'))}
         if scheme.input_activations is not None:
-            more['logits_activations'] = logits_with_activations(variant, weights, scheme)
+            more['logits_activations'] = logits_with_activations(variant, weights, scheme, cache)
         write_golden(directory, variant, weights, **more)

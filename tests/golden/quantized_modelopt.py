@@ -57,9 +57,18 @@ def weight_arrays() -> dict[str, np.ndarray]:
     return arrays
 
 
+# What the recipes that end in kv_fp8_cast say of keys and values, here of nothing else.
+KV_CAST = {
+    'quant_cfg': [
+        {'quantizer_name': '*', 'enable': False},
+        {'quantizer_name': '*[kv]_bmm_quantizer', 'cfg': {'num_bits': (4, 3), 'use_constant_amax': True}},
+    ],
+    'algorithm': 'max',
+}
 FP8_KV = {'quant_cfg': mtq.FP8_DEFAULT_CFG['quant_cfg'] + mtq.FP8_KV_CFG['quant_cfg'], 'algorithm': 'max'}
 CHECKPOINTS: dict[str, tuple[Variant, dict[str, Any]]] = {
     'modelopt_fp8_kv': (LLAMA, FP8_KV),
+    'modelopt_kv_cast': (LLAMA, KV_CAST),
     'modelopt_nvfp4': (LLAMA, mtq.NVFP4_DEFAULT_CFG),
     'modelopt_fp8_block': (QWEN3, mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG),
     'modelopt_int4_awq': (QWEN3, mtq.INT4_AWQ_CFG),
@@ -116,6 +125,6 @@ def checkpoints() -> None:
         export_hf_checkpoint(model, export_dir=directory)
         more = {'calibration': calibration.astype(np.int32)}
         weights = dequantized(stored_tensors(directory))
-        if name == 'modelopt_fp8_kv':
+        if 'kv' in name:
             more['logits_activations'] = logits_with_activations(calibrated, weights, variant)
         write_golden(directory, variant, weights, **more)

@@ -16,7 +16,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jpt.checkpoint.layouts.stored import FLOATS, CacheLayout, Kept, Matrix, Reshaped, Said, Scheme, Stored, Words, Written
+from jpt.checkpoint.layouts.stored import (
+    FLOATS,
+    CacheLayout,
+    Kept,
+    Matrix,
+    Reshaped,
+    Said,
+    Scheme,
+    Stored,
+    Words,
+    Written,
+)
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.models.cache import CACHE_SCALES
 from jpt.quant.formats import Element, Format, Inputs, Scale

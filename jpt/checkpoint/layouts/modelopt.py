@@ -138,8 +138,8 @@ class ModelOpt:
         inner: dict[str, Any] = {'quant_algo': MIXED, 'kv_cache_quant_algo': 'FP8' if cache else None}
         config: dict[str, Any] = {'kv_cache_scheme': _CACHE} if cache else {}
         ignored: list[str] = []
-        if not different:
-            inner['quant_algo'] = None
+        if not different:  # the cache alone
+            inner |= {'quant_algo': None, 'quantized_layers': {}}
         elif len(different) > 1:
             inner['quantized_layers'] = config['quantized_layers'] = layers
             config['config_groups'] = {
@@ -151,7 +151,9 @@ class ModelOpt:
             inner |= different[0] | {'exclude_modules': ignored}
             if inner['quant_algo'] in _GROUPED:
                 config['config_groups'] = {'group_0': _group(different[0]) | {'targets': ['Linear']}}
-        config |= {'ignore': ignored, 'quant_algo': inner['quant_algo'], 'producer': PRODUCER}
+        config |= {'ignore': ignored, 'producer': PRODUCER}
+        if different:
+            config['quant_algo'] = inner['quant_algo']
         files = {QUANT_FILE: {'producer': PRODUCER, 'quantization': inner}}
         return Written(config | {'quant_method': self.method}, files)
 
