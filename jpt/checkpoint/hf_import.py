@@ -186,9 +186,7 @@ class HuggingFaceSource:
     def _check_uniform(self) -> None:
         lines = []
         for leaf in leaves_of(self):
-            if (
-                leaf.part is not None or leaf.cache_scale
-            ):  # exact in the dtype that it has in memory
+            if leaf.part is not None or leaf.cache_scale:  # exact in the dtype that it has in memory
                 continue
             dtypes = {source.name: self._spec(source).dtype for source in leaf.sources}
             if len(set(dtypes.values())) > 1:

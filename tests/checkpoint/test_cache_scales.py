@@ -73,7 +73,7 @@ def test_scales_come_back_from_every_layout_and_checkpoint(name, tmp_path):
 
 
 def test_names_shapes_and_dtypes_are_those_that_the_libraries_write(tmp_path):
-    """As in the golden files; there all are in one dtype, here one is where bfloat16 holds it and one where it does not."""
+    """Those of the golden files; and where the weights' dtype holds a scale, and where it does not."""
     model = with_scales(whole_model(LLAMA))
     scales = model.params['layers'][0][0]['attn']
     scales['k_scale'] = scales['k_scale'].at[:].set(0.015625)

@@ -141,10 +141,8 @@ def logits_with_activations(
         apply_quantization_config(
             model, QuantizationConfig(config_groups={}, kv_cache_scheme=KV, quantization_status='frozen')
         )
-        missing, unexpected = model.load_state_dict(
-            {name: scale.float() for name, scale in cache.items()}, strict=False
-        )
-        assert not unexpected, unexpected
+        found = model.load_state_dict({name: scale.float() for name, scale in cache.items()}, strict=False)
+        assert not found.unexpected_keys, found.unexpected_keys
     return logits_of(model, tokens_of(variant))
 
 
@@ -166,6 +164,7 @@ def checkpoints() -> None:
                 recipe=modifier,
                 processor=tokenizer,
                 pipeline='basic',
+                shuffle_calibration_samples=False,
             )
         else:
             oneshot(model=model, recipe=QuantizationModifier(**given))
