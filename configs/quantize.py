@@ -3,7 +3,8 @@
     python -m jpt.quantize --config=configs/quantize.py:MODEL,RECIPE --output=out/small
 
 MODEL is a Hugging Face directory, a jpt checkpoint or 'quickstart'; RECIPE a name of jpt/quantization/named.py (as
-int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default. Some weights otherwise:
+int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default. MODEL,RECIPE,fp8_kv keeps keys and
+values in eight bits too, MODEL,fp8_kv nothing else (fp8_kv_cast: without scales). Some weights otherwise:
 --config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the last pair that covers a weight
 holds, and 'none' leaves weights as they are. Scales otherwise: --config.calibration.weights=mse and its like, see
 jpt/quantization/settings.py. Text of yours: --config.text.calibration=train.jsonl
@@ -15,16 +16,21 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
-from jpt.quant.recipes import EVERYTHING
+from jpt.quant.recipes import EVERYTHING, KEEP
 from jpt.quantization.named import named
-from jpt.quantization.settings import QuantizeConfig
+from jpt.quantization.settings import CACHES, KVCache, QuantizeConfig
 
 
 def get_config(options: str = 'quickstart') -> ConfigDict:
-    """Settings, from 'MODEL' or 'MODEL,RECIPE'."""
-    model, _, name = options.partition(',')
-    given = named(name or 'fp8_block')
-    calibration = dataclasses.asdict(given.calibration)
-    return config_dict(
-        QuantizeConfig, {'model': model, 'recipe': ((EVERYTHING, given.format),), 'calibration': calibration}
-    )
+    """Settings, from 'MODEL' and, with commas between, a recipe and a name of the cache's."""
+    model, *names = options.split(',')
+    cache: KVCache = 'as_it_is'
+    if names and names[-1] in CACHES:
+        cache = CACHES[names.pop()]
+    if len(names) > 1:
+        raise ValueError(f'{options!r}: expected MODEL,RECIPE or MODEL,RECIPE,CACHE with one of {", ".join(CACHES)}')
+    given = named(names[0] if names and names[0] else 'fp8_block')
+    settings = {'model': model, 'recipe': ((EVERYTHING, given.format),), 'kv_cache': cache}
+    if cache != 'as_it_is' and not names:
+        settings['recipe'] = ((EVERYTHING, KEEP),)
+    return config_dict(QuantizeConfig, settings | {'calibration': dataclasses.asdict(given.calibration)})

@@ -5,6 +5,7 @@ through held-out text for perplexity and divergence. The result is a jpt checkpo
 (config.to), with quantize.json and quantize.png beside the weights. See docs/quantize.md.
 """
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -23,9 +24,8 @@ from jpt.evaluation.text import Text, batches_from
 from jpt.model import Model
 from jpt.models.names import get, leaves
 from jpt.quant.packing import Packing
-from jpt.quant.recipes import chosen
 from jpt.quantization import report
-from jpt.quantization.run import Quantized, quantize_model
+from jpt.quantization.run import Quantized, formats_of, quantize_model
 from jpt.quantization.settings import QuantizeConfig
 
 
@@ -48,7 +48,13 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
     calibration, held_out = batches_from(model, windows)
     made = quantize_model(
-        model, config.choices(), calibration, held_out, config.calibration, lambda line: console.print(line)
+        model,
+        config.choices(),
+        calibration,
+        held_out,
+        config.calibration,
+        lambda line: console.print(line),
+        config.kv_cache,
     )
     report.show(made, console)
     save = made.model.export if config.to == 'hf' else made.model.save
@@ -63,15 +69,16 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
 
 def _check_export(model: Model, config: QuantizeConfig) -> None:
     """Raises ValueError where no Hugging Face directory could hold what is asked for, before anything is measured."""
-    formats, moved = chosen(model.params, config.choices()), config.calibration.factors
+    formats, moved = formats_of(model, config.choices(), config.kv_cache), config.calibration.factors
     packings = {}
     for leaf in leaves(model.config):
         form = formats.get(name_of(leaf.path))
         if form is not None:
             factor = moved == 'awq' or (moved == 'smoothquant' and form.inputs != 'as_they_are')
             packings[leaf.path] = Packing(form, str(get(model.params, leaf.path).dtype), form.takes_input_scale, factor)
+    cfg = model.config if config.kv_cache == 'as_it_is' else dataclasses.replace(model.config, kv_cache='fp8')
     try:
-        check_held(Described(model.config, packings))
+        check_held(Described(cfg, packings))
     except ValueError as error:
         raise ValueError(f"config.to='hf': expected 'jpt', or other formats:\n{error}") from error
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jpt.quantization.kv_cache import CacheReport
 from jpt.quantization.run import LayerReport, ModelReport, Quantized
 
 JSON_FILE, PLOT_FILE = 'quantize.json', 'quantize.png'
@@ -24,6 +25,30 @@ def show(made: Quantized, console: Console) -> None:
         cells = f'{row.bytes / 1e6:.2f}', f'{row.perplexity:.3f}', f'{row.loss:.4f}', f'{row.kl:.5f}'
         table.add_row(row.name, *cells, f'{100 * row.agreement:.2f} %')
     console.print(table)
+    if made.cache is not None:
+        _show_cache(made.cache, console)
+    if made.layers:
+        _show_layers(made, console)
+    console.print(f'not quantized: {", ".join(made.kept)}')
+    for layer, experts in made.unseen.items():
+        console.print(
+            f'layer {layer}: no token of calibration went to experts {", ".join(map(str, experts))}: they are '
+            f'calibrated by their weights alone'
+        )
+
+
+def _show_cache(cache: CacheReport, console: Console) -> None:
+    before, after = cache.bytes
+    console.print(
+        f'keys and values: {cache.format}, {before} bytes per token -> {after}; the largest of {len(cache.tensors)}'
+    )
+    table = Table('layer', 'kept', 'amax', 'scale', 'clipped', box=box.MARKDOWN)
+    for one in cache.tensors[:WORST]:
+        table.add_row(str(one.layer), one.name, f'{one.amax:.4g}', f'{one.scale:.4g}', 'yes' if one.beyond else 'no')
+    console.print(table)
+
+
+def _show_layers(made: Quantized, console: Console) -> None:
     console.print(
         f'the {min(WORST, len(made.layers))} worst of {len(made.layers)} weights, by the output of their layer'
     )
@@ -33,12 +58,6 @@ def show(made: Quantized, console: Console) -> None:
         values = f'{100 * one.error:.2f} %', snr, f'{100 * one.clipped:.3f} %', f'{one.amax:.4g}'
         table.add_row(str(one.layer), short(one.path), one.format.element, *values)
     console.print(table)
-    console.print(f'not quantized: {", ".join(made.kept)}')
-    for layer, experts in made.unseen.items():
-        console.print(
-            f'layer {layer}: no token of calibration went to experts {", ".join(map(str, experts))}: they are '
-            f'calibrated by their weights alone'
-        )
 
 
 def to_json(made: Quantized) -> dict[str, Any]:
@@ -50,7 +69,14 @@ def to_json(made: Quantized) -> dict[str, Any]:
         'calibration': dataclasses.asdict(made.how),
         'layers': [_row(row) for row in made.layers],
         'not_quantized': made.kept,
+        'kv_cache': None if made.cache is None else _cache_row(made.cache),
     }
+
+
+def _cache_row(cache: CacheReport) -> dict[str, Any]:
+    before, after = cache.bytes
+    tensors = [one._asdict() | {'clipped': one.beyond} for one in cache.tensors]
+    return {'format': cache.format, 'bytes_per_token': {'original': before, 'quantized': after}, 'tensors': tensors}
 
 
 def _row(row: LayerReport) -> dict[str, Any]:
@@ -80,11 +106,12 @@ def plot(layers: Sequence[LayerReport], models: Sequence[ModelReport], path: Pat
     original, quantized = models
     above.set_title(f'perplexity {original.perplexity:.3f} -> {quantized.perplexity:.3f}, KL {quantized.kl:.5f}')
     above.set_ylabel('relative error of the weight, %')
-    above.set_ylim(0, 130 * max(row.error for row in layers))
+    above.set_ylim(0, 130 * max((row.error for row in layers), default=1))
     below.set_ylabel("output's signal over noise, dB")
     below.set_xlabel('layer')
     below.xaxis.get_major_locator().set_params(integer=True)
-    above.legend(ncols=4, fontsize='small')
+    if layers:
+        above.legend(ncols=4, fontsize='small')
     figure.savefig(path, dpi=120)
 
 

@@ -19,10 +19,12 @@ from jpt.models.config import ModelConfig
 from jpt.quant.formats import Format
 from jpt.quant.paths import paths
 from jpt.quant.recipes import Recipe, chosen, left_out
+from jpt.quant.statistics import CACHE
 from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
 from jpt.quantization.calibrated import calibrated_params
 from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts, weights_of
-from jpt.quantization.settings import CalibrationConfig
+from jpt.quantization.kv_cache import CacheReport, with_cache
+from jpt.quantization.settings import CalibrationConfig, KVCache
 
 Say = Callable[[str], Any]
 
@@ -64,6 +66,7 @@ class Quantized(NamedTuple):
     tokens: int  # of calibration
     how: CalibrationConfig
     unseen: dict[int, list[int]]  # experts, by the number of their layer, that no token of calibration went to
+    cache: CacheReport | None = None  # of keys and values, where they were quantized
 
 
 def quantize_model(
@@ -73,6 +76,7 @@ def quantize_model(
     held_out: Sequence[Batch],
     how: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
     say: Say = lambda line: None,
+    kv_cache: KVCache = 'as_it_is',
 ) -> Quantized:
     """Quantizes a model by a recipe and measures it.
 
@@ -83,25 +87,39 @@ def quantize_model(
         held_out: batches for loss and divergence.
         how: scales are chosen.
         say: gets a line of progress at a time.
+        kv_cache: of the model that is made.
 
     Raises:
         ValueError: a recipe that does not fit the model, or percentiles of the inputs of experts.
     """
-    formats = chosen(model.params, recipe)
+    formats = formats_of(model, recipe, kv_cache)
     _check_experts(formats, how)
     _check_finite(model, formats)
     if how.factors == 'smoothquant' and all(form.inputs == 'as_they_are' for form in formats.values()):
         raise ValueError("calibration.factors='smoothquant': no format of the recipe rounds inputs: expected 'awq'")
     cfg, compute = model.config, model.compute
-    params = calibrated_params(model, formats, calibration, how, say)
+    params = calibrated_params(model, formats, calibration, how, say) if formats else model.params
     say(f'quantized {len(formats)} of {len(formats) + len(left_out(model.params, formats))} matrices; comparing layers')
-    compared = calibrate(cfg, model.params, calibration, (), compute, compared=params)
-    made = dataclasses.replace(model, params=params)
+    watched = () if kv_cache == 'as_it_is' else (CACHE,)
+    compared = calibrate(cfg, model.params, calibration, watched, compute, compared=params if formats else None)
+    made, cache = dataclasses.replace(model, params=params), None
+    if kv_cache != 'as_it_is':
+        made, cache = with_cache(made, kv_cache, compared)
     say(f'measuring on {int(sum(batch.loss_mask.sum() for batch in held_out)):,} held-out tokens')
     reports = tuple(measured(name, one, model, held_out) for name, one in (('original', model), ('quantized', made)))
     layers = layer_reports(model, params, formats, compared)
     both, kept, tokens = (reports[0], reports[1]), left_out(model.params, formats), real_tokens(calibration)
-    return Quantized(made, layers, both, kept, tokens, how, _unseen(cfg, formats, compared))
+    return Quantized(made, layers, both, kept, tokens, how, _unseen(cfg, formats, compared), cache)
+
+
+def formats_of(model: Model, recipe: Recipe, kv_cache: KVCache) -> dict[str, Format]:
+    """The format of every weight that is quantized; none at all where the cache alone is.
+
+    Raises:
+        ValueError: a recipe that does not fit the model.
+    """
+    alone = kv_cache != 'as_it_is' and all(choice.format is None for choice in recipe)
+    return {} if alone else chosen(model.params, recipe)
 
 
 def _unseen(cfg: ModelConfig, formats: Mapping[str, Format], statistics: Calibration) -> dict[int, list[int]]:

@@ -6,6 +6,10 @@ from typing import Literal
 from jpt.config import ConfigError, require
 from jpt.quant.recipes import EVERYTHING, KEEP, Recipe, recipe_of
 
+# 'fp8': E4M3 with a scale that takes the largest |x| of a layer to 448; 'fp8_cast': with 1, as ModelOpt's fp8_cast.
+KVCache = Literal['as_it_is', 'fp8', 'fp8_cast']
+CACHES: dict[str, KVCache] = {'fp8_kv': 'fp8', 'fp8_kv_cast': 'fp8_cast'}  # as configs/quantize.py calls them
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -53,6 +57,8 @@ class QuantizeConfig:
     # that covers a weight holds for it.
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'fp8_block'),)
     calibration: CalibrationConfig = CalibrationConfig()
+    # Of keys and values; where they are quantized, a recipe may leave all weights as they are.
+    kv_cache: KVCache = 'as_it_is'
     to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
     text: TextConfig = TextConfig()
 
