@@ -36,6 +36,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     'attn/out/bias': ('width',),
     'attn/q_norm/scale': (None,),
     'attn/k_norm/scale': (None,),
+    'attn/k_scale': (),
+    'attn/v_scale': (),
     'mlp/up/kernel': ('mlp', 'width'),
     'mlp/gate/kernel': ('mlp', 'width'),
     'mlp/down/kernel': ('width', 'mlp'),

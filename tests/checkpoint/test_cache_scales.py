@@ -10,7 +10,13 @@ from quantized_models import EXPERTS, GOLDEN, LLAMA, assert_same, changed, files
 
 import jpt
 from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.selected import SelectedLayers
+from jpt.checkpoint.sliced import Kept, SlicedSource
+from jpt.checkpoint.source import load_tree
+from jpt.checkpoint.tree import named_leaves
 from jpt.convert import convert
+from jpt.models.families import config_from_hf
+from jpt.models.names import leaves
 from jpt.quant.formats import FORMATS
 
 K, V = 'model.layers.0.self_attn.k_proj.k_scale', 'model.layers.0.self_attn.v_proj.v_scale'
@@ -66,10 +72,13 @@ def test_scales_come_back_from_every_layout_and_checkpoint(name, tmp_path):
     with pytest.raises(ValueError, match="layout 'fp8': has no place for scales of keys and values"):
         model.export(tmp_path / 'fp8', layout='fp8')
     wide = jpt.load(tmp_path / 'modelopt', dtype='float32')
-    attention = wide.params['layers'][0][0]['attn']
-    assert attention['k_scale'].dtype == 'float32'
     assert wide.config.kv_cache == 'fp8'
-    np.testing.assert_array_equal(attention['k_scale'], model.params['layers'][0][0]['attn']['k_scale'])
+    ends = 'attn/k_scale', 'attn/v_scale'
+    wanted = {path: leaf for path, leaf in named_leaves(model.params).items() if path.endswith(ends)}
+    assert wanted
+    for path, leaf in wanted.items():
+        assert named_leaves(wide.params)[path].dtype == 'float32'
+        np.testing.assert_array_equal(named_leaves(wide.params)[path], leaf)
 
 
 def test_names_shapes_and_dtypes_are_those_that_the_libraries_write(tmp_path):
@@ -97,6 +106,28 @@ def test_scales_of_1_are_as_modelopt_has_them(tmp_path):
     convert(tmp_path / 'c', tmp_path / 'm', 'hf', layout='modelopt')
     assert not any('_scale' in name for name in files_of(tmp_path / 'm'))
     assert jpt.load(tmp_path / 'm').config.kv_cache == 'fp8'
+
+
+def test_layers_of_a_hybrid_have_scales_where_they_attend():
+    config = json.loads((GOLDEN.parent / 'models' / 'nemotron_h' / 'config.json').read_text())
+    cfg = dataclasses.replace(config_from_hf(config), kv_cache='fp8')
+    attends = [at for at, kind in enumerate(cfg.layer_kinds()) if kind.mixer == 'attention']
+    found = {source.name for leaf in leaves(cfg) for source in leaf.sources if source.name.endswith('.k_scale')}
+    assert found == {f'backbone.layers.{layer}.mixer.k_scale' for layer in attends}
+    assert 0 < len(attends) < cfg.num_layers
+
+
+def test_a_smaller_model_has_the_scales_of_what_stays(tmp_path):
+    model = with_scales(whole_model(LLAMA | {'num_key_value_heads': 2}))
+    model.save(tmp_path / 'whole')
+    convert(tmp_path / 'whole', tmp_path / 'last', 'hf', layers=(1,))
+    scales = model.params['layers'][0][0]['attn']
+    found = jpt.load(tmp_path / 'last').params['layers'][0][0]['attn']
+    source = open_model(tmp_path / 'whole').source
+    sliced = SlicedSource(SelectedLayers(source, (0, 1)), Kept(heads=((1,), (0,)), kv_heads=((1,), (0,))))
+    for name in ('k_scale', 'v_scale'):
+        np.testing.assert_array_equal(found[name], scales[name][1:])
+        np.testing.assert_array_equal(load_tree(sliced)['layers'][0][0]['attn'][name], scales[name])
 
 
 def test_without_them_on_request(tmp_path):
