@@ -307,6 +307,8 @@ def _first(source: LeafSource | Described, names: list[str]) -> str:
     """The layout that an export has where none is asked for."""
     mx = any(packing.form.is_mx for packing in source.quantized.values())
     order = sorted(names, key=lambda name: name == 'fp8') if mx else names
+    if not source.quantized:  # a cache alone: vLLM refuses ModelOpt's config without a quant_algo
+        order = names[::-1]
     return order[0] if order else ''
 
 

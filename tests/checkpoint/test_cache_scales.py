@@ -105,6 +105,12 @@ def test_scales_of_1_are_as_modelopt_has_them(tmp_path):
     assert files_of(tmp_path / 'c')['model.layers.1.self_attn.v_scale'] == np.ones(1)
     convert(tmp_path / 'c', tmp_path / 'm', 'hf', layout='modelopt')
     assert not any('_scale' in name for name in files_of(tmp_path / 'm'))
+    said = json.loads((tmp_path / 'm' / 'hf_quant_config.json').read_text())['quantization']
+    assert said == {'quant_algo': None, 'kv_cache_quant_algo': 'FP8', 'quantized_layers': {}}
+    model.export(tmp_path / 'default')
+    said = json.loads((tmp_path / 'default' / 'config.json').read_text())['quantization_config']
+    assert said['quant_method'] == 'compressed-tensors'
+    assert said['config_groups'] == {}
     assert jpt.load(tmp_path / 'm').config.kv_cache == 'fp8'
 
 

@@ -113,7 +113,7 @@ class CompressedTensors:
         labels = {scheme.label for scheme in modules}
         config = {
             'config_groups': groups,
-            'format': labels.pop() if len(labels) == 1 else 'mixed-precision',
+            'format': labels.pop() if len(labels) == 1 else 'mixed-precision' if labels else 'dense',
             'global_compression_ratio': None,
             'ignore': list(kept.linear),
             'kv_cache_scheme': _CACHE_ARGS if cache else None,
