@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,11 +22,14 @@ from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
 from jpt.checkpoint.source import Index, leaves_of, load_tree, whole
 from jpt.checkpoint.tree import listing
+from jpt.models.cache import CACHE_SCALES
 from jpt.models.config import ModelConfig
 from jpt.models.families import FAMILIES, config_from_hf
 from jpt.models.families.multimodal import OTHER_PARTS, TEXT_NAMES, text_part
 from jpt.models.names import Leaf, Source, TreePath
 from jpt.quant.packing import Packing
+
+SCALES = tuple(f'.{name}' for name in CACHE_SCALES)
 
 
 def is_hf_directory(path: str | os.PathLike[str]) -> bool:
@@ -65,6 +69,7 @@ class HuggingFaceSource:
             must then agree, since they are stacked. Matrices in MXFP4 (see mxfp4.py) count as bfloat16, which holds
             them exactly.
         mtp: read modules that predict further tokens; else their tensors are set aside, whatever they hold.
+        ignore_kv_scales: keys and values are as computed, whatever is said of a cache; scales of one are set aside.
 
     Raises:
         FileNotFoundError: no config or no safetensors (pickled weights are refused by name).
@@ -78,9 +83,10 @@ class HuggingFaceSource:
         dtype: DTypeLike | None = None,
         *,
         mtp: bool = True,
+        ignore_kv_scales: bool = False,
     ) -> None:
         self.directory = Path(path)
-        self._target = cast_target(dtype)
+        self._target, self._ignore_kv_scales = cast_target(dtype), ignore_kv_scales
         try:
             config, of_many = text_part(read_config(self.directory))
             self.cfg = config_from_hf(_unquantized(config))
@@ -116,9 +122,11 @@ class HuggingFaceSource:
                 promised,
             )
         found = {name: specs[where] for name, where in stored.items()}
+        if self._ignore_kv_scales:
+            found = {name: spec for name, spec in found.items() if not name.endswith(SCALES)}
         try:
             beside = read_config(self.directory, QUANT_FILE) if (self.directory / QUANT_FILE).is_file() else None
-            self.cfg, self._laid = read_laid(self.cfg, config, beside, found)
+            self.cfg, self._laid = read_laid(self.cfg, config, beside, found, self._ignore_kv_scales)
             self.quantized: Mapping[TreePath, Packing] = self._laid.packings
             wanted = expected(self.cfg, self._laid, found)
         except ValueError as error:
@@ -132,6 +140,17 @@ class HuggingFaceSource:
             has = self.reader.view(self._names[name])
             if not np.array_equal(has, values):
                 raise ValueError(f'{place}: {name} says {has.tolist()}, expected {values.tolist()}')
+
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        """Raises ValueError where a scale of keys or values is nothing to divide by."""
+        for leaf in self._laid.leaves(self.cfg):
+            for source in leaf.sources if leaf.cache_scale else ():
+                name = self._laid.source(leaf, source).name
+                scale = float(self.reader.view(self._names[name]).reshape(()))
+                if not 0 < scale < math.inf:
+                    raise ValueError(f'{self.directory}: {name} is {scale}: expected a positive number')
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype in which a leaf is given."""

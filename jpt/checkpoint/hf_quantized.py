@@ -31,6 +31,7 @@ from jpt.quant.packing import Packing
 # the second.
 LAYOUTS: dict[str, Layout] = {each.method: each for each in (Fp8(), ModelOpt(), CompressedTensors())}
 TOGETHER = (('q', 'k', 'v'), ('gate', 'up'))  # what servers hold as one matrix
+WITHOUT = 'the model is read without by ignore_kv_scales=True, --ignore_kv_scales'
 SHARED = 'a tensor of several weights, or a transposed one, cannot be quantized'
 
 
@@ -114,6 +115,7 @@ def read_laid(
     config: Mapping[str, Any],
     beside: Mapping[str, Any] | None,
     tensors: Mapping[str, TensorSpec],
+    ignore_kv_scales: bool,
 ) -> tuple[ModelConfig, Laid]:
     """The model with its cache, and how its quantized weights lie: from its configs and the tensors by their names of
     today.
@@ -122,6 +124,7 @@ def read_laid(
         cfg: the model.
         config, beside: config.json, and hf_quant_config.json or None.
         tensors: their specs.
+        ignore_kv_scales: keys and values are as computed, whatever is said.
 
     Raises:
         ValueError: a config that says what jpt does not read, a tensor in a dtype that does not go with it, or layers
@@ -131,9 +134,12 @@ def read_laid(
     if layout is None:
         return cfg, NOT_LAID
     said = layout.said(config.get('quantization_config') or {}, beside)
-    if said.cache:
+    cache: Mapping[str, Stored] = {}
+    if said.cache and not ignore_kv_scales:
+        if said.cache_fault is not None:
+            raise ValueError(f'{said.cache_fault}; {WITHOUT}')
         cfg = dataclasses.replace(cfg, kv_cache='fp8')
-    cache = _cache_tensors(cfg, layout, tensors)
+        cache = _cache_tensors(cfg, layout, tensors)
     dtype = str(config.get('dtype') or config.get('torch_dtype') or 'bfloat16')
     packings: dict[TreePath, Packing] = {}
     schemes: dict[TreePath, Scheme] = {}
@@ -154,8 +160,13 @@ def read_laid(
 def _cache_tensors(cfg: ModelConfig, layout: Layout, tensors: Mapping[str, TensorSpec]) -> Mapping[str, Stored]:
     """The tensors of the scales of keys and values, where there are any."""
     lies = layout.cache
-    if lies is None:
-        return {}
+    assert lies is not None
+    values = [name for name in tensors if name.endswith('.v_scale')]
+    if cfg.latent is not None and values:
+        raise ValueError(
+            f'scales of keys and of values that are made from latents, of which a cache keeps neither; {WITHOUT}:\n  '
+            f'{listing(values)}'
+        )
     found = False
     for leaf in leaves(cfg):
         for source in leaf.sources if leaf.cache_scale else ():

@@ -80,19 +80,15 @@ def open_model(
         assets = base.assets if open_tokenizer(directory) is None else directory
         return Opened(AdaptedSource(base.source, directory), assets, base.origin)
     if (directory / CONFIG_FILE).is_file() or is_hf_directory(directory):
-        read = _with_cache(HuggingFaceSource(directory, dtype, mtp=mtp), ignore_kv_scales)
+        read = HuggingFaceSource(directory, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
         return Opened(_in_dtype(read, None if codes else dtype), directory, directory)
     try:
         find_checkpoint(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{error}; and not a Hugging Face directory: it has no {CONFIG_FILE}') from error
     stored = StoredSource(directory, dtype)
-    found = _in_dtype(_with_cache(stored, ignore_kv_scales), None if codes else dtype)
+    found = _in_dtype(WithPlainCache(stored) if ignore_kv_scales else stored, None if codes else dtype)
     return Opened(found if mtp else WithoutMTP(found), stored.assets, stored.assets)
-
-
-def _with_cache(source: LeafSource, ignore_kv_scales: bool) -> LeafSource:
-    return WithPlainCache(source) if ignore_kv_scales and source.cfg.kv_cache != 'as_computed' else source
 
 
 def _in_dtype(source: LeafSource, dtype: DTypeLike | None) -> LeafSource:

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         observe_cache(self, k=k_BTKH, v=v_BTKH)
         scales = None
         if cfg.kv_cache == 'fp8':
-            k_scale, v_scale = scales = [self.param(name, nn.initializers.ones, ()) for name in CACHE_SCALES]
+            k_scale, v_scale = scales = tuple(self._scale(name) for name in CACHE_SCALES)
             turn = cache_rounded if cache is None else cache_codes
             k_BTKH, v_BTKH = turn(k_BTKH, k_scale), turn(v_BTKH, v_scale)
         q_BTNH = checkpoint_name(q_BTNH, 'query')
@@ -75,6 +75,9 @@ class Attention(nn.Module):
         out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
         return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache
 
+    def _scale(self, name: str) -> jax.Array:
+        return self.param(name, nn.initializers.ones, (), jnp.float32)
+
     def _attend(
         self,
         q_BTNH: jax.Array,
@@ -83,7 +86,7 @@ class Attention(nn.Module):
         sinks_N: jax.Array | None,
         where: Where,
         cache: LayerCache | None,
-        scales: list[jax.Array] | None,
+        scales: tuple[jax.Array, ...] | None,
     ) -> jax.Array:
         """Attention [B, T, N, H] of the tokens to themselves, or to all of a cache that holds them.
 

@@ -51,7 +51,7 @@ class LatentAttention(nn.Module):
         observe_cache(self, k=latents_BTC)
         scale = None
         if cfg.kv_cache == 'fp8':
-            scale = self.param(CACHE_SCALES[0], nn.initializers.ones, ())
+            scale = self.param(CACHE_SCALES[0], nn.initializers.ones, (), jnp.float32)
             latents_BTC = (cache_rounded if cache is None else cache_codes)(latents_BTC, scale)
         latents_BTC = checkpoint_name(latents_BTC, 'key')
         if cache is not None:

@@ -10,6 +10,7 @@ from quantized_models import EXPERTS, GOLDEN, LLAMA, assert_same, changed, files
 
 import jpt
 from jpt.checkpoint.opening import open_model
+from jpt.checkpoint.safetensors_writer import save_file
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.sliced import Kept, SlicedSource
 from jpt.checkpoint.source import load_tree
@@ -156,7 +157,9 @@ def test_without_them_on_request(tmp_path):
         ('modelopt_fp8_kv', lambda f: f.pop(V), None, f'{V}: missing'),
         ('modelopt_fp8_kv', lambda f: f.update({K: np.ones(2, np.float32)}), None, f'{K}.*2.*expected'),
         ('modelopt_fp8_kv', lambda f: f.update({K: np.ones((), np.int8)}), None, f'{K}: is int8, expected one of F32'),
-        ('modelopt_fp8_kv', None, {'kv_cache_scheme': {'num_bits': 4}}, 'kv_cache_scheme=.*num_bits.: 4.*or null'),
+        ('modelopt_fp8_kv', None, {'kv_cache_scheme': {'num_bits': 4}}, '_scheme=.*4}: expected .*8.* or null; the'),
+        ('modelopt_fp8_kv', lambda f: f.update({K: np.zeros((), 'f')}), None, f'{K} is 0.0: expected a positive'),
+        ('modelopt_fp8_kv', lambda f: f.update({V: np.float32('nan').reshape(())}), None, f'{V} is nan: expected a'),
         ('modelopt_fp8_kv', None, {'kv_cache_scheme': None}, 'say different things'),
         ('modelopt_nvfp4', lambda f: f.update({K: np.ones((), np.float32)}), None, f'{K}: unexpected'),
         ('compressed_fp8_kv', None, {'strategy': 'attn_head'}, "scheme.strategy='attn_head': expected 'tensor'"),
@@ -173,6 +176,25 @@ def test_what_does_not_fit_is_an_error(name, tensors, config, words, tmp_path):
     directory = changed(name, tmp_path, tensors or (lambda files: None), change if config else lambda said: None)
     with pytest.raises(ValueError, match=words):
         open_model(directory)
+
+
+def test_what_is_not_read_can_be_left_out(tmp_path):
+    """A cache in four bits; scales of the keys and values that are made from latents, as of any attention."""
+
+    def in_four_bits(said):
+        said['kv_cache_scheme' if 'kv_cache_scheme' in said else 'kv_cache_quant_algo'] = 'NVFP4'
+
+    directory = changed('modelopt_fp8_kv', tmp_path, config=in_four_bits, beside=in_four_bits)
+    with pytest.raises(ValueError, match=r"quant_algo='NVFP4': expected 'FP8' or null; .*--ignore_kv_scales"):
+        open_model(directory)
+    assert open_model(directory, ignore_kv_scales=True).source.cfg.kv_cache == 'as_computed'
+    model = with_scales(whole_model(LATENT))
+    model.export(tmp_path / 'latent', layout='modelopt')
+    files = files_of(tmp_path / 'latent')
+    save_file(tmp_path / 'latent' / 'model.safetensors', files | {V: np.ones((), 'f')})
+    with pytest.raises(ValueError, match=f'(?s)from latents.*--ignore_kv_scales:.*{V}'):
+        open_model(tmp_path / 'latent')
+    assert open_model(tmp_path / 'latent', ignore_kv_scales=True).source.cfg.kv_cache == 'as_computed'
 
 
 def test_a_model_without_a_cache_is_refused():

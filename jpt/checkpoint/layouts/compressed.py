@@ -68,8 +68,6 @@ class CompressedTensors:
             if given.get(name, allowed[0]) not in allowed:
                 raise ValueError(f'{PLACE}.{name}={given[name]!r}: expected {allowed[0]!r}')
         groups, cache = given.get('config_groups'), given.get('kv_cache_scheme')
-        if cache is not None:
-            _check_said(f'{PLACE}.kv_cache_scheme', _said_args(f'{PLACE}.kv_cache_scheme', cache), _CACHE_ARGS)
         if not isinstance(groups, Mapping) or not (groups or cache):
             raise ValueError(f'{PLACE}.config_groups={groups!r}: expected an object of groups')
         by_target: dict[str, Scheme] = {}
@@ -82,7 +80,7 @@ class CompressedTensors:
                 (scheme for target, scheme in by_target.items() if _covers(target, module)), by_target.get('Linear')
             )
 
-        return Said(scheme_of, cache=cache is not None)
+        return Said(scheme_of, cache is not None, _cache_fault(cache))
 
     def scheme(self, matrix: Matrix) -> Scheme:
         """How a matrix lies in this layout; ValueError with the reason where it has no place."""
@@ -124,6 +122,16 @@ class CompressedTensors:
             'version': VERSION,
         }
         return Written(config, {})
+
+
+def _cache_fault(given: Any) -> str | None:
+    """What is wrong with a cache that is not in E4M3 with a scale per tensor."""
+    place = f'{PLACE}.kv_cache_scheme'
+    try:
+        _check_said(place, None if given is None else _said_args(place, given), _CACHE_ARGS)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _covers(target: str, module: str) -> bool:

@@ -94,23 +94,26 @@ class ModelOpt:
     def said(self, given: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Said:
         """What the configs of a directory in this layout say of its weights; ValueError for what is not known."""
         inner: Mapping[str, Any] = {}
+        fault = None
         if beside is not None:
             inner = beside.get('quantization', {})
             if set(beside) - {'producer', 'quantization'} or not isinstance(inner, Mapping):
                 raise ValueError(f'{QUANT_FILE}: expected an object of producer and quantization')
             _check_fields(QUANT_FILE, inner, _FIELDS | _OF_A_LAYER)
             found = _layers(QUANT_FILE, inner)
-            cached = _cached(f'{QUANT_FILE}.kv_cache_quant_algo', inner.get('kv_cache_quant_algo'), 'FP8')
+            cached = inner.get('kv_cache_quant_algo')
+            fault = _cache_fault(f'{QUANT_FILE}.kv_cache_quant_algo', cached, 'FP8')
         if given:
             place = 'config.json: quantization_config'
             _check_fields(place, given, _IN_CONFIG | _OF_A_LAYER | {'quantized_layers'})
             other = _layers(place, _with_group(given, inner))
-            cache = _cached(f'{place}.kv_cache_scheme', given.get('kv_cache_scheme'), _CACHE)
-            if beside is not None and (other != found or cached != cache):
+            cache = given.get('kv_cache_scheme')
+            if beside is not None and (other != found or (cached is None) != (cache is None)):
                 raise ValueError(f'{QUANT_FILE} and {place} say different things')
             found, cached = other, cache
+            fault = fault or _cache_fault(f'{place}.kv_cache_scheme', cache, _CACHE)
         every, by_name = found
-        return Said(lambda module, tensors: by_name.get(module, every), cached)
+        return Said(lambda module, tensors: by_name.get(module, every), cached is not None, fault)
 
     def scheme(self, matrix: Matrix) -> Scheme:
         """How a matrix lies in this layout; ValueError with the reason where it has no place."""
@@ -161,11 +164,9 @@ class ModelOpt:
 _GROUPED = ('FP8', 'NVFP4', 'W4A16_NVFP4')  # the ones of which config.json has config_groups where all layers are so
 
 
-def _cached(place: str, given: Any, wanted: Any) -> bool:
-    """Whether keys and values are kept in E4M3; ValueError where they are kept otherwise."""
-    if given not in (None, wanted):
-        raise ValueError(f'{place}={given!r}: expected {wanted!r} or null')
-    return given is not None
+def _cache_fault(place: str, given: Any, wanted: Any) -> str | None:
+    """What is wrong with a cache that is not in E4M3."""
+    return None if given in (None, wanted) else f'{place}={given!r}: expected {wanted!r} or null'
 
 
 def _check_fields(place: str, given: Mapping[str, Any], known: set[str]) -> None:

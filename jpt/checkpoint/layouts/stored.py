@@ -231,10 +231,12 @@ class Said(NamedTuple):
     scheme_of: how a module's matrix lies if it is quantized, by the module's name and the tensors there are; None: it
         is not.
     cache: whether keys and values are kept in E4M3.
+    cache_fault: why they are kept in a way that jpt does not know, where they are.
     """
 
     scheme_of: Callable[[str, Mapping[str, TensorSpec]], Scheme | None]
     cache: bool
+    cache_fault: str | None = None
 
 
 class Written(NamedTuple):
