@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jpt.kernels.low_precision import E4M3_MAX
 from jpt.quantization.kv_cache import CacheReport
 from jpt.quantization.run import LayerReport, ModelReport, Quantized
 
@@ -88,7 +89,30 @@ def _row(row: LayerReport) -> dict[str, Any]:
 def write(made: Quantized, directory: Path) -> None:
     """The JSON file and the plot."""
     (directory / JSON_FILE).write_text(json.dumps(to_json(made), indent=1) + '\n', 'utf-8')
-    plot(made.layers, made.models, directory / PLOT_FILE)
+    if made.layers:
+        plot(made.layers, made.models, directory / PLOT_FILE)
+    elif made.cache is not None:
+        plot_cache(made.cache, made.models, directory / PLOT_FILE)
+
+
+def plot_cache(cache: CacheReport, models: Sequence[ModelReport], path: Path) -> None:
+    """The largest keys and values of every layer, and the largest that their scales hold."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout='constrained')
+    axes = figure.subplots()
+    for name in dict.fromkeys(sorted(one.name for one in cache.tensors)):
+        rows = sorted((one for one in cache.tensors if one.name == name), key=lambda one: one.layer)
+        numbers = [one.layer for one in rows]
+        axes.plot(numbers, [one.amax for one in rows], marker='o', markersize=3, label=f'{name}: largest seen')
+        axes.plot(numbers, [E4M3_MAX * one.scale for one in rows], linestyle=':', label=f'{name}: largest held')
+    original, quantized = models
+    axes.set_title(f'perplexity {original.perplexity:.3f} -> {quantized.perplexity:.3f}, KL {quantized.kl:.5f}')
+    axes.set_xlabel('layer')
+    axes.set_yscale('log')
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize='small')
+    figure.savefig(path, dpi=120)
 
 
 def plot(layers: Sequence[LayerReport], models: Sequence[ModelReport], path: Path) -> None:
@@ -106,12 +130,11 @@ def plot(layers: Sequence[LayerReport], models: Sequence[ModelReport], path: Pat
     original, quantized = models
     above.set_title(f'perplexity {original.perplexity:.3f} -> {quantized.perplexity:.3f}, KL {quantized.kl:.5f}')
     above.set_ylabel('relative error of the weight, %')
-    above.set_ylim(0, 130 * max((row.error for row in layers), default=1))
+    above.set_ylim(0, 130 * max(row.error for row in layers))
     below.set_ylabel("output's signal over noise, dB")
     below.set_xlabel('layer')
     below.xaxis.get_major_locator().set_params(integer=True)
-    if layers:
-        above.legend(ncols=4, fontsize='small')
+    above.legend(ncols=4, fontsize='small')
     figure.savefig(path, dpi=120)
 
 

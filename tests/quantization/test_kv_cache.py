@@ -38,7 +38,7 @@ def largest_kept(batch):
     return {'k': keys.max((1, 2, 3, 4)), 'v': values.max((1, 2, 3, 4))}
 
 
-def test_scales_take_the_largest_to_448():
+def test_scales_take_the_largest_to_448(tmp_path):
     batch = texts(ROWS)
     made = quantize_model(small_model(), NOTHING, [batch], [batch], kv_cache='fp8')
     found, wanted = made.model.params['layers'][0][0]['attn'], largest_kept(batch)
@@ -55,6 +55,8 @@ def test_scales_take_the_largest_to_448():
         assert row.amax == pytest.approx(wanted[row.name][row.layer], rel=1e-5)
         assert row.scale == np.float32(np.float64(np.float32(row.amax)) / 448)  # rounded once
         assert not row.beyond
+    report.write(made, tmp_path)
+    assert (tmp_path / report.PLOT_FILE).read_bytes().startswith(b'\x89PNG')
     original, rounded = made.models
     assert original.kl == pytest.approx(0, abs=1e-6)
     assert rounded.kl > 1e-6
