@@ -109,6 +109,7 @@ def plot_cache(cache: CacheReport, models: Sequence[ModelReport], path: Path) ->
     original, quantized = models
     axes.set_title(f'perplexity {original.perplexity:.3f} -> {quantized.perplexity:.3f}, KL {quantized.kl:.5f}')
     axes.set_xlabel('layer')
+    axes.set_ylabel('absolute value')
     axes.set_yscale('log')
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize='small')
