@@ -36,7 +36,8 @@ class Calibration(NamedTuple):
     tokens: how many there were.
     layers: as params['layers'], [segment][kind] and stacked on the repeats R. In the place of a linear layer's weights
         stands {'input': {statistic: [R, in]}}; beside them 'cosine' [R], of every layer between what enters and leaves,
-        and 'entering' [R, D], the square of each hidden dimension that enters over the mean of all.
+        and 'entering' [R, D], the square of each hidden dimension that enters over the mean of all. With the statistic
+        'cache', in the place of an attention layer, 'cache' {'k', 'v': {'largest': [R]}} of its keys and values.
     leaving: the same of what leaves the last layer, [D].
     """
 
