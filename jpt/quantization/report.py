@@ -98,6 +98,7 @@ def write(made: Quantized, directory: Path) -> None:
 def plot_cache(cache: CacheReport, models: Sequence[ModelReport], path: Path) -> None:
     """The largest keys and values of every layer, and the largest that their scales hold."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 4), layout='constrained')
     axes = figure.subplots()
@@ -111,7 +112,7 @@ def plot_cache(cache: CacheReport, models: Sequence[ModelReport], path: Path) ->
     axes.set_xlabel('layer')
     axes.set_ylabel('absolute value')
     axes.set_yscale('log')
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize='small')
     figure.savefig(path, dpi=120)
 
