@@ -59,10 +59,9 @@ def _shared_inputs(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, where: 
 
     A weight with a scale or factors for its inputs has its own. The array is still what gradients go through.
     """
-    if not isinstance(x, Deferred) or kernel.input_scale is not None or kernel.input_factor is not None:
-        return None
     form, own = kernel.format, inputs_format(kernel.format)
-    if form.inputs == 'as_they_are':
+    alike = form.inputs in ('block', 'token') and kernel.input_scale is None and kernel.input_factor is None
+    if not isinstance(x, Deferred) or not alike:
         return None
 
     def made() -> QTensor | None:

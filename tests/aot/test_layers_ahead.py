@@ -23,7 +23,7 @@ if not any(importlib.util.find_spec(name) for name in PLUGINS) and 'JPT_AOT' not
 LAYER = LayerKind(Rope(), None, 1024)
 MODEL = ModelConfig('llama', 512, 512, 8, 4, 128, (Segment((LAYER,), 2),), 256)
 B, T = 8, 256
-KERNEL = re.compile(r'custom_call_target="mosaic_gpu.*')
+KERNEL = re.compile(r'= (.*) custom-call\(.*custom_call_target="mosaic_gpu')
 
 
 def program(mesh, gradient):
@@ -47,10 +47,22 @@ def program(mesh, gradient):
         return jax.jit(step).trace(hidden, params['layers']).lower().compile()
 
 
+@pytest.mark.parametrize('gradient', [False, True], ids=('forward', 'gradient'))
 @pytest.mark.parametrize(
     'mesh', [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)], ids=('one device', 'eight devices')
 )
-def test_a_layer_rounds_four_inputs_and_has_seven_products(mesh):
-    text = program(mesh, False).as_text()
-    kernels = KERNEL.findall(text)
-    assert len(kernels) == 4 + 7  # norm, attention, norm, gated unit; q, k, v, out, gate, up, down
+def test_a_layer_rounds_four_inputs_and_has_seven_products(mesh, gradient):
+    """What enters q, k and v is one array of codes; on a mesh every kernel has the rows and columns of its shard."""
+    text = program(mesh, gradient).as_text()
+    rows, half = B * T // (mesh.data * mesh.fsdp), mesh.tensor
+    dtype = {1: 'bf16', 2: 'f32'}[half]  # parts of sums over shards are in float32
+    wanted = [f'f8e4m3fn[{rows},{width}]' for width in (512, 1024 // half, 512, 1024 // half)]  # normed, attention, ...
+    wanted += [f'bf16[{rows},{width // half}]' for width in (1024, 512, 512, 1024, 1024)]  # q, k, v, gate, up
+    wanted += 2 * [f'{dtype}[{rows},512]']  # out, down
+    found = [kernel.lstrip('(').split('{')[0] for kernel in KERNEL.findall(text)]
+    assert sorted(found) == sorted(wanted)
+    # Weights are gathered, activations are not: they have a shard's rows as they come in.
+    gathered = re.findall(r'= (.*) all-gather(?:-start)?\(', text)
+    shapes = {shape for types in gathered for shape in re.findall(r'\[([\d,]+)\]', types)}
+    assert bool(shapes) == (mesh.fsdp > 1)
+    assert not [shape for shape in shapes if str(T) in shape.split(',')[1:-1] or str(B * T) in shape.split(',')]
