@@ -8,6 +8,7 @@ What a shard rounds is what one device would: codes, scales and the numbers they
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,11 +57,7 @@ class Lies(NamedTuple):
 
     def rows(self, shape: Sequence[int]) -> int:
         """How many rows a shard has of x of this shape."""
-        ways = auto_size([name for entry in self.lead for name in entry or ()])
-        count = 1
-        for size in shape[:-1]:
-            count *= size
-        return count // ways
+        return math.prod(shape[:-1]) // auto_size([name for entry in self.lead for name in entry or ()])
 
 
 def whole(ndim: int) -> Lies:

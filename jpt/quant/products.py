@@ -114,7 +114,8 @@ def _forward(
         rounded = round_inputs(x, weight.format, _per_row(weight.input_scale, sizes_E, x), where)
     where = where if _has_kernels(weight, where) else None
     if rounded is None and sizes_E is None and where and _few(x, where):
-        return weight_only_product(x, jnp.asarray(weight.codes), jnp.asarray(weight.scale), where)
+        few = weight_only_product(x, jnp.asarray(weight.codes), jnp.asarray(weight.scale), where)
+        return checkpoint_name(few, PRODUCT)
     if rounded is None:
         return _plain(x, dequantize(weight).astype(x.dtype), sizes_E)
     if where:
