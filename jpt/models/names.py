@@ -87,6 +87,11 @@ class Leaf:
         return str(last) if above and above[-1] == 'kernel' and last in PARTS else None
 
     @property
+    def weight_path(self) -> TreePath:
+        """The path of the weight that this is, or is a part of."""
+        return self.path if self.part is None else self.path[:-1]
+
+    @property
     def own_shape(self) -> tuple[int, ...]:
         """The shape of what one source holds."""
         return self.shape[self.stack :]
