@@ -19,13 +19,14 @@ from jpt.checkpoint.source import Index, LeafSource
 from jpt.checkpoint.tree import name_of
 from jpt.models.names import Leaf, TreePath, leaves
 from jpt.quant.amax_search import searched_amax
-from jpt.quant.formats import Format
+from jpt.quant.formats import FORMATS, Format
 from jpt.quant.packing import Packing
 from jpt.quant.tensors import QTensor, block_amax, number_of, numbers_of, quantize, scales_of, spread
 from jpt.quantization.inputs import groups_of
 from jpt.quantization.run import LayerReport
 
-PIECE = 16 * 2**20  # elements of a matrix that are quantized at a time, as far as blocks allow
+READ = 64 * 2**20  # elements of a matrix that are read at a time, as far as blocks allow
+PIECE = 2 * 2**20  # of them, that are quantized at a time: more would leave the processor's caches
 Place = tuple[int, ...]  # of a matrix on the leading axes of its leaf
 
 
@@ -61,10 +62,10 @@ class _Weight(NamedTuple):
         rows, columns = elements
         return _over(rows, self.form.rows), _over(columns, self.form.columns)
 
-    def pieces(self, rows: slice, columns: slice) -> Iterator[slice]:
-        """Rows of about PIECE elements, all alike but the last: few programs are compiled."""
+    def pieces(self, rows: slice, columns: slice, most: int) -> Iterator[slice]:
+        """Rows of about `most` elements, all alike but the last: few programs are compiled."""
         count, width = rows.stop - rows.start, columns.stop - columns.start
-        ways = max(1, round(count * width / PIECE))
+        ways = max(1, round(count * width / most))
         unit = self.form.rows or 1
         step = unit * -(-count // (ways * unit))
         for first in range(rows.start, rows.stop, step):
@@ -77,7 +78,7 @@ class _Sums(NamedTuple):
     largest: float
     size: float
     error: float
-    clipped: int
+    clipped: float
 
 
 class QuantizedSource:
@@ -202,39 +203,46 @@ class QuantizedSource:
         """Pieces of these elements of matrices: which matrix, the piece's first row, and the piece."""
         waiting = None
         for to, place in places.items():
-            for rows in weight.pieces(*elements):
-                made = self._start(weight, place, (rows, elements[1]))
+            for rows, piece in self._read(weight, place, elements):
+                where = rows, elements[1]
+                made = self._start(weight, place, where, piece)
                 if waiting is not None:
                     yield self._finish(weight, *waiting)
-                waiting = to, place, (rows, elements[1]), made
+                waiting = to, place, where, made
         if waiting is not None:
             yield self._finish(weight, *waiting)
 
-    def _start(self, weight: _Weight, place: Place, elements: tuple[slice, slice]) -> tuple[QTensor, Any]:
-        """Reads a piece and has it quantized; neither is waited for."""
+    def _read(
+        self, weight: _Weight, place: Place, elements: tuple[slice, slice]
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Elements of a matrix by pieces: their rows, and the values."""
+        here, (rows, columns) = tuple(slice(at, at + 1) for at in place), elements
+        for together in weight.pieces(rows, columns, READ):
+            values = self._source.read(weight.leaf, (*here, together, columns))[(0,) * len(place)]
+            for part in weight.pieces(together, columns, PIECE):
+                yield part, values[part.start - together.start : part.stop - together.start]
+
+    def _start(
+        self, weight: _Weight, place: Place, elements: tuple[slice, slice], piece: np.ndarray
+    ) -> tuple[QTensor, jax.Array]:
+        """Has a piece quantized, which is not waited for: its codes and scales, and its sums."""
         form, second, limit = weight.form, None, None
         if form.scale == 'e4m3':
             second = self._seconds(weight)[place]
         if not form.rows and elements[0] != slice(0, weight.sides[0]):
             limit = self._limit(weight, place)[:, weight.blocks(elements)[1]]
-        piece = self._piece(weight, place, elements)
-        if limit is None:
-            limit = _largest(piece, form)
-            if self._search:
-                limit, _ = searched_amax(piece, form, scale_2=second)
-        tensor = _rounded(piece, form, limit, second)
-        return tensor, _sums(piece, tensor)
+        tensor, largest = _rounded(piece, form, self._search, limit, second)
+        return tensor, _sums(piece, tensor, largest)
 
     def _finish(
-        self, weight: _Weight, to: Place, place: Place, elements: tuple[slice, slice], made: tuple[QTensor, Any]
+        self, weight: _Weight, to: Place, place: Place, elements: tuple[slice, slice], made: tuple[QTensor, jax.Array]
     ) -> tuple[Place, int, QTensor]:
         """Keeps the scales and sums of a piece."""
-        tensor, sums = made
-        largest, size, error, clipped = (np.asarray(each, np.float64) for each in sums)
-        if not np.isfinite(largest).all():
+        tensor, found = made
+        sums = _Sums(*np.asarray(found).tolist())
+        if not math.isfinite(sums.largest):
             raise ValueError(self._not_finite(weight, place))
-        totals = _Sums(float(largest.max()), float(size.sum()), float(error.sum()), int(clipped.sum()))
-        self._sums[weight.name][place, elements[0].start, elements[1].start] = totals
+        self._sums[weight.name][place, elements[0].start, elements[1].start] = sums
         if place not in self._kept[1]:
             shape = weight.form.scales_of(weight.sides)
             self._kept[1][place] = np.empty(shape, np.asarray(tensor.scale).dtype), np.zeros(shape, bool)
@@ -243,19 +251,10 @@ class QuantizedSource:
         scales[where], there[where] = np.asarray(tensor.scale), True
         return to, elements[0].start, tensor
 
-    def _piece(self, weight: _Weight, place: Place, elements: tuple[slice, slice]) -> np.ndarray:
-        here = tuple(slice(at, at + 1) for at in place)
-        return self._source.read(weight.leaf, (*here, *elements))[(0,) * len(place)]
-
     def _limit(self, weight: _Weight, place: Place) -> np.ndarray:
         """The largest values of a matrix by block of columns, over all of its rows: [1, in / columns] float32."""
         if (weight.name, place) not in self._limits:
-            columns = slice(0, weight.sides[1])
-            found = None
-            for rows in weight.pieces(slice(0, weight.sides[0]), columns):
-                own = np.asarray(_largest(self._piece(weight, place, (rows, columns)), weight.form))
-                found = own if found is None else np.maximum(found, own)
-            assert found is not None
+            found = np.max([_largest(piece, weight.form) for piece in self._pieces(weight, place)], axis=0)
             if not np.isfinite(found).all():
                 raise ValueError(self._not_finite(weight, place))
             self._limits[weight.name, place] = found
@@ -274,14 +273,17 @@ class QuantizedSource:
     def _own_second(self, weight: _Weight) -> np.ndarray:
         lead = weight.leaf.shape[:-2]
         largest = np.empty((*lead, 1, 1), np.float32)
-        columns = slice(0, weight.sides[1])
         for place in np.ndindex(lead):
-            pieces = weight.pieces(slice(0, weight.sides[0]), columns)
-            found = [_largest(self._piece(weight, place, (rows, columns)), weight.form) for rows in pieces]
-            largest[place] = max(float(jnp.max(each)) for each in found)
+            found = [np.max(_largest(piece, weight.form)) for piece in self._pieces(weight, place)]
+            largest[place] = np.max(found)
             if not np.isfinite(largest[place]):
                 raise ValueError(self._not_finite(weight, place))
         return np.asarray(scales_of(jnp.asarray(largest), weight.form)[1])
+
+    def _pieces(self, weight: _Weight, place: Place) -> Iterator[np.ndarray]:
+        """All of a matrix."""
+        out, inner = weight.sides
+        return (piece for _, piece in self._read(weight, place, (slice(0, out), slice(0, inner))))
 
     def _not_finite(self, weight: _Weight, place: Place) -> str:
         segment, kind = map(int, weight.leaf.path[1:3])
@@ -294,8 +296,8 @@ def _check(weight: _Weight, dtype: np.dtype, search: bool) -> None:
     form = weight.form
     if form.takes_input_scale:
         raise ValueError(
-            f'{weight.name}: {form}: has a static scale of inputs, which a pass over text gives: expected a format '
-            f'that rounds inputs as they come, or not at all'
+            f'{weight.name}: {form}: has a static scale of inputs, which only a pass over text gives: expected one of '
+            f'{", ".join(name for name, each in FORMATS.items() if not each.takes_input_scale)}'
         )
     if not is_floating(dtype) or dtype.itemsize not in (2, 4):
         raise ValueError(f"{weight.name}: is {dtype}: expected 16 or 32 bits; ask for a dtype such as 'bfloat16'")
@@ -309,22 +311,27 @@ def _largest(piece: jax.Array, form: Format) -> jax.Array:
     return block_amax(piece.astype(jnp.float32), form)
 
 
-# Largest values come as an argument: in one program with them XLA would compute the quotients three times as slowly.
-@partial(jax.jit, static_argnums=1)
-def _rounded(piece: jax.Array, form: Format, amax: jax.Array, second: jax.Array | None) -> QTensor:
-    return quantize(piece, form, amax=amax, scale_2=second)
+@partial(jax.jit, static_argnums=(1, 2))
+def _rounded(
+    piece: jax.Array, form: Format, search: bool, limit: jax.Array | None, second: jax.Array | None
+) -> tuple[QTensor, jax.Array]:
+    """A piece quantized, and its largest absolute value. `limit` stands for those of its blocks."""
+    amax = block_amax(piece.astype(jnp.float32), form)
+    wanted = amax if limit is None else limit
+    if search:
+        wanted, _ = searched_amax(piece, form, scale_2=second)
+    return quantize(piece, form, amax=wanted, scale_2=second), jnp.max(amax)
 
 
 @jax.jit
-def _sums(piece: jax.Array, tensor: QTensor) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of every row: the largest absolute value, the squares of values and of errors, and how many are clipped."""
+def _sums(piece: jax.Array, tensor: QTensor, largest: jax.Array) -> jax.Array:
+    """`largest`, and the sums of `_Sums` in their order."""
     wide, form = piece.astype(jnp.float32), tensor.format
     # What is beyond by float32's own rounding of the scale is not.
     scale = number_of(jnp.asarray(tensor.scale), tensor.scale_2, form)
     beyond = jnp.abs(wide) > spread(form.largest * (1 + 2.0**-20) * scale, wide.shape, form)
-    error = jnp.sum(jnp.square(wide - numbers_of(tensor)), axis=-1)
-    largest, size = jnp.max(jnp.abs(wide), axis=-1), jnp.sum(jnp.square(wide), axis=-1)
-    return largest, size, error, jnp.sum(beyond, axis=-1)
+    by_row = [jnp.square(wide), jnp.square(wide - numbers_of(tensor)), beyond.astype(jnp.float32)]
+    return jnp.stack([largest, *(jnp.sum(jnp.sum(each, axis=-1)) for each in by_row)])
 
 
 def _times(part: range, block: int, size: int) -> slice:
