@@ -13,10 +13,11 @@ import json
 import os
 import platform
 import re
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,23 @@ def write_checkpoint(directory: Path, config: dict[str, Any], shard: str) -> Non
 
 
 def run_command(source: Path, target: Path, form: str, to: str) -> dict[str, float]:
-    """Quantizes in a process of its own: seconds of all of it, and what it says of itself."""
+    """Quantizes in a process of its own: seconds, of the processors too, and what it says of itself."""
     command = [sys.executable, '-m', 'jpt.quantize', f'--config={ROOT}/configs/quantize.py:{source},{form}']
     command += ['--config.stream=True', f'--config.to={to}', '--config.max_shard_size=1GB', f'--output={target}']
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = re.search(r'([\d.]+) s, ([\d.]+) M weights/s, peak memory ([\d.]+) (MB|GB)', done.stdout)
     assert found is not None, done.stdout
-    peak = float(found[3]) * (1e6 if found[4] == 'MB' else 1e9)
-    files = sum(path.stat().st_size for path in target.rglob('*') if path.is_file())
-    own = float(found[1])
-    return {'seconds': seconds, 'own_seconds': own, 'weights_per_second': 1e6 * float(found[2]), 'peak_bytes': peak,
-            'bytes': files}  # fmt: skip
+    return {
+        'seconds': float(found[1]),
+        'processor_seconds': after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        'weights_per_second': 1e6 * float(found[2]),
+        'peak_bytes': float(found[3]) * (1e6 if found[4] == 'MB' else 1e9),
+        'bytes': sum(path.stat().st_size for path in target.rglob('*') if path.is_file()),
+        'load': os.getloadavg()[0],
+    }
 
 
 def same_bits(source: Path, target: Path, form: str) -> bool:
@@ -120,8 +124,6 @@ def same_bits(source: Path, target: Path, form: str) -> bool:
 
 def measure(gigabytes: float, shard: str, folder: Path, peer: str | None, wanted: list[str]) -> dict[str, Any]:
     """Runs the benchmark in `folder`, removing what is not needed any more."""
-    import shutil
-
     source = folder / 'model'
     write_checkpoint(source, llama_config(gigabytes), shard)
     runs = {}
@@ -148,13 +150,25 @@ def measure(gigabytes: float, shard: str, folder: Path, peer: str | None, wanted
 
 def print_table(result: dict[str, Any]) -> None:
     """One row per run, and the peer's."""
-    print(f'{result["bytes"] / 1e9:.2f} GB bfloat16 in {result["files"]} files, the largest '
-          f'{result["largest_file"] / 1e6:,.0f} MB; {result["machine"]}, {result["versions"]}')  # fmt: skip
-    print('| format, output | seconds | M weights/s | peak memory, MB | bytes written, GB | bit-exact |')
-    print('| --- | ---: | ---: | ---: | ---: | --- |')
+    print(
+        f'{result["bytes"] / 1e9:.2f} GB bfloat16 in {result["files"]} files, the largest '
+        f'{result["largest_file"] / 1e6:,.0f} MB; {result["machine"]}, {result["versions"]}'
+    )
+    columns = (
+        'format, output',
+        'seconds',
+        "processors' seconds",
+        'load',
+        'M weights/s',
+        'peak MB',
+        'GB written',
+        'exact',
+    )
+    print(f'| {" | ".join(columns)} |\n| --- |{" ---: |" * 6} --- |')
     for name, run in result['runs'].items():
-        print(f'| {name} | {run["own_seconds"]:.1f} | {run["weights_per_second"] / 1e6:.0f} | '
-              f'{run["peak_bytes"] / 1e6:,.0f} | {run["bytes"] / 1e9:.2f} | {"yes" if run["bit_exact"] else "NO"} |')  # fmt: skip
+        times = f'{run["seconds"]:.1f} | {run["processor_seconds"]:.1f} | {run["load"]:.1f}'
+        sizes = f'{run["peak_bytes"] / 1e6:,.0f} | {run["bytes"] / 1e9:.2f} | {"yes" if run["bit_exact"] else "NO"}'
+        print(f'| {name} | {times} | {run["weights_per_second"] / 1e6:.0f} | {sizes} |')
     for name, speed in result['modelopt_in_memory'].items():
         print(f'ModelOpt, {name}, one matrix in memory: {speed / 1e6:.0f} M weights/s')
 

@@ -72,6 +72,9 @@ class _Weight(NamedTuple):
             yield slice(first, min(first + step, rows.stop))
 
 
+_Made = tuple[QTensor, tuple[Any, ...]]  # a piece, its largest value, sum of squares, errors, and how many are clipped
+
+
 class _Sums(NamedTuple):
     """Of a piece of a weight: its largest absolute value, squares of it and of its errors, and how many are clipped."""
 
@@ -212,9 +215,7 @@ class QuantizedSource:
         if waiting is not None:
             yield self._finish(weight, *waiting)
 
-    def _read(
-        self, weight: _Weight, place: Place, elements: tuple[slice, slice]
-    ) -> Iterator[tuple[slice, np.ndarray]]:
+    def _read(self, weight: _Weight, place: Place, elements: tuple[slice, slice]) -> Iterator[tuple[slice, np.ndarray]]:
         """Elements of a matrix by pieces: their rows, and the values."""
         here, (rows, columns) = tuple(slice(at, at + 1) for at in place), elements
         for together in weight.pieces(rows, columns, READ):
@@ -222,24 +223,31 @@ class QuantizedSource:
             for part in weight.pieces(together, columns, PIECE):
                 yield part, values[part.start - together.start : part.stop - together.start]
 
-    def _start(
-        self, weight: _Weight, place: Place, elements: tuple[slice, slice], piece: np.ndarray
-    ) -> tuple[QTensor, jax.Array]:
-        """Has a piece quantized, which is not waited for: its codes and scales, and its sums."""
+    def _start(self, weight: _Weight, place: Place, elements: tuple[slice, slice], piece: np.ndarray) -> _Made:
+        """Has a piece quantized, which is not waited for: its codes and scales, and what is summed."""
         form, second, limit = weight.form, None, None
         if form.scale == 'e4m3':
             second = self._seconds(weight)[place]
         if not form.rows and elements[0] != slice(0, weight.sides[0]):
             limit = self._limit(weight, place)[:, weight.blocks(elements)[1]]
-        tensor, largest = _rounded(piece, form, self._search, limit, second)
-        return tensor, _sums(piece, tensor, largest)
+        given = jax.device_put(piece)
+        tensor, largest = _rounded(given, form, self._search, limit, second)
+        # Other scales are at or above what holds the largest value of their block.
+        clipped = _clipped(given, tensor) if self._search or form.scale == 'e4m3' else 0
+        return tensor, (largest, _size(given), _errors(given, tensor), clipped)
 
     def _finish(
-        self, weight: _Weight, to: Place, place: Place, elements: tuple[slice, slice], made: tuple[QTensor, jax.Array]
+        self,
+        weight: _Weight,
+        to: Place,
+        place: Place,
+        elements: tuple[slice, slice],
+        made: _Made,
     ) -> tuple[Place, int, QTensor]:
         """Keeps the scales and sums of a piece."""
-        tensor, found = made
-        sums = _Sums(*np.asarray(found).tolist())
+        tensor, (largest, size, errors, clipped) = made
+        flat = np.asarray(errors).reshape(-1)
+        sums = _Sums(float(largest), float(size), float(np.dot(flat, flat)), float(clipped))
         if not math.isfinite(sums.largest):
             raise ValueError(self._not_finite(weight, place))
         self._sums[weight.name][place, elements[0].start, elements[1].start] = sums
@@ -302,7 +310,9 @@ def _check(weight: _Weight, dtype: np.dtype, search: bool) -> None:
     if not is_floating(dtype) or dtype.itemsize not in (2, 4):
         raise ValueError(f"{weight.name}: is {dtype}: expected 16 or 32 bits; ask for a dtype such as 'bfloat16'")
     if search and not form.rows:
-        raise ValueError(f'{weight.name}: {form}: has scales of all rows, for which there is no search a piece at a time')
+        raise ValueError(
+            f'{weight.name}: {form}: has scales of all rows, for which there is no search a piece at a time'
+        )
     form.check(weight.leaf.shape, weight.name)
 
 
@@ -323,15 +333,25 @@ def _rounded(
     return quantize(piece, form, amax=wanted, scale_2=second), jnp.max(amax)
 
 
+# Programs of their own, and squares of errors added up by numpy: in one program XLA takes twice as long for all.
 @jax.jit
-def _sums(piece: jax.Array, tensor: QTensor, largest: jax.Array) -> jax.Array:
-    """`largest`, and the sums of `_Sums` in their order."""
-    wide, form = piece.astype(jnp.float32), tensor.format
+def _errors(piece: jax.Array, tensor: QTensor) -> jax.Array:
+    return piece.astype(jnp.float32) - numbers_of(tensor)
+
+
+@jax.jit
+def _size(piece: jax.Array) -> jax.Array:
+    """The sum of the squares."""
+    return jnp.sum(jnp.sum(jnp.square(piece.astype(jnp.float32)), axis=-1))
+
+
+@jax.jit
+def _clipped(piece: jax.Array, tensor: QTensor) -> jax.Array:
+    """How many elements are beyond the largest number of their block."""
+    form, scale = tensor.format, number_of(jnp.asarray(tensor.scale), tensor.scale_2, tensor.format)
     # What is beyond by float32's own rounding of the scale is not.
-    scale = number_of(jnp.asarray(tensor.scale), tensor.scale_2, form)
-    beyond = jnp.abs(wide) > spread(form.largest * (1 + 2.0**-20) * scale, wide.shape, form)
-    by_row = [jnp.square(wide), jnp.square(wide - numbers_of(tensor)), beyond.astype(jnp.float32)]
-    return jnp.stack([largest, *(jnp.sum(jnp.sum(each, axis=-1)) for each in by_row)])
+    largest = spread(form.largest * (1 + 2.0**-20) * scale, piece.shape, form)
+    return jnp.sum(jnp.sum((jnp.abs(piece.astype(jnp.float32)) > largest).astype(jnp.float32), axis=-1))
 
 
 def _times(part: range, block: int, size: int) -> slice:
