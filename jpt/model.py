@@ -104,9 +104,16 @@ class Model:
             FileExistsError: there is something at `path`.
             ValueError: a layout that does not hold the formats of the model.
         """
-        companions = {'source_dir': self.assets, 'origin': self.origin}
-        files = {'layout': layout, 'max_shard_size': max_shard_size}
-        export_hf(path, self.config, self.params, **companions, dtype=dtype, **files)
+        export_hf(
+            path,
+            self.config,
+            self.params,
+            source_dir=self.assets,
+            origin=self.origin,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            layout=layout,
+        )
 
     def __repr__(self) -> str:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params, is_leaf=is_weight))

@@ -88,7 +88,7 @@ def quantize_files(config: QuantizeConfig, output: str | Path, console: Console 
     source = QuantizedSource(opened.source, formats, search=config.calibration.weights == 'mse')
     if config.to == 'hf':
         _check_held(Described(source.cfg, source.quantized))
-    sizes = tuple(bytes_written(each, 'jpt') for each in (opened.source, source))
+    before, after = (bytes_written(each, 'jpt') for each in (opened.source, source))
     total, done, show = bytes_written(source, config.to), 0, progress()
 
     def count(name: str, size: int) -> None:
@@ -98,11 +98,11 @@ def quantize_files(config: QuantizeConfig, output: str | Path, console: Console 
 
     with _whole(output) as fresh:
         if config.to == 'hf':
-            companions = {'source_dir': opened.assets, 'origin': opened.origin}
-            write_hf(source, fresh, **companions, max_shard_size=config.max_shard_size, report=count)
+            size = config.max_shard_size
+            write_hf(source, fresh, source_dir=opened.assets, origin=opened.origin, max_shard_size=size, report=count)
         else:
             write_model(source, fresh, assets=opened.assets, origin=opened.origin, report=count)
-        made = report.Streamed(source.reports(), sizes, left_out(shapes, formats), config.calibration)
+        made = report.Streamed(source.reports(), (before, after), left_out(shapes, formats), config.calibration)
         report.write_streamed(made, fresh)
     report.show_streamed(made, console)
     seconds, weights = time.perf_counter() - start, sum(math.prod(leaf.shape) for leaf in leaves(source.cfg))

@@ -1,7 +1,7 @@
 """What a quantization can be told: the dataclasses behind `python -m jpt.quantize --config=...`."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jpt.checkpoint.shards import parse_size
 from jpt.config import ConfigError, require
@@ -76,7 +76,7 @@ class QuantizeConfig:
     def _check_stream(self) -> None:
         """Whether every setting has an effect where no text is read."""
         how, default = self.calibration, CalibrationConfig()
-        wanted = {
+        wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
             'calibration.factors': (how.factors, ('none',)),
             'calibration.inputs': (how.inputs, ('max',)),
             'calibration.weights': (how.weights, ('max', 'mse')),
