@@ -28,8 +28,7 @@ from quantize_speed import theirs
 
 ROOT = Path(__file__).resolve().parents[1]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-RUNS = (('fp8_block', 'hf'), ('fp8_block', 'jpt'), ('mxfp8', 'hf'), ('int8', 'hf'), ('int4_weights', 'hf'),
-        ('nvfp4_weights', 'hf'))  # fmt: skip
+RUNS = (('fp8_block', 'hf'), ('fp8_block', 'jpt'), ('int8', 'hf'), ('nvfp4_weights', 'hf'))
 
 
 def llama_config(gigabytes: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from jpt.quant.tensors import QTensor, block_amax, number_of, numbers_of, quanti
 from jpt.quantization.inputs import groups_of
 from jpt.quantization.run import LayerReport
 
-READ = 64 * 2**20  # elements of a matrix that are read at a time, as far as blocks allow
+READ = 32 * 2**20  # elements of a matrix that are read at a time, as far as blocks allow
 PIECE = 2 * 2**20  # of them, that are quantized at a time: more would leave the processor's caches
 Place = tuple[int, ...]  # of a matrix on the leading axes of its leaf
 
