@@ -141,7 +141,7 @@ def train(devices: list[Any] | None = None) -> list[float]:
 
 
 def copy_quantized(workdir: str) -> None:
-    """A model whose matrices lie in halves, one in each process, as a jpt checkpoint and as a Hugging Face directory."""
+    """A model whose matrices lie in halves, one in each process, saved and exported."""
     import jpt
     from jpt.sharding.mesh import MeshConfig, make_mesh
 

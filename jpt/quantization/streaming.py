@@ -72,7 +72,16 @@ class _Weight(NamedTuple):
             yield slice(first, min(first + step, rows.stop))
 
 
-_Made = tuple[QTensor, tuple[Any, ...]]  # a piece, its largest value, sum of squares, errors, and how many are clipped
+class _Piece(NamedTuple):
+    """A piece of a weight: of which matrix, which elements, as what, and what was measured.
+
+    measured: its largest value; where that was wanted, the sum of its squares, its errors and how many are clipped too.
+    """
+
+    place: Place
+    elements: tuple[slice, slice]
+    tensor: QTensor
+    measured: tuple[Any, ...]
 
 
 class _Sums(NamedTuple):
@@ -82,6 +91,7 @@ class _Sums(NamedTuple):
     size: float
     error: float
     clipped: float
+    elements: int
 
 
 class QuantizedSource:
@@ -97,8 +107,8 @@ class QuantizedSource:
         search: take the scales with the least squares of errors, see jpt/quant/amax_search.py.
 
     Raises:
-        ValueError: a format with a static scale of inputs, which only calibration knows; a weight in 64 bits; a search
-            for a scale of all rows.
+        ValueError: a path that is no weight, or of one that is quantized already; a format with a static scale of
+            inputs, which only calibration knows; a weight in 64 bits; a search for a scale of all rows.
     """
 
     def __init__(self, source: LeafSource, formats: Mapping[str, Format], search: bool = False) -> None:
@@ -108,10 +118,15 @@ class QuantizedSource:
         for leaf in leaves(source.cfg):
             form = formats.get(name_of(leaf.path))
             if form is not None:
+                if leaf.path in source.quantized:
+                    raise ValueError(f'{name_of(leaf.path)}: is quantized already; ask for a dtype when opening')
                 dtype = source.dtype(leaf)
                 self._weights[leaf.path] = _Weight(leaf, form)
                 _check(self._weights[leaf.path], dtype, search)
                 own[leaf.path] = Packing(form, str(dtype))
+        unknown = sorted(set(formats) - {each.name for each in self._weights.values()})
+        if unknown:
+            raise ValueError(f'formats: {", ".join(unknown)}: expected the paths of weights of the model')
         self.quantized: Mapping[TreePath, Packing] = {**source.quantized, **own}
         self._second: dict[str, np.ndarray] = {}
         self._limits: dict[tuple[str, Place], np.ndarray] = {}
@@ -160,7 +175,7 @@ class QuantizedSource:
             for repeat in sorted({place[0] for place, _, _ in sums}):
                 parts = [each for (place, _, _), each in sums.items() if place[0] == repeat]
                 size, error = (math.fsum(getattr(each, name) for each in parts) for name in ('size', 'error'))
-                clipped = sum(each.clipped for each in parts) / math.prod(weight.leaf.shape[1:])
+                clipped = sum(each.clipped for each in parts) / sum(each.elements for each in parts)
                 largest, relative = max(each.largest for each in parts), math.sqrt(error / size) if size else 0.0
                 layer = self.cfg.layer_index(segment, kind, repeat)
                 found.append(LayerReport(layer, weight.name, weight.form, largest, relative, clipped, None))
@@ -177,7 +192,9 @@ class QuantizedSource:
         packed = 2 if weight.form.packed else 1
         within = slice(columns[0] - elements[1].start // packed, columns[-1] + 1 - elements[1].start // packed)
         within = slice(within.start, within.stop, columns.step)
-        for to, first, tensor in self._quantized(weight, places, elements):
+        for to, (place, where, tensor, measured) in self._quantized(weight, places, elements, measure=True):
+            first = where[0].start
+            self._sums[weight.name][place, first, where[1].start] = self._summed(weight, place, measured)
             codes = np.asarray(tensor.codes)
             begin, end = (max(0, -(-(row - rows.start) // rows.step)) for row in (first, first + len(codes)))
             held = codes[rows.start + begin * rows.step - first :: rows.step, within]
@@ -191,8 +208,8 @@ class QuantizedSource:
         wanted = weight.blocks(elements)
         kept = self._kept[1]
         absent = {to: at for to, at in places.items() if at not in kept or not kept[at][1][wanted].all()}
-        for _ in self._quantized(weight, absent, elements):
-            pass
+        for _, (place, _, _, (largest, *_)) in self._quantized(weight, absent, elements):
+            self._check_finite(weight, place, largest)
         pick = slice(rows[0], rows[-1] + 1, rows.step), slice(columns[0], columns[-1] + 1, columns.step)
         for to, place in places.items():
             result[to] = kept[place][0][pick]
@@ -201,19 +218,20 @@ class QuantizedSource:
                 del kept[place]
 
     def _quantized(
-        self, weight: _Weight, places: Mapping[Place, Place], elements: tuple[slice, slice]
-    ) -> Iterator[tuple[Place, int, QTensor]]:
-        """Pieces of these elements of matrices: which matrix, the piece's first row, and the piece."""
-        waiting = None
+        self, weight: _Weight, places: Mapping[Place, Place], elements: tuple[slice, slice], measure: bool = False
+    ) -> Iterator[tuple[Place, _Piece]]:
+        """Pieces of these elements of matrices, with the key of each matrix in `places`; their scales are kept."""
+        waiting: tuple[Place, _Piece] | None = None
         for to, place in places.items():
-            for rows, piece in self._read(weight, place, elements):
-                where = rows, elements[1]
-                made = self._start(weight, place, where, piece)
+            for rows, values in self._read(weight, place, elements):
+                made = self._start(weight, place, (rows, elements[1]), values, measure)
                 if waiting is not None:
-                    yield self._finish(weight, *waiting)
-                waiting = to, place, where, made
+                    self._keep(weight, waiting[1])
+                    yield waiting
+                waiting = to, made
         if waiting is not None:
-            yield self._finish(weight, *waiting)
+            self._keep(weight, waiting[1])
+            yield waiting
 
     def _read(self, weight: _Weight, place: Place, elements: tuple[slice, slice]) -> Iterator[tuple[slice, np.ndarray]]:
         """Elements of a matrix by pieces: their rows, and the values."""
@@ -223,48 +241,52 @@ class QuantizedSource:
             for part in weight.pieces(together, columns, PIECE):
                 yield part, values[part.start - together.start : part.stop - together.start]
 
-    def _start(self, weight: _Weight, place: Place, elements: tuple[slice, slice], piece: np.ndarray) -> _Made:
-        """Has a piece quantized, which is not waited for: its codes and scales, and what is summed."""
+    def _start(
+        self, weight: _Weight, place: Place, elements: tuple[slice, slice], values: np.ndarray, measure: bool
+    ) -> _Piece:
+        """Has a piece quantized, and measured if that is wanted; neither is waited for."""
         form, second, limit = weight.form, None, None
         if form.scale == 'e4m3':
             second = self._seconds(weight)[place]
         if not form.rows and elements[0] != slice(0, weight.sides[0]):
             limit = self._limit(weight, place)[:, weight.blocks(elements)[1]]
-        given = jax.device_put(piece)
+        given = jax.device_put(values)
         tensor, largest = _rounded(given, form, self._search, limit, second)
+        if not measure:
+            return _Piece(place, elements, tensor, (largest,))
         # Other scales are at or above what holds the largest value of their block.
         clipped = _clipped(given, tensor) if self._search or form.scale == 'e4m3' else 0
-        return tensor, (largest, _size(given), _errors(given, tensor), clipped)
+        return _Piece(place, elements, tensor, (largest, _size(given), _errors(given, tensor), clipped))
 
-    def _finish(
-        self,
-        weight: _Weight,
-        to: Place,
-        place: Place,
-        elements: tuple[slice, slice],
-        made: _Made,
-    ) -> tuple[Place, int, QTensor]:
-        """Keeps the scales and sums of a piece."""
-        tensor, (largest, size, errors, clipped) = made
-        flat = np.asarray(errors).reshape(-1)
-        sums = _Sums(float(largest), float(size), float(np.dot(flat, flat)), float(clipped))
-        if not math.isfinite(sums.largest):
-            raise ValueError(self._not_finite(weight, place))
-        self._sums[weight.name][place, elements[0].start, elements[1].start] = sums
-        if place not in self._kept[1]:
+    def _keep(self, weight: _Weight, piece: _Piece) -> None:
+        """Keeps the scales of a piece."""
+        kept, scale = self._kept[1], np.asarray(piece.tensor.scale)
+        if piece.place not in kept:
             shape = weight.form.scales_of(weight.sides)
-            self._kept[1][place] = np.empty(shape, np.asarray(tensor.scale).dtype), np.zeros(shape, bool)
-        scales, there = self._kept[1][place]
-        where = weight.blocks(elements)
-        scales[where], there[where] = np.asarray(tensor.scale), True
-        return to, elements[0].start, tensor
+            kept[piece.place] = np.empty(shape, scale.dtype), np.zeros(shape, bool)
+        scales, there = kept[piece.place]
+        where = weight.blocks(piece.elements)
+        scales[where], there[where] = scale, True
+
+    def _summed(self, weight: _Weight, place: Place, measured: tuple[Any, ...]) -> _Sums:
+        largest, size, errors, clipped = measured
+        self._check_finite(weight, place, largest)
+        flat = np.asarray(errors).reshape(-1)
+        return _Sums(float(largest), float(size), float(np.dot(flat, flat)), float(clipped), flat.size)
+
+    def _check_finite(self, weight: _Weight, place: Place, largest: Any) -> None:
+        """Raises ValueError where the largest value, or one of several, is no number."""
+        if not np.isfinite(np.asarray(largest)).all():
+            segment, kind = map(int, weight.leaf.path[1:3])
+            expert = f', expert {place[1]}' if len(place) > 1 else ''
+            where = f'layer {self.cfg.layer_index(segment, kind, place[0])}{expert}'
+            raise ValueError(f'{weight.name}: holds NaN or infinities in {where}: expected finite weights')
 
     def _limit(self, weight: _Weight, place: Place) -> np.ndarray:
         """The largest values of a matrix by block of columns, over all of its rows: [1, in / columns] float32."""
         if (weight.name, place) not in self._limits:
             found = np.max([_largest(piece, weight.form) for piece in self._pieces(weight, place)], axis=0)
-            if not np.isfinite(found).all():
-                raise ValueError(self._not_finite(weight, place))
+            self._check_finite(weight, place, found)
             self._limits[weight.name, place] = found
         return self._limits[weight.name, place]
 
@@ -284,20 +306,13 @@ class QuantizedSource:
         for place in np.ndindex(lead):
             found = [np.max(_largest(piece, weight.form)) for piece in self._pieces(weight, place)]
             largest[place] = np.max(found)
-            if not np.isfinite(largest[place]):
-                raise ValueError(self._not_finite(weight, place))
+            self._check_finite(weight, place, largest[place])
         return np.asarray(scales_of(jnp.asarray(largest), weight.form)[1])
 
     def _pieces(self, weight: _Weight, place: Place) -> Iterator[np.ndarray]:
         """All of a matrix."""
         out, inner = weight.sides
         return (piece for _, piece in self._read(weight, place, (slice(0, out), slice(0, inner))))
-
-    def _not_finite(self, weight: _Weight, place: Place) -> str:
-        segment, kind = map(int, weight.leaf.path[1:3])
-        expert = f', expert {place[1]}' if len(place) > 1 else ''
-        where = f'layer {self.cfg.layer_index(segment, kind, place[0])}{expert}'
-        return f'{weight.name}: holds NaN or infinities in {where}: expected finite weights'
 
 
 def _check(weight: _Weight, dtype: np.dtype, search: bool) -> None:

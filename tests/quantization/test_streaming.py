@@ -256,3 +256,5 @@ def test_formats_that_need_inputs_are_refused(tmp_path):
     wide = TreeSource(model.config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params))
     with pytest.raises(ValueError, match='kernel: is float64: expected 16 or 32 bits'):
         QuantizedSource(wide, {'layers/0.0/attn/q/kernel': BLOCKS})
+    with pytest.raises(ValueError, match='attn/qq/kernel: expected the paths of weights'):
+        QuantizedSource(wide, {'layers/0.0/attn/qq/kernel': BLOCKS})
