@@ -88,7 +88,7 @@ def convert(
     start = time.perf_counter()
     opened = open_model(input_dir, dtype, mtp=mtp, ignore_kv_scales=ignore_kv_scales)
     source = _changed(opened, layers, resize_vocab, allow_cut)
-    total, done = _bytes_written(source, to), 0
+    total, done = bytes_written(source, to), 0
 
     def count(name: str, size: int) -> None:
         nonlocal done
@@ -131,7 +131,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _bytes_written(source: LeafSource, to: str) -> int:
+def bytes_written(source: LeafSource, to: str) -> int:
     """Bytes of all weights; files of Hugging Face hold some of them more than once."""
 
     def times(leaf: Leaf) -> int:
@@ -165,7 +165,8 @@ def peak_memory() -> int:
     return peak if sys.platform == 'darwin' else peak * 1024
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in a unit that suits them, powers of ten: '1.50 GB'."""
     for unit in ('B', 'kB', 'MB', 'GB'):
         if count < 1000:
             return f'{count:.0f} {unit}' if unit in ('B', 'kB') else f'{count:.2f} {unit}'
@@ -180,18 +181,18 @@ def _print_table(result: Conversion, output: str) -> None:
     table = Table(title=f'Converted to {output}', show_header=False)
     rows = (
         ('model', f'{result.family}, {result.parameters:,} parameters, vocabulary {result.vocabulary:,}'),
-        ('weights', f'{_size(result.bytes)} in {result.dtypes}'),
-        ('files', f'{result.files}, the largest {_size(result.largest_file)}'),
-        ('time', f'{result.seconds:.1f} s, {_size(result.bytes / max(result.seconds, 1e-9))}/s'),
-        ('peak memory', _size(peak_memory())),
+        ('weights', f'{size_text(result.bytes)} in {result.dtypes}'),
+        ('files', f'{result.files}, the largest {size_text(result.largest_file)}'),
+        ('time', f'{result.seconds:.1f} s, {size_text(result.bytes / max(result.seconds, 1e-9))}/s'),
+        ('peak memory', size_text(peak_memory())),
     )
     for row in rows:
         table.add_row(*row)
     Console().print(table)
 
 
-def _progress() -> Callable[[str, int, int], None]:
-    """Prints a line at every tenth of the way."""
+def progress() -> Callable[[str, int, int], None]:
+    """A report for `convert` that prints a line at every tenth of the way."""
     told = -1
 
     def show(name: str, done: int, total: int) -> None:
@@ -199,7 +200,7 @@ def _progress() -> Callable[[str, int, int], None]:
         tenth = 10 * done // max(total, 1)
         if tenth > told:
             told = tenth
-            print(f'{100 * done / max(total, 1):5.1f} %  {_size(done)} of {_size(total)}  {name}', flush=True)
+            print(f'{100 * done / max(total, 1):5.1f} %  {size_text(done)} of {size_text(total)}  {name}', flush=True)
 
     return show
 
@@ -248,7 +249,7 @@ def main(argv: list[str]) -> None:
             layers=None if args.layers is None else parse_layers(args.layers),
             layout=args.layout,
             ignore_kv_scales=args.ignore_kv_scales,
-            report=_progress(),
+            report=progress(),
         )
     except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)

@@ -85,7 +85,12 @@ class Model:
         save_model(path, self.config, self.params, self.assets, self.origin)
 
     def export(
-        self, path: str | os.PathLike[str], dtype: DTypeLike | None = None, *, layout: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        dtype: DTypeLike | None = None,
+        *,
+        layout: str | None = None,
+        max_shard_size: str | int = '5GB',
     ) -> None:
         """Writes a Hugging Face directory, in the dtype of the weights unless told otherwise.
 
@@ -93,13 +98,22 @@ class Model:
             path: the directory to make.
             dtype: cast the weights that are not quantized.
             layout: of quantized weights: 'fp8', 'modelopt' or 'compressed-tensors'; None: the first that holds them.
+            max_shard_size: of the safetensors files.
 
         Raises:
             FileExistsError: there is something at `path`.
             ValueError: a layout that does not hold the formats of the model.
         """
-        assets, origin = self.assets, self.origin
-        export_hf(path, self.config, self.params, source_dir=assets, origin=origin, dtype=dtype, layout=layout)
+        export_hf(
+            path,
+            self.config,
+            self.params,
+            source_dir=self.assets,
+            origin=self.origin,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            layout=layout,
+        )
 
     def __repr__(self) -> str:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params, is_leaf=is_weight))

@@ -1,8 +1,9 @@
 """Starts several real processes of one job on CPU, for tests; run as a script it is one of these processes.
 
 python processes.py COORDINATOR COUNT ID WORKDIR TASK: `train` takes a few steps of a tiny model on a mesh over all
-processes and prints its losses; any other task is a fault that process 1 (or, with `coordinator-`, process 0) has at
-step 3 of an endless job: `killed`, `stopped`, `stuck`, `raises`.
+processes and prints its losses; `quantized` loads WORKDIR/model on such a mesh, saves and exports it; any other task is
+a fault that process 1 (or, with `coordinator-`, process 0) has at step 3 of an endless job: `killed`, `stopped`,
+`stuck`, `raises`.
 """
 
 import json
@@ -139,6 +140,16 @@ def train(devices: list[Any] | None = None) -> list[float]:
     return losses
 
 
+def copy_quantized(workdir: str) -> None:
+    """A model whose matrices lie in halves, one in each process, saved and exported."""
+    import jpt
+    from jpt.sharding.mesh import MeshConfig, make_mesh
+
+    model = jpt.load(f'{workdir}/model', mesh=make_mesh(MeshConfig(data=1, fsdp=-1)))
+    model.save(f'{workdir}/saved')
+    model.export(f'{workdir}/exported')
+
+
 def work_until_the_end(process: int, count: int, workdir: str, task: str) -> None:
     """An endless job in which every step needs all processes, under a watchdog; one of them has a fault at step 3."""
     import jax
@@ -186,6 +197,8 @@ def main(coordinator: str, count: str, process: str, workdir: str, task: str) ->
     print(describe_process(), flush=True)
     if task == 'train':
         print(json.dumps(train()), flush=True)
+    elif task == 'quantized':
+        copy_quantized(workdir)
     else:
         work_until_the_end(int(process), int(count), workdir, task)
 

@@ -17,11 +17,15 @@ from jpt.checkpoint.tree import nest, parts_of
 
 
 class Streamed(NamedTuple):
-    """A leaf to be written in parts: its shape and dtype, and how to read its rows [first, last)."""
+    """A leaf to be written in parts: its shape and dtype, and how to read its rows [first, last).
+
+    beside: the name of a leaf with as many rows, of which the same are read and written just before.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[slice], np.ndarray]
+    beside: str | None = None
 
 
 def open_array(state: Path, name: str, *, writable: bool = False) -> Any:
@@ -53,12 +57,13 @@ def write_state(directory: Path, leaves: Mapping[str, Streamed], report: Callabl
     partial = directory / 'partial'
     context = ocp.Context()
     context.array.saving.use_compression = False
-    rest: dict[str, list[slice]] = {}
+    blocks: dict[str, list[slice]] = {}
     waiting: dict[str, np.ndarray] = {}  # a save costs some 50 ms, so small leaves go together
     with context:
         for number, (name, leaf) in enumerate(leaves.items(), start=1):
-            first, *rest[name] = row_blocks(leaf.shape, leaf.dtype.itemsize)
-            waiting[name] = leaf.read(first)
+            own = list(row_blocks(leaf.shape, leaf.dtype.itemsize))
+            blocks[name] = own if leaf.beside is None else blocks[leaf.beside]
+            waiting[name] = leaf.read(blocks[name][0])
             report(name, waiting[name].nbytes)
             if sum(block.nbytes for block in waiting.values()) > BLOCK_BYTES or number == len(leaves):
                 ocp.partial.save(partial, nest(waiting))
@@ -66,17 +71,25 @@ def write_state(directory: Path, leaves: Mapping[str, Streamed], report: Callabl
         ocp.partial.finalize(partial)
     (partial / 'state').rename(directory / 'state')
     _remove_files(partial)
-    for name, blocks in rest.items():
-        if blocks:
-            _append(directory / 'state', name, leaves[name], blocks, report)
+    for name, leaf in leaves.items():
+        if leaf.beside is None and len(blocks[name]) > 1:
+            together = {name: leaf} | {other: each for other, each in leaves.items() if each.beside == name}
+            _append(directory / 'state', together, blocks[name][1:], report)
 
 
-def _append(state: Path, name: str, leaf: Streamed, blocks: Iterable[slice], report: Callable[[str, int], Any]) -> None:
-    store = open_array(state, name, writable=True).resize(exclusive_max=list(leaf.shape)).result()
+def _append(
+    state: Path, leaves: Mapping[str, Streamed], blocks: Iterable[slice], report: Callable[[str, int], Any]
+) -> None:
+    """Writes the blocks of rows that follow the first, of leaves that go together."""
+    stores = {
+        name: open_array(state, name, writable=True).resize(exclusive_max=list(leaf.shape)).result()
+        for name, leaf in leaves.items()
+    }
     for rows in blocks:
-        block = leaf.read(rows)
-        store[rows].write(block).result()
-        report(name, block.nbytes)
+        for name, leaf in leaves.items():
+            block = leaf.read(rows)
+            stores[name][rows].write(block).result()
+            report(name, block.nbytes)
 
 
 def _remove_files(directory: Path) -> None:

@@ -1,7 +1,9 @@
 """Writing Hugging Face directories that transformers, vLLM and SGLang load: weights, config, tokenizer, model card."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,14 +67,17 @@ class _Part:
 
 
 def tensors_of(cfg: ModelConfig, laid: Laid = NOT_LAID) -> dict[str, list[_Part]]:
-    """The parts of every tensor of the model, by Hugging Face name, grouped by leaf."""
+    """The parts of every tensor of the model, by Hugging Face name, grouped by leaf.
+
+    Codes and scales of one matrix follow each other: a source may make them together.
+    """
     tensors: dict[str, list[_Part]] = {}
-    for leaf in laid.leaves(cfg):
-        stored = laid.stored(leaf)
-        for place, weight in leaf.places():
-            source = laid.source(leaf, weight)
-            for name in (source.name, *source.copies):
-                tensors.setdefault(name, []).append(_Part(leaf, place, source, stored))
+    for _, together in itertools.groupby(laid.leaves(cfg), lambda leaf: leaf.weight_path):
+        for parts in zip(*([(leaf, *place) for place in leaf.places()] for leaf in together), strict=True):
+            for leaf, place, weight in parts:
+                source = laid.source(leaf, weight)
+                for name in (source.name, *source.copies):
+                    tensors.setdefault(name, []).append(_Part(leaf, place, source, laid.stored(leaf)))
     return {name: sorted(parts, key=lambda part: part.source.first) for name, parts in tensors.items()}
 
 
@@ -187,9 +192,11 @@ def _write_stored(
         writer.write(name, stored.write(_squeeze(part, source.read(part.leaf, part.index())), part.shape, dtype))
         return
     together = stored.order.rows
+    if stored.part == 'codes':  # whole blocks, which a source may make from what it reads
+        together = math.lcm(together, source.quantized[part.leaf.weight_path].form.rows or 1)
     for rows in row_blocks(part.shape or (1,), source.dtype(part.leaf).itemsize, together):
         block = _squeeze(part, source.read(part.leaf, part.index(rows if part.shape else None)))
-        writer.write(name, stored.write(block, part.shape, dtype), rows.start // together)
+        writer.write(name, stored.write(block, part.shape, dtype), rows.start // stored.order.rows)
 
 
 def _joined(parts: list[_Part], values: list[np.ndarray]) -> np.ndarray:

@@ -243,7 +243,9 @@ def write_model(
     streamed, specs = {}, {}
     for leaf in leaves_of(source):
         name, dtype = PARAMS + name_of(leaf.path), source.dtype(leaf)
-        streamed[name] = Streamed(leaf.shape, dtype, _rows_of(source, leaf))
+        # Scales follow the codes that they are of: a source may make them together.
+        codes = None if leaf.part in (None, 'codes') else PARAMS + name_of((*leaf.weight_path, 'codes'))
+        streamed[name] = Streamed(leaf.shape, dtype, _rows_of(source, leaf), codes)
         specs[name] = LeafSpec(str(dtype), leaf.shape)
     about = layout.About('model', specs, source.cfg, tokenizer_fingerprint(directory), _statics(source))
     items = [layout.STATE, layout.MODEL] + ([] if directory is None else [layout.ASSETS])

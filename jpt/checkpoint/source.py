@@ -131,7 +131,7 @@ class TreeSource:
         lines = [line.replace('in the checkpoint', 'in the tree') for line in differences(found, wanted)]
         if lines:
             raise ValueError(f'the parameters are not those of the {cfg.family} model config:\n  {listing(lines)}')
-        self._held: tuple[Any, np.ndarray | None] = ((), None)
+        self._held: tuple[TreePath, dict[TreePath, np.ndarray]] = ((), {})  # a weight, whole or in its parts
 
     def array(self, leaf: Leaf) -> Any:
         """The leaf as it lies in the tree, less the rows that pad it."""
@@ -143,11 +143,12 @@ class TreeSource:
         return self._target if self._target is not None and is_floating(stored) and leaf.castable else stored
 
     def read(self, leaf: Leaf, index: Index) -> np.ndarray:
-        path, array = self._held
-        if path != leaf.path or array is None:
-            array = to_host(self.array(leaf))
-            self._held = (leaf.path, array)
-        return cast(array[index], self._target if leaf.castable else None)
+        if self._held[0] != leaf.weight_path:
+            self._held = (leaf.weight_path, {})
+        held = self._held[1]
+        if leaf.path not in held:
+            held[leaf.path] = to_host(self.array(leaf))
+        return cast(held[leaf.path][index], self._target if leaf.castable else None)
 
 
 def _weight_at(params: Any, path: TreePath) -> Any:

@@ -37,9 +37,21 @@ def exact_divide(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
 def to_e4m3(x: jax.Array) -> jax.Array:
     """The nearest E4M3 number, ties to even, saturating at 448; NaN stays NaN.
 
-    Backends differ beyond 464 (NaN on CPU, 448 on GPU), so nothing gets there.
+    Backends differ beyond 464 (NaN on CPU, 448 on GPU), so nothing gets there. Float32 is rounded by its bits, which
+    XLA's CPU backend does in a third of the time of its own conversion.
     """
-    return jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    x = jnp.clip(x, -E4M3_MAX, E4M3_MAX)
+    if x.dtype != jnp.float32:
+        return x.astype(E4M3)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    size = bits & 0x7FFFFFFF
+    # From 2^-6 on: half of the 20 bits that go, and the last that stays, carry into it; then another exponent's bias.
+    normal = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3)
+    # Below, numbers are multiples of 2^-9: so are those of float32 from 2^14 to 2^15.
+    small = jax.lax.bitcast_convert_type(jnp.abs(x) + 2.0**14, jnp.uint32) - (141 << 23)
+    code = jnp.where(size < 121 << 23, small, normal)
+    code = jnp.where(size > 0x7F800000, 0x7F, code) | (bits >> 24 & 0x80)
+    return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), E4M3)
 
 
 def to_e2m1(x: jax.Array) -> jax.Array:

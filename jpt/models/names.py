@@ -95,6 +95,11 @@ class Leaf:
         return self.path[-1] in CACHE_SCALES
 
     @property
+    def weight_path(self) -> TreePath:
+        """The path of the weight that this is, or is a part of."""
+        return self.path if self.part is None else self.path[:-1]
+
+    @property
     def own_shape(self) -> tuple[int, ...]:
         """The shape of what one source holds; () for a number."""
         return self.shape[self.stack :]

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 from jpt.kernels.low_precision import E4M3_MAX
 from jpt.quantization.kv_cache import CacheReport
 from jpt.quantization.run import LayerReport, ModelReport, Quantized
+from jpt.quantization.settings import CalibrationConfig
 
 JSON_FILE, PLOT_FILE = 'quantize.json', 'quantize.png'
 WORST = 10  # layers that the console shows
@@ -29,7 +30,9 @@ def show(made: Quantized, console: Console) -> None:
     if made.cache is not None:
         _show_cache(made.cache, console)
     if made.layers:
-        _show_layers(made, console)
+        shown = min(WORST, len(made.layers))
+        console.print(f'the {shown} worst of {len(made.layers)} weights, by the output of their layer')
+        _show_layers(made.layers, console)
     console.print(f'not quantized: {", ".join(made.kept)}')
     for layer, experts in made.unseen.items():
         console.print(
@@ -49,16 +52,44 @@ def _show_cache(cache: CacheReport, console: Console) -> None:
     console.print(table)
 
 
-def _show_layers(made: Quantized, console: Console) -> None:
-    console.print(
-        f'the {min(WORST, len(made.layers))} worst of {len(made.layers)} weights, by the output of their layer'
-    )
+def _show_layers(layers: Sequence[LayerReport], console: Console) -> None:
     table = Table('layer', 'weight', 'format', 'weight error', 'output SNR', 'clipped', 'amax', box=box.MARKDOWN)
-    for one in made.layers[:WORST]:
+    for one in layers[:WORST]:
         snr = 'not measured' if one.snr is None else f'{one.snr:.1f} dB'
         values = f'{100 * one.error:.2f} %', snr, f'{100 * one.clipped:.3f} %', f'{one.amax:.4g}'
         table.add_row(str(one.layer), short(one.path), one.format.element, *values)
     console.print(table)
+
+
+class Streamed(NamedTuple):
+    """What is known of a model that was quantized from files to files, without text."""
+
+    layers: list[LayerReport]
+    bytes: tuple[int, int]  # of all weights, before and after
+    kept: list[str]  # matrices that were not quantized
+    how: CalibrationConfig
+
+
+def show_streamed(made: Streamed, console: Console) -> None:
+    """The sizes, and the weights that lost most."""
+    before, after = made.bytes
+    console.print(f'{before / 1e6:,.2f} MB of weights became {after / 1e6:,.2f} MB ({100 * after / before:.1f} %)')
+    console.print(f'the {min(WORST, len(made.layers))} worst of {len(made.layers)} weights, by their own error')
+    _show_layers(made.layers, console)
+    console.print(f'not quantized: {", ".join(made.kept)}')
+
+
+def write_streamed(made: Streamed, directory: Path) -> None:
+    """The JSON file, with the fields of `to_json` that need no text."""
+    names = ('original', 'quantized')
+    content = {
+        'models': [{'name': name, 'bytes': size} for name, size in zip(names, made.bytes, strict=True)],
+        'calibration_tokens': 0,
+        'calibration': dataclasses.asdict(made.how),
+        'layers': [_row(row) for row in made.layers],
+        'not_quantized': made.kept,
+    }
+    (directory / JSON_FILE).write_text(json.dumps(content, indent=1) + '\n', 'utf-8')
 
 
 def to_json(made: Quantized) -> dict[str, Any]:

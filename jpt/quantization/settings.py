@@ -1,8 +1,9 @@
 """What a quantization can be told: the dataclasses behind `python -m jpt.quantize --config=...`."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+from jpt.checkpoint.shards import parse_size
 from jpt.config import ConfigError, require
 from jpt.quant.recipes import EVERYTHING, KEEP, Recipe, recipe_of
 
@@ -61,12 +62,40 @@ class QuantizeConfig:
     kv_cache: KVCache = 'as_it_is'
     to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
     text: TextConfig = TextConfig()
+    # From files to files, a piece of a weight in memory at a time: for a model larger than memory. No text is read and
+    # nothing is calibrated but scales of weights.
+    stream: bool = False
+    max_shard_size: str = '5GB'  # largest safetensors file, where a Hugging Face directory is written
 
     def __post_init__(self) -> None:
         try:
             self.choices()
         except ValueError as error:
             raise ConfigError(type(self).__name__, 'recipe', self.recipe, str(error)) from error
+        try:
+            parse_size(self.max_shard_size)
+        except ValueError as error:
+            raise ConfigError(type(self).__name__, 'max_shard_size', self.max_shard_size, str(error)) from error
+        if self.stream:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        """Whether every setting has an effect where no text is read."""
+        how, default = self.calibration, CalibrationConfig()
+        wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            'kv_cache': (self.kv_cache, ('as_it_is',)),
+            'calibration.factors': (how.factors, ('none',)),
+            'calibration.inputs': (how.inputs, ('max',)),
+            'calibration.weights': (how.weights, ('max', 'mse')),
+            'calibration.percentile': (how.percentile, (default.percentile,)),
+            'calibration.alpha': (how.alpha, (default.alpha,)),
+        }
+        for field in dataclasses.fields(TextConfig):
+            wanted[f'text.{field.name}'] = getattr(self.text, field.name), (field.default,)
+        for name, (value, allowed) in wanted.items():
+            if value not in allowed:
+                expected = f'{" or ".join(map(repr, allowed))} with stream=True, which reads no text'
+                raise ConfigError(type(self).__name__, name, value, expected)
 
     def choices(self) -> Recipe:
         """The recipe."""

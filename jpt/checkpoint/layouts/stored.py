@@ -173,7 +173,7 @@ class Stored:
     def write(self, rows: np.ndarray, shape: Shape, dtype: np.dtype) -> np.ndarray:
         """The rows of the tensor, of this dtype, that hold these rows of a part of this shape."""
         held = self.order.write(_reciprocal(rows) if self.divisor else rows, shape)
-        return held.view(dtype) if dtype == E8M0 else held.astype(dtype)
+        return held.view(dtype) if dtype == E8M0 else held.astype(dtype, copy=False)
 
 
 def _reciprocal(x: np.ndarray) -> np.ndarray:
