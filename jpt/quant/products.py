@@ -1,7 +1,8 @@
 """Products with quantized weights: what becomes of the inputs, the product itself, and what gradients see of both.
 
 Backward, rounding is the identity (straight through, Bengio et al. 2013, arXiv:1308.3432): a product is differentiated
-as the product of the numbers that it multiplied. A QTensor gets no gradient, the weight of a FakeQuant does.
+as the product of the numbers that it multiplied. A QTensor gets no gradient, the weight of a FakeQuant does. In FP8
+training what gradients are made of is rounded once more, see gradients.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.local import mesh_axes, platform
 from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS, weight_only_matmul
 from jpt.quant.formats import Format
-from jpt.quant.tensors import FakeQuant, QTensor, codes_of, dequantize, numbers_of, quantize
+from jpt.quant.gradients import block_gradients
+from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize
 
 
 def quantized_dot(x: jax.Array, kernel: QTensor | FakeQuant) -> jax.Array:
@@ -158,13 +160,18 @@ def _per_row(values: Any, sizes_E: jax.Array | None, x: jax.Array) -> Any:
     return jnp.take(values, group, axis=0, mode='clip')
 
 
-def _backward(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, dy: jax.Array, gradients: Gradients = 'as_they_are'
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of x and of the weight before it was rounded."""
     scaled = _times_factor(x, weight.input_factor, sizes_E)
-    rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x))
-    seen = scaled if rounded is None else _dense(rounded).astype(x.dtype)
-    _, pull = jax.vjp(lambda x, w: _plain(x, w, sizes_E), seen, dequantize(weight).astype(x.dtype))
-    dx, dweight = pull(dy)
+    if gradients == 'block':
+        dx, dweight = block_gradients(scaled, weight, sizes_E, dy)
+    else:
+        rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x))
+        seen = scaled if rounded is None else _dense(rounded).astype(x.dtype)
+        _, pull = jax.vjp(lambda x, w: _plain(x, w, sizes_E), seen, dequantize(weight).astype(x.dtype))
+        dx, dweight = pull(dy)
     if weight.input_factor is not None:
         dx = _times_factor(dx, weight.input_factor, sizes_E)
         dweight = dweight / weight.input_factor[..., None, :].astype(dweight.dtype)
@@ -203,7 +210,7 @@ def _fake_product_fwd(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None
 
 def _fake_product_bwd(residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None]:
     x, kernel, weight, sizes_E = residuals
-    dx, dweight = _backward(x, weight, sizes_E, dy)
+    dx, dweight = _backward(x, weight, sizes_E, dy, kernel.gradients)
     zeros = {
         name: None if value is None else jnp.zeros_like(value)
         for name, value in (('input_scale', kernel.input_scale), ('input_factor', kernel.input_factor))

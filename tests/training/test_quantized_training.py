@@ -144,11 +144,32 @@ def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path):
         make_job(config)
 
 
+def test_training_in_fp8_ends_with_the_weights_it_trained(tmp_path):
+    """All three products in eight bits give the losses of float32 to a per cent, and a model of plain weights."""
+    fp8 = {'recipe': (('layers/**', 'fp8_block'),), 'gradients': 'block', 'result': 'weights'}
+    found = {}
+    for name, given in (('float32', None), ('fp8', fp8)):
+        config = settings(tmp_path, quantize=given, checkpoint={'every': 7, 'export': True})
+        model = run_job(config, tmp_path / name)
+        found[name] = losses(tmp_path / name)
+    assert found['fp8'][-1] < found['fp8'][0] - 0.5
+    assert found['fp8'] == pytest.approx(found['float32'], rel=1e-2)
+    assert found['fp8'] != found['float32']
+    kernel = model.params['layers'][0][0]['mlp']['up']['kernel']
+    exported = jpt.load(tmp_path / 'fp8' / 'model').params['layers'][0][0]['mlp']['up']['kernel']
+    assert not is_weight(kernel)
+    np.testing.assert_array_equal(np.asarray(kernel), np.asarray(exported))  # float32 weights, float32 files
+    weights = make_job(config).state.params['layers'][0][0]['mlp']['up']['kernel']
+    assert (weights.gradients, weights.format) == ('block', FORMATS['fp8_block'])
+
+
 def test_settings_that_do_not_hold():
     with pytest.raises(ConfigError, match='need no calibration'):
         FakeQuantConfig((('layers/**', 'fp8_tensor'),))
     with pytest.raises(ConfigError, match='expected one of fp8_tensor'):
         FakeQuantConfig((('layers/**', 'fp9'),))
+    with pytest.raises(ConfigError, match=r"gradients='block': expected 'as_they_are', or another recipe: .*E4M3"):
+        FakeQuantConfig((('layers/**', 'fp8_block'), ('**/mlp', 'nvfp4')), gradients='block')
 
 
 def test_packing_is_what_a_fake_weight_computes_as():

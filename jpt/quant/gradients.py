@@ -1,0 +1,146 @@
+"""Gradients of a product by products in eight bits, as FP8 training takes them: `FakeQuant.gradients`.
+
+    y = x w^T        dx = dy w  adds up over outputs        dw = dy^T x  adds up over tokens
+
+Every operand is rounded to E4M3 with a scale per run of neighbours along the axis that its product adds up, so that
+scales can be multiplied in block by block: dy in runs of outputs for dx, dy and x in runs of tokens for dw (DeepSeek-V3
+technical report, 2024, arXiv:2412.19437, section 3.3). The weight is rounded in squares, which transposed are squares:
+dx is multiplied by the codes of the forward product. x is rounded for dw from what it was before the forward product
+rounded it, so nothing is rounded twice. Sums are float32, and dw stays so.
+
+Runs of tokens are those of one row of a batch [B, T, in], or of one group's rows: they begin anew in each, and the last
+may be shorter. So they do not depend on microbatches and on how a batch lies on devices, as long as shards of T hold
+whole runs. Rows of a group do lie otherwise on other meshes: experts' dw then differs by roundings.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from jpt.kernels.block_matmul import BLOCK, block_matmul
+from jpt.kernels.block_quantize import quantize_rows
+from jpt.kernels.grouped_block_matmul import grouped_block_matmul
+from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.kernels.hopper import reason_not_hopper
+from jpt.kernels.local import mesh_axes, platform
+from jpt.quant.formats import Format
+from jpt.quant.tensors import QTensor, numbers_of, quantize
+
+
+def block_gradients(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of x [..., in] (in its dtype) and of the weight (float32) from that of the product, dy [..., out].
+
+    Args:
+        x: as the product had it, before it was rounded.
+        weight: E4M3 in squares, [out, in], or with sizes_E [E, out, in].
+        sizes_E: where there are groups, how many rows of x [M, in] each has.
+        dy: finite; a run with a NaN or infinity makes all that it reaches NaN.
+    """
+    kernels = weight.format.rows == BLOCK and not mesh_axes(AxisType.Auto) and reason_not_hopper() is None
+    if sizes_E is not None:
+        return _of_inputs_by_group(x, weight, sizes_E, dy, kernels), _of_weights_by_group(x, weight, sizes_E, dy)
+    return (_of_inputs if kernels else _of_inputs_plain)(weight, dy).astype(x.dtype), (
+        _of_weights if kernels else _of_weights_plain
+    )(x, dy, weight.format)
+
+
+def _of_inputs(weight: QTensor, dy: jax.Array) -> jax.Array:
+    """dx by the kernel of blockwise products."""
+    codes, scales = quantize_rows(dy.reshape(-1, dy.shape[-1]), BLOCK, weight.format.scale)
+    dx_MI = block_matmul(codes, scales, jnp.asarray(weight.codes).T, jnp.asarray(weight.scale).T, _result(dy))
+    return dx_MI.reshape(*dy.shape[:-1], -1)
+
+
+def _of_inputs_plain(weight: QTensor, dy: jax.Array) -> jax.Array:
+    """dx as a product of the numbers, float32."""
+    contract = ((dy.ndim - 1,), (0,)), ((), ())
+    return jax.lax.dot_general(_rounded_outputs(dy, weight.format), numbers_of(weight), contract)
+
+
+def _of_weights(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
+    """dw by the kernel of blockwise products: [out, tokens] times [in, tokens] transposed."""
+    left, right = (quantize_rows(_tokens_last(array), BLOCK, form.scale) for array in (dy, x))
+    return block_matmul(*left, *right, jnp.float32)
+
+
+def _of_weights_plain(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
+    """dw as a product of the numbers, float32."""
+    left, right = (_rounded_tokens(_with_rows(array), form) for array in (dy, x))
+    tokens = tuple(range(left.ndim - 1))
+    return jax.lax.dot_general(left, right, ((tokens, tokens), ((), ())))
+
+
+def _of_inputs_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array, kernels: bool) -> jax.Array:
+    """dx of rows that are sorted by group."""
+    if kernels:
+        codes, scales = quantize_rows(dy, BLOCK, weight.format.scale)
+        turned = jnp.swapaxes(weight.codes, 1, 2), jnp.swapaxes(weight.scale, 1, 2)
+        return grouped_block_matmul(codes, scales, *turned, sizes_E, _result(dy)).astype(x.dtype)
+    dtype = _operand_dtype(x)
+    seen = jnp.zeros(x.shape, dtype)  # x has no part in its own gradient
+    _, pull = jax.vjp(lambda x: grouped_matmul(x, numbers_of(weight).astype(dtype), sizes_E), seen)
+    return pull(_rounded_outputs(dy, weight.format).astype(dtype))[0].astype(x.dtype)
+
+
+def _of_weights_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array) -> jax.Array:
+    """dw [E, out, in] of rows that are sorted by group, as products of the numbers."""
+    dtype = _operand_dtype(x)
+    left, right = (_rounded_tokens_by_group(array, sizes_E, weight.format).astype(dtype) for array in (dy, x))
+    unused = jnp.zeros(weight.shape, jnp.float32)  # the weight has no part in its own gradient
+    return jax.vjp(lambda w: grouped_matmul(right, w, sizes_E), unused)[1](left)[0]
+
+
+def _rounded_outputs(dy: jax.Array, form: Format) -> jax.Array:
+    """dy rounded in runs along its last axis, float32."""
+    rows = dy.astype(jnp.float32)[..., None, :]
+    return numbers_of(quantize(rows, Format('e4m3', 1, form.columns, form.scale)))[..., 0, :]
+
+
+def _rounded_tokens(x: jax.Array, form: Format) -> jax.Array:
+    """x [..., T, n] rounded in runs along T, float32."""
+    return numbers_of(quantize(x.astype(jnp.float32), Format('e4m3', form.rows, 1, form.scale)))
+
+
+def _rounded_tokens_by_group(x_MI: jax.Array, sizes_E: jax.Array, form: Format) -> jax.Array:
+    """Rows rounded in runs of one group's rows, float32; rows beyond all groups are 0."""
+    (M, I), (E,), block = x_MI.shape, sizes_E.shape, form.rows
+    whole_E = -(-sizes_E // block) * block  # rows of each group, with room to its last run's end
+    row_M, ends_E = jnp.arange(M), jnp.cumsum(sizes_E)
+    group_M = jnp.minimum(jnp.searchsorted(ends_E, row_M, side='right'), E - 1)
+    shift_E = jnp.cumsum(whole_E) - whole_E - (ends_E - sizes_E)
+    own_M = row_M < ends_E[-1]
+    room = -(-(M + E * (block - 1)) // block) * block
+    place_M = jnp.where(own_M, row_M + shift_E[group_M], room)
+    apart = jnp.zeros((room, I), jnp.float32).at[place_M].set(x_MI.astype(jnp.float32), mode='drop')
+    rounded = jnp.take(_rounded_tokens(apart, form), place_M, axis=0, mode='clip')
+    return jnp.where(own_M[:, None], rounded, 0)
+
+
+def _with_rows(x: jax.Array) -> jax.Array:
+    """[..., n] as [B, T, n], where a single vector is a row of one token."""
+    lead = x.shape[:-1] or (1,)
+    return x.reshape(math.prod(lead[:-1]), lead[-1], x.shape[-1])
+
+
+def _tokens_last(x: jax.Array) -> jax.Array:
+    """[..., T, n] as [n, tokens], every row of T filled up with zeros to whole runs."""
+    x_BTN = _with_rows(x)
+    short = -x_BTN.shape[1] % BLOCK
+    x_BTN = jnp.pad(x_BTN, ((0, 0), (0, short), (0, 0))) if short else x_BTN
+    return x_BTN.reshape(-1, x.shape[-1]).T
+
+
+def _operand_dtype(x: jax.Array) -> jnp.dtype:
+    """What grouped products of numbers are made of: on GPUs x's dtype, which tensor cores take; else float32."""
+    return x.dtype if platform() == 'gpu' and x.dtype in (jnp.bfloat16, jnp.float16) else jnp.dtype(jnp.float32)
+
+
+def _result(dy: jax.Array) -> jnp.dtype:
+    """The dtype in which a kernel hands over dx."""
+    return dy.dtype if dy.dtype in (jnp.bfloat16, jnp.float16) else jnp.dtype(jnp.float32)
