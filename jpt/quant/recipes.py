@@ -115,7 +115,7 @@ def masters(params: Any) -> Any:
 
 
 # What a run may end with, by FakeQuantConfig.result.
-RESULTS = {'quantized': packed, 'weights': masters}
+RESULTS: dict[str, Callable[[Any], Any]] = {'quantized': packed, 'weights': masters}
 
 
 def _leaves(params: Any) -> dict[str, Any]:
