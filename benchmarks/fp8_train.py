@@ -2,8 +2,8 @@
 
     python benchmarks/fp8_train.py --steps=150 --json
 
-The quickstart's teacher is trained again from random weights, by its own settings with fewer steps: same weights at the
-start, same tokens in the same order. Printed are the mean loss of the last steps, how far the curve (means of so many
+The quickstart's student, or with --teacher its teacher, is trained from random weights on text alone, by the teacher's
+settings with fewer steps: same weights at the start, same tokens in the same order. Printed are the mean loss of the last steps, how far the curve (means of so many
 steps) is from that of float32 at most, and the loss of held-out text. DeepSeek-V3 (arXiv:2412.19437, section 3.3) says
 0.25 % of the loss at 1 T tokens. Curves as short as these depend on chance: `float32, another seed` is the same
 run with other tokens first, and shows by how much.
@@ -23,8 +23,9 @@ from rich.table import Table
 from students import ROOT, machine, on_cpu
 
 from jpt.config import from_config_dict
+from jpt.models.shapes import QUICKSTART_STUDENT
 from jpt.training.run import run_job
-from jpt.training.settings import EvalConfig, FakeQuantConfig, TrainConfig
+from jpt.training.settings import EvalConfig, FakeQuantConfig, ModelSource, TrainConfig
 
 BLOCKS = (('layers/**', 'fp8_block'),)
 KINDS: dict[str, FakeQuantConfig | None] = {
@@ -32,11 +33,12 @@ KINDS: dict[str, FakeQuantConfig | None] = {
     'products forward in FP8': FakeQuantConfig(BLOCKS, result='weights'),
     'all products in FP8': FakeQuantConfig(BLOCKS, gradients='block', result='weights'),
     'all, powers of two': FakeQuantConfig((('layers/**', 'fp8_block_ue8m0'),), gradients='block', result='weights'),
+    'all, a scale per tensor': FakeQuantConfig((('layers/**', 'fp8_tensor'),), gradients='tensor', result='weights'),
 }
 
 
 def settings_of(quantize: FakeQuantConfig | None, options: argparse.Namespace) -> TrainConfig:
-    """The teacher's settings with fewer steps."""
+    """The teacher's settings with fewer steps, for one of the two models."""
     spec = importlib.util.spec_from_file_location('quickstart_teacher', ROOT / 'configs' / 'quickstart_teacher.py')
     assert spec is not None
     assert spec.loader is not None
@@ -46,6 +48,7 @@ def settings_of(quantize: FakeQuantConfig | None, options: argparse.Namespace) -
     assert base.eval.data is not None
     return dataclasses.replace(
         base,
+        model=base.model if options.teacher else ModelSource(architecture=dict(QUICKSTART_STUDENT)),
         data=dataclasses.replace(base.data, paths=(options.train,)),
         eval=EvalConfig(dataclasses.replace(base.eval.data, paths=(options.held_out,)), batches=options.batches),
         batch=dataclasses.replace(base.batch, size=options.rows),
@@ -85,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Loss curves of training in FP8.')
     parser.add_argument('--train', default='stdlib:train')
     parser.add_argument('--held_out', default='stdlib:held_out')
+    parser.add_argument('--teacher', action='store_true', help='the larger model')
     parser.add_argument('--steps', type=int, default=150)
     parser.add_argument('--rows', type=int, default=8, help='of 256 tokens in a step')
     parser.add_argument('--batches', type=int, default=16, help='of held-out text')

@@ -78,22 +78,34 @@ def _of_weights_plain(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
 
 def _of_inputs_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array, kernels: bool) -> jax.Array:
     """dx of rows that are sorted by group."""
-    if kernels:
-        codes, scales = quantize_rows(dy, BLOCK, weight.format.scale)
-        turned = jnp.swapaxes(weight.codes, 1, 2), jnp.swapaxes(weight.scale, 1, 2)
-        return grouped_block_matmul(codes, scales, *turned, sizes_E, _result(dy)).astype(x.dtype)
-    dtype = _operand_dtype(x)
-    seen = jnp.zeros(x.shape, dtype)  # x has no part in its own gradient
-    _, pull = jax.vjp(lambda x: grouped_matmul(x, numbers_of(weight).astype(dtype), sizes_E), seen)
-    return pull(_rounded_outputs(dy, weight.format).astype(dtype))[0].astype(x.dtype)
+    if not kernels:
+        return by_group_of_inputs(x, weight, sizes_E, _rounded_outputs(dy, weight.format))
+    codes, scales = quantize_rows(dy, BLOCK, weight.format.scale)
+    turned = jnp.swapaxes(weight.codes, 1, 2), jnp.swapaxes(weight.scale, 1, 2)
+    return grouped_block_matmul(codes, scales, *turned, sizes_E, _result(dy)).astype(x.dtype)
 
 
 def _of_weights_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array) -> jax.Array:
-    """dw [E, out, in] of rows that are sorted by group, as products of the numbers."""
-    dtype = _operand_dtype(x)
-    left, right = (_rounded_tokens_by_group(array, sizes_E, weight.format).astype(dtype) for array in (dy, x))
+    """dw [E, out, in] of rows that are sorted by group."""
+    seen, rounded = (_rounded_tokens_by_group(array, sizes_E, weight.format) for array in (x, dy))
+    return by_group_of_weights(seen, weight, sizes_E, rounded, x.dtype)
+
+
+def by_group_of_inputs(x: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded: jax.Array) -> jax.Array:
+    """dx in the dtype of x, as products of the numbers of dy, rounded, and of the weight."""
+    dtype = _operand_dtype(x.dtype)
+    unused = jnp.zeros(x.shape, dtype)  # x has no part in its own gradient
+    _, pull = jax.vjp(lambda x: grouped_matmul(x, numbers_of(weight).astype(dtype), sizes_E), unused)
+    return pull(rounded.astype(dtype))[0].astype(x.dtype)
+
+
+def by_group_of_weights(
+    seen: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """dw [E, out, in], float32, as products of the numbers of dy and x, both rounded; `dtype`: of x before that."""
+    own = _operand_dtype(dtype)
     unused = jnp.zeros(weight.shape, jnp.float32)  # the weight has no part in its own gradient
-    return jax.vjp(lambda w: grouped_matmul(right, w, sizes_E), unused)[1](left)[0]
+    return jax.vjp(lambda w: grouped_matmul(seen.astype(own), w, sizes_E), unused)[1](rounded.astype(own))[0]
 
 
 def _rounded_outputs(dy: jax.Array, form: Format) -> jax.Array:
@@ -136,9 +148,9 @@ def _tokens_last(x: jax.Array) -> jax.Array:
     return x_BTN.reshape(-1, x.shape[-1]).T
 
 
-def _operand_dtype(x: jax.Array) -> jnp.dtype:
+def _operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """What grouped products of numbers are made of: on GPUs x's dtype, which tensor cores take; else float32."""
-    return x.dtype if platform() == 'gpu' and x.dtype in (jnp.bfloat16, jnp.float16) else jnp.dtype(jnp.float32)
+    return dtype if platform() == 'gpu' and dtype in (jnp.bfloat16, jnp.float16) else jnp.dtype(jnp.float32)
 
 
 def _result(dy: jax.Array) -> jnp.dtype:

@@ -22,9 +22,13 @@ from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.local import mesh_axes, platform
 from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS, weight_only_matmul
+from jpt.quant.current_scaling import tensor_gradients, with_current_scale
 from jpt.quant.formats import Format
 from jpt.quant.gradients import block_gradients
 from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize
+
+# How gradients are multiplied, by FakeQuant.gradients, where not as autodiff has it.
+IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
 
 
 def quantized_dot(x: jax.Array, kernel: QTensor | FakeQuant) -> jax.Array:
@@ -165,8 +169,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x and of the weight before it was rounded."""
     scaled = _times_factor(x, weight.input_factor, sizes_E)
-    if gradients == 'block':
-        dx, dweight = block_gradients(scaled, weight, sizes_E, dy)
+    if gradients != 'as_they_are':
+        dx, dweight = IN_EIGHT_BITS[gradients](scaled, weight, sizes_E, dy)
     else:
         rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x))
         seen = scaled if rounded is None else _dense(rounded).astype(x.dtype)
@@ -198,13 +202,21 @@ def quantized(kernel: FakeQuant) -> QTensor:
     return quantize(kernel.weight, kernel.format, input_scale=kernel.input_scale, input_factor=kernel.input_factor)
 
 
+def _quantized_for(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> QTensor:
+    """The same with the scale of these inputs where that is found at every step."""
+    weight = quantized(kernel)
+    if kernel.gradients != 'tensor':
+        return weight
+    return with_current_scale(weight, _times_factor(x, weight.input_factor, sizes_E), sizes_E)
+
+
 @jax.custom_vjp
 def _fake_product(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> jax.Array:
-    return _forward(x, quantized(kernel), sizes_E)
+    return _forward(x, _quantized_for(x, kernel, sizes_E), sizes_E)
 
 
 def _fake_product_fwd(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> tuple[jax.Array, Any]:
-    weight = quantized(kernel)
+    weight = _quantized_for(x, kernel, sizes_E)
     return _forward(x, weight, sizes_E), (x, kernel, weight, sizes_E)
 
 

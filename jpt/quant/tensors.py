@@ -21,7 +21,7 @@ from jpt.kernels import low_precision as low
 from jpt.quant.formats import Format
 
 Array = jax.Array | np.ndarray
-Gradients = Literal['as_they_are', 'block']
+Gradients = Literal['as_they_are', 'block', 'tensor']
 PARTS = ('codes', 'scale', 'scale_2', 'input_scale', 'input_factor')
 CODES: dict[str, Any] = {'e4m3': low.E4M3, 'e2m1': jnp.uint8, 'int8': jnp.int8, 'int4': jnp.uint8}
 SCALES: dict[str, Any] = {
@@ -139,7 +139,9 @@ class FakeQuant:
     """A weight [..., out, in] in training that computes what its quantized form does: rounded forward, straight through
     backward (Bengio et al. 2013, arXiv:1308.3432). `input_scale` and `input_factor` as in QTensor.
 
-    gradients: 'as_they_are', or 'block': what is multiplied for them is rounded to E4M3 too (jpt/quant/gradients.py).
+    gradients: 'as_they_are'; or what is multiplied for them is rounded to eight bits too, by 'block'
+        (jpt/quant/gradients.py) or with one scale per array ('tensor', jpt/quant/current_scaling.py), which inputs then
+        have forward, too.
 
     Raises:
         ValueError: `gradients` that there is not, or that does not go with the format.
@@ -154,6 +156,8 @@ class FakeQuant:
     def __post_init__(self) -> None:
         if refused := refused_gradients(self.gradients, self.format):
             raise ValueError(f'FakeQuant: {refused}')
+        if self.gradients == 'tensor' and self.input_scale is not None:
+            raise ValueError("FakeQuant: gradients='tensor' with an input_scale: expected None, a scale at every step")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -196,6 +200,9 @@ def refused_gradients(gradients: Gradients, form: Format) -> str | None:
     square = form.element == 'e4m3' and form.rows == form.columns > 0 and form.scale in ('float32', 'power_of_two')
     if gradients == 'block' and not (square and form.inputs == 'block'):
         return f"gradients='block' with {form}: expected fp8_block, fp8_block_ue8m0, or other squares of E4M3"
+    whole = form == Format('e4m3', inputs='tensor')
+    if gradients == 'tensor' and not whole:
+        return f"gradients='tensor' with {form}: expected fp8_tensor"
     return None
 
 
