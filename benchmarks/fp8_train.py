@@ -3,10 +3,10 @@
     python benchmarks/fp8_train.py --steps=150 --json
 
 The quickstart's student, or with --teacher its teacher, is trained from random weights on text alone, by the teacher's
-settings with fewer steps: same weights at the start, same tokens in the same order. Printed are the mean loss of the last steps, how far the curve (means of so many
-steps) is from that of float32 at most, and the loss of held-out text. DeepSeek-V3 (arXiv:2412.19437, section 3.3) says
-0.25 % of the loss at 1 T tokens. Curves as short as these depend on chance: `float32, another seed` is the same
-run with other tokens first, and shows by how much.
+settings with fewer steps: same weights at the start, same tokens in the same order. Printed are the mean loss of the
+last steps, how far the curve (means of so many steps) is from that of float32 at most, and the loss of held-out text.
+DeepSeek-V3 (arXiv:2412.19437, section 3.3) says 0.25 % of the loss at 1 T tokens. Curves as short as these depend on
+chance: `float32, another seed`, with other weights and tokens at the start, shows by how much.
 """
 
 import argparse

@@ -50,7 +50,7 @@ def tensor_gradients(
         rounded, seen = codes_dy.astype(jnp.float32) * scale_dy, codes_x.astype(jnp.float32) * scale_x
         dweight = by_group_of_weights(seen, weight, sizes_E, rounded, x.dtype)
         return by_group_of_inputs(x, weight, sizes_E, rounded), dweight
-    dx = _product(codes_dy, weight.codes, (dy.ndim - 1,), (0,)) * (scale_dy * weight.scale[0, 0])
+    dx = _product(codes_dy, jnp.asarray(weight.codes), (dy.ndim - 1,), (0,)) * (scale_dy * weight.scale[0, 0])
     tokens = tuple(range(dy.ndim - 1))
     return dx.astype(x.dtype), _product(codes_dy, codes_x, tokens, tokens) * (scale_dy * scale_x)
 

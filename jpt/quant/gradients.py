@@ -65,8 +65,8 @@ def _of_inputs_plain(weight: QTensor, dy: jax.Array) -> jax.Array:
 
 def _of_weights(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
     """dw by the kernel of blockwise products: [out, tokens] times [in, tokens] transposed."""
-    of_dy, of_x = (quantize_rows(_tokens_last(array), BLOCK, form.scale) for array in (dy, x))
-    return block_matmul(*of_dy, *of_x, dtype=jnp.float32)
+    (left, left_scale), (right, right_scale) = (quantize_rows(_tokens_last(a), BLOCK, form.scale) for a in (dy, x))
+    return block_matmul(left, left_scale, right, right_scale, jnp.float32)
 
 
 def _of_weights_plain(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:

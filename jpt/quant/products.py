@@ -21,6 +21,7 @@ from jpt.kernels.block_quantize import SCALES, quantize_rows
 from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.local import mesh_axes, platform
+from jpt.kernels.te import tensor_dot
 from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS, weight_only_matmul
 from jpt.quant.current_scaling import tensor_gradients, with_current_scale
 from jpt.quant.formats import Format
@@ -33,11 +34,19 @@ IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
 
 def quantized_dot(x: jax.Array, kernel: QTensor | FakeQuant) -> jax.Array:
     """x [..., in] times a kernel [out, in]: [..., out] in the dtype of x."""
+    if isinstance(kernel, FakeQuant) and kernel.gradients == 'te':
+        return tensor_dot(x, kernel.weight)
     return _product(x, kernel, None) if isinstance(kernel, QTensor) else _fake_product(x, kernel, None)
 
 
 def quantized_grouped_dot(x_MI: jax.Array, kernels: QTensor | FakeQuant, sizes_E: jax.Array) -> jax.Array:
-    """Rows [M, in], sorted by group, each times its group's kernel of [E, out, in]; see `dot.grouped_dot`."""
+    """Rows [M, in], sorted by group, each times its group's kernel of [E, out, in]; see `dot.grouped_dot`.
+
+    Raises:
+        ValueError: kernels whose products are to be Transformer Engine's.
+    """
+    if isinstance(kernels, FakeQuant) and kernels.gradients == 'te':
+        raise ValueError("experts with gradients='te': expected 'tensor', or a recipe that leaves experts out")
     return _product(x_MI, kernels, sizes_E) if isinstance(kernels, QTensor) else _fake_product(x_MI, kernels, sizes_E)
 
 

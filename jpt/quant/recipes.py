@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jpt.kernels.te import require
 from jpt.quant.dot import LoraKernel, Transposed, is_weight
 from jpt.quant.formats import FORMATS, Format, format_of
 from jpt.quant.paths import map_with_path, paths, select
@@ -97,7 +98,13 @@ def quantized_tree(
 
 
 def in_training(params: Any, formats: Mapping[str, Format], gradients: Gradients) -> Any:
-    """The tree in which every weight that has a format is trained through its rounding."""
+    """The tree in which every weight that has a format is trained through its rounding.
+
+    Raises:
+        ImportError: gradients='te' where Transformer Engine is not.
+    """
+    if gradients == 'te':
+        require()
     return quantized_tree(params, formats, lambda _, weight, form: FakeQuant(weight, format=form, gradients=gradients))
 
 

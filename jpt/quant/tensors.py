@@ -18,10 +18,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jpt.kernels import low_precision as low
+from jpt.kernels.te import NO_BLOCKS
 from jpt.quant.formats import Format
 
 Array = jax.Array | np.ndarray
-Gradients = Literal['as_they_are', 'block', 'tensor']
+Gradients = Literal['as_they_are', 'block', 'tensor', 'te']
 PARTS = ('codes', 'scale', 'scale_2', 'input_scale', 'input_factor')
 CODES: dict[str, Any] = {'e4m3': low.E4M3, 'e2m1': jnp.uint8, 'int8': jnp.int8, 'int4': jnp.uint8}
 SCALES: dict[str, Any] = {
@@ -141,7 +142,7 @@ class FakeQuant:
 
     gradients: 'as_they_are'; or what is multiplied for them is rounded to eight bits too, by 'block'
         (jpt/quant/gradients.py) or with one scale per array ('tensor', jpt/quant/current_scaling.py), which inputs then
-        have forward, too.
+        have forward, too; or by Transformer Engine ('te', jpt/kernels/te.py).
 
     Raises:
         ValueError: `gradients` that there is not, or that does not go with the format.
@@ -156,8 +157,8 @@ class FakeQuant:
     def __post_init__(self) -> None:
         if refused := refused_gradients(self.gradients, self.format):
             raise ValueError(f'FakeQuant: {refused}')
-        if self.gradients == 'tensor' and self.input_scale is not None:
-            raise ValueError("FakeQuant: gradients='tensor' with an input_scale: expected None, a scale at every step")
+        if self.gradients in ('tensor', 'te') and self.input_scale is not None:
+            raise ValueError(f'FakeQuant: gradients={self.gradients!r} with an input_scale: expected None')
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -201,8 +202,9 @@ def refused_gradients(gradients: Gradients, form: Format) -> str | None:
     if gradients == 'block' and not (square and form.inputs == 'block'):
         return f"gradients='block' with {form}: expected fp8_block, fp8_block_ue8m0, or other squares of E4M3"
     whole = form == Format('e4m3', inputs='tensor')
-    if gradients == 'tensor' and not whole:
-        return f"gradients='tensor' with {form}: expected fp8_tensor"
+    if gradients in ('tensor', 'te') and not whole:
+        why = f' ({NO_BLOCKS})' if gradients == 'te' else ''
+        return f'gradients={gradients!r} with {form}: expected fp8_tensor{why}'
     return None
 
 

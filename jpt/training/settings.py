@@ -114,7 +114,7 @@ class FakeQuantConfig:
 
     # Pairs of a pattern over weights and a format (jpt/quant/formats.py) or 'none'; the last one that covers holds.
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4_weights'),)
-    # 'block' (with fp8_block) or 'tensor' (with fp8_tensor): by products in FP8 too, see docs/fp8_training.md.
+    # 'block' (with fp8_block), 'tensor' or 'te' (with fp8_tensor): by products in FP8 too, see docs/fp8_training.md.
     gradients: Gradients = 'as_they_are'
     result: Literal['quantized', 'weights'] = 'quantized'  # what the run ends with and exports: codes, or the masters
 
@@ -124,12 +124,13 @@ class FakeQuantConfig:
         except ValueError as error:
             raise ConfigError(type(self).__name__, 'recipe', self.recipe, str(error)) from error
         formats = [choice.format for choice in found if choice.format is not None]
-        static = self.gradients != 'tensor' and any(form.inputs == 'tensor' for form in formats)
+        current = self.gradients in ('tensor', 'te')
+        static = not current and any(form.inputs == 'tensor' for form in formats)
         require(self, 'recipe', not static, "formats whose inputs need no calibration (fp8_tensor: gradients='tensor')")
         refused = next(filter(None, (refused_gradients(self.gradients, form) for form in formats)), None)
         require(self, 'gradients', refused is None, f"'as_they_are', or another recipe: {refused}")
-        quantized = self.gradients != 'tensor' or self.result == 'weights'
-        require(self, 'result', quantized, "'weights' with gradients='tensor': inputs have no static scale")
+        ends = not current or self.result == 'weights'
+        require(self, 'result', ends, f"'weights' with gradients={self.gradients!r}: inputs have no static scale")
 
     def choices(self) -> Recipe:
         """The recipe."""
