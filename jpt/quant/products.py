@@ -212,10 +212,16 @@ def quantized(kernel: FakeQuant) -> QTensor:
 
 
 def _quantized_for(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> QTensor:
-    """The same with the scale of these inputs where that is found at every step."""
+    """The same with the scale of these inputs where that is found at every step.
+
+    Raises:
+        ValueError: a scale from calibration beside it.
+    """
     weight = quantized(kernel)
     if kernel.gradients != 'tensor':
         return weight
+    if kernel.input_scale is not None:
+        raise ValueError("gradients='tensor' with an input_scale: expected None, it is found at every step")
     return with_current_scale(weight, _times_factor(x, weight.input_factor, sizes_E), sizes_E)
 
 

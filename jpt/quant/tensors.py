@@ -157,8 +157,6 @@ class FakeQuant:
     def __post_init__(self) -> None:
         if refused := refused_gradients(self.gradients, self.format):
             raise ValueError(f'FakeQuant: {refused}')
-        if self.gradients in ('tensor', 'te') and self.input_scale is not None:
-            raise ValueError(f'FakeQuant: gradients={self.gradients!r} with an input_scale: expected None')
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_refused():
             FakeQuant(w, format=FORMATS[name], gradients='block')
     with pytest.raises(ValueError, match=r"gradients='tensor' with .*: expected fp8_tensor"):
         FakeQuant(w, format=FORMATS['fp8_block'], gradients='tensor')
-    with pytest.raises(ValueError, match='with an input_scale: expected None'):
-        FakeQuant(w, jnp.ones(()), format=FORMATS['fp8_tensor'], gradients='tensor')
+    with pytest.raises(ValueError, match="gradients='tensor' with an input_scale: expected None"):
+        dot(w, FakeQuant(w, jnp.ones(()), format=FORMATS['fp8_tensor'], gradients='tensor'))
     with pytest.raises(ValueError, match="gradients='fp8': expected one of as_they_are, block, tensor, te"):
         FakeQuant(w, format=FORMATS['fp8_block'], gradients='fp8')
