@@ -4,8 +4,9 @@
 
 one IEEE division each, and number = code * scale: the same bits on every backend. On Hopper a Mosaic kernel
 (mosaic_quantize.py) does it in one pass over x; XLA makes three kernels and reads x twice. The fused forms quantize
-what is made of x on the way, in float32 and without rounding it to x's dtype in between; exponentials and sums of
-squares may differ in their last bits from one backend to another, and codes with them.
+what is made of x on the way: in float32, rounded to x's dtype, as the array would be that they save to write. So their
+codes are those of that array. Exponentials and sums of squares may differ in their last bits from one backend to
+another, and codes with them.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def quantize_rows(x, columns: int = COLUMNS, scale: str = 'float32', *, implemen
         from jpt.kernels.mosaic_quantize import quantize  # Pallas: not loaded where it is not used
 
         return _shaped(x.shape, *quantize(rows, scale=scale))
-    return _reference(x.astype(jnp.float32), columns, scale)
+    return _reference(rounded_to(x.dtype, x.astype(jnp.float32)), columns, scale)
 
 
 def quantize_gated(gate, up, columns: int = COLUMNS, scale: str = 'float32', *, implementation: str = 'auto'):
-    """Quantizes silu(gate) * up, both [..., K] and of one dtype, computed in float32; else as `quantize_rows`."""
+    """Quantizes `silu_gated(gate, up)`, both [..., K] and of one dtype; else as `quantize_rows`."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f'quantize_gated: gate {gate.dtype}{gate.shape}, up {up.dtype}{up.shape}: expected the same')
     rows = _flat(gate), _flat(up)
@@ -56,13 +57,13 @@ def quantize_gated(gate, up, columns: int = COLUMNS, scale: str = 'float32', *, 
         from jpt.kernels.mosaic_quantize import quantize
 
         return _shaped(gate.shape, *quantize(*rows, produce=silu_times, scale=scale))
-    return _reference(silu_times(gate, up), columns, scale)
+    return _reference(rounded_to(gate.dtype, silu_times(gate, up)), columns, scale)
 
 
 def quantize_normed(
     x, weight_K, eps: float, columns: int = COLUMNS, scale: str = 'float32', *, implementation: str = 'auto'
 ):
-    """Quantizes RMSNorm(x) * weight, x [..., K] and weight [K], computed in float32; else as `quantize_rows`.
+    """Quantizes RMSNorm(x) * weight, x [..., K] and weight [K], in float32 and x's dtype; else as `quantize_rows`.
 
     The mean of squares of every row is a pass of its own over x, by XLA.
     """
@@ -77,13 +78,31 @@ def quantize_normed(
         options = {'row_factor': inverse_M, 'column_factor': weight_K, 'scale': scale}
         return _shaped(x.shape, *quantize(rows, **options))
     normed = rows.astype(jnp.float32) * inverse_M[:, None] * weight_K[None]
-    return _shaped(x.shape, *_reference(normed, columns, scale))
+    return _shaped(x.shape, *_reference(rounded_to(x.dtype, normed), columns, scale))
+
+
+def silu_gated(gate, up):
+    """silu(gate) * up, computed in at least float32 and rounded once, to the dtype of both."""
+    return silu_times(gate, up).astype(gate.dtype)
 
 
 def silu_times(gate, up):
-    """silu(gate) * up in float32."""
-    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    return gate / (1.0 + jnp.exp(-gate)) * up
+    """silu(gate) * up in at least float32."""
+    wide = jnp.promote_types(gate.dtype, jnp.float32)
+    return jax.nn.silu(gate.astype(wide)) * up.astype(wide)
+
+
+def rounded_to(dtype: Any, wide):
+    """Float32 numbers rounded to those of a narrower dtype.
+
+    Not by a cast there and back, which XLA may leave out: whether codes are those of an array would depend on what
+    made the array, and where.
+    """
+    if dtype == jnp.bfloat16:
+        return jax.lax.reduce_precision(wide, 8, 7)
+    if dtype == jnp.float16:  # of which reduce_precision has no subnormal numbers
+        return jax.lax.optimization_barrier(wide.astype(dtype)).astype(jnp.float32)
+    return wide
 
 
 def refusal(rows: Sequence[Any], columns: int = COLUMNS) -> str | None:

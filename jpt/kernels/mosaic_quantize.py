@@ -98,6 +98,8 @@ def _body(count: int, ahead: int, produce: Callable, scale: str, *refs):
             row_factor, column_factor = (tile[...] for tile in tiles[count:])
             numbers *= lax.broadcast_in_dim(row_factor, numbers.shape, (0,))
             numbers *= lax.broadcast_in_dim(column_factor, numbers.shape, (1,))
+        if (produce is not _wide or factors) and inputs[0].dtype != jnp.float32:  # as the array that is never written
+            numbers = numbers.astype(inputs[0].dtype).astype(jnp.float32)
         found = scale_of(jnp.max(jnp.abs(numbers), axis=1), scale)
         slot = lax.rem(step, 2)
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the copies of the tile before the last have left

@@ -10,11 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jpt.kernels.attention import attention
 from jpt.kernels.blockwise_attention import Scores
 from jpt.kernels.cached_attention import FEW_QUERIES, cached_attention
+from jpt.kernels.local_products import Pieces
 from jpt.kernels.masks import Mask, Places
 from jpt.models.cache import KeysValues, LayerCache
 from jpt.models.config import Compute, LayerKind, ModelConfig, Rope, Temperature
 from jpt.models.layers import Linear, RMSNorm, unit_rms
 from jpt.models.rope import apply_rope
+from jpt.quant.producers import Deferred
 
 
 class Where(NamedTuple):
@@ -37,12 +39,12 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: Deferred, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         cfg, kind, place = self.cfg, self.kind, self.compute.place
         batch, length = x_BTD.shape[:2]
 
         def heads(name: str, count: int) -> jax.Array:
-            flat = Linear(count * cfg.head_dim, cfg.qkv_bias, name=name)(x_BTD)
+            flat = Linear(count * cfg.head_dim, cfg.qkv_bias, pieces=Pieces(out=count), name=name)(x_BTD)
             if cfg.qk_norm and cfg.qk_norm_over_heads and name != 'v':
                 flat = RMSNorm(cfg.norm_eps, cfg.norm_offset, name=f'{name}_norm')(flat)
             return place(flat.reshape(batch, length, count, cfg.head_dim), ('batch', 'length', 'heads', None))
@@ -65,7 +67,8 @@ class Attention(nn.Module):
         sinks_N = self.param('sinks', nn.initializers.zeros, (cfg.num_heads,)) if cfg.sinks else None
         out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, sinks_N, where, cache)
         out_BTD = checkpoint_name(out_BTNH, 'attention').reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTD), cache
+        size, pieces = (2 * cfg.num_layers) ** -0.5, Pieces(inner=cfg.num_heads)
+        return Linear(cfg.width, cfg.attention_out_bias, size, pieces, name='out')(out_BTD), cache
 
     def _attend(
         self,

@@ -16,6 +16,7 @@ from jpt.models.mamba import Mamba
 from jpt.models.mlp import MLP
 from jpt.models.moe import MoE
 from jpt.models.routing import RouterSums
+from jpt.quant.producers import Deferred, Given
 
 NAMES = ('query', 'key', 'value', 'attention', 'mlp_gate', 'mlp_up', 'ssd')
 
@@ -55,9 +56,9 @@ class Block(nn.Module):
             hidden_BTD = self._added('mlp', hidden_BTD, self._part('mlp', inner_BTD))
         return Layered(hidden_BTD, cache, sums, mixed_BTD)
 
-    def _normed(self, name: str, hidden_BTD: jax.Array) -> jax.Array:
-        """What a part of the layer reads."""
-        return norm(self.cfg, f'{name}_norm')(hidden_BTD) if self.cfg.pre_norms else hidden_BTD
+    def _normed(self, name: str, hidden_BTD: jax.Array) -> Deferred:
+        """What a part of the layer reads, [B, T, D]."""
+        return norm(self.cfg, f'{name}_norm').deferred(hidden_BTD) if self.cfg.pre_norms else Given(hidden_BTD)
 
     def _part(self, name: str, part_BTD: jax.Array) -> jax.Array:
         """What is added to the residual stream of what a part of the layer returns."""

@@ -17,12 +17,13 @@ from jpt.kernels.local import axis_index, axis_size, psum
 from jpt.models.config import ModelConfig
 from jpt.models.mlp import ACTIVATIONS, gated_unit
 from jpt.quant.dot import grouped_dot
+from jpt.quant.producers import Deferred
 from jpt.quant.statistics import CALIBRATION, COMPARED, LARGEST, SUMS, Watch, watch_of
 
 MEASURES = ('signal', 'noise')
 
 
-def expert_linear(weights: dict[str, Any], rows: Rows, name: str, x_MI: jax.Array) -> jax.Array:
+def expert_linear(weights: dict[str, Any], rows: Rows, name: str, x_MI: jax.Array | Deferred) -> jax.Array:
     """One linear map of every row's expert, its bias included."""
     y = grouped_dot(x_MI, weights[name], rows.sizes_E)
     return y + rows.of_expert(weights[f'{name}_bias']).astype(y.dtype) if f'{name}_bias' in weights else y

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jpt.kernels.attention import attention
 from jpt.kernels.blockwise_attention import Scores
 from jpt.kernels.cached_attention import FEW_QUERIES, cached_attention
+from jpt.kernels.local_products import Pieces
 from jpt.kernels.masks import Mask, Places
 from jpt.models.attention import Where
 from jpt.models.cache import Latents, LayerCache
@@ -20,6 +21,7 @@ from jpt.models.config import Compute, LayerKind, ModelConfig
 from jpt.models.layers import Linear, RMSNorm
 from jpt.models.rope import apply_rope
 from jpt.quant.dot import dense
+from jpt.quant.producers import Deferred
 
 
 class LatentAttention(nn.Module):
@@ -30,15 +32,16 @@ class LatentAttention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: Deferred, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         cfg, latent, place = self.cfg, self.cfg.latent, self.compute.place
         assert latent is not None
         batch, length = x_BTD.shape[:2]
         if latent.query_rank is None:
-            flat = Linear(cfg.num_heads * cfg.head_dim, name='q')(x_BTD)
+            flat = Linear(cfg.num_heads * cfg.head_dim, pieces=Pieces(out=cfg.num_heads), name='q')(x_BTD)
         else:
             q_BTR = Linear(latent.query_rank, cfg.qkv_bias, name='q_down')(x_BTD)
-            flat = Linear(cfg.num_heads * cfg.head_dim, name='q_up')(RMSNorm(latent.norm_eps, name='q_norm')(q_BTR))
+            read_BTR = RMSNorm(latent.norm_eps, name='q_norm').deferred(q_BTR)
+            flat = Linear(cfg.num_heads * cfg.head_dim, pieces=Pieces(out=cfg.num_heads), name='q_up')(read_BTR)
         q_BTNH = place(flat.reshape(batch, length, cfg.num_heads, cfg.head_dim), ('batch', 'length', 'heads', None))
         q_BTNH = checkpoint_name(self._rotated(q_BTNH, latent.nope_dim, where), 'query')
 
@@ -50,7 +53,8 @@ class LatentAttention(nn.Module):
             cache = cache.write(Latents(latents_BTC))
         out_BTNH = checkpoint_name(self._attend(q_BTNH, latents_BTC, where, cache), 'attention')
         out_BTF = out_BTNH.reshape(batch, length, cfg.num_heads * latent.value_dim)
-        return Linear(cfg.width, cfg.attention_out_bias, (2 * cfg.num_layers) ** -0.5, name='out')(out_BTF), cache
+        size, pieces = (2 * cfg.num_layers) ** -0.5, Pieces(inner=cfg.num_heads)
+        return Linear(cfg.width, cfg.attention_out_bias, size, pieces, name='out')(out_BTF), cache
 
     def _rotated(self, x_BTNH: jax.Array, first: int, where: Where) -> jax.Array:
         """Heads with the dimensions from `first` on rotated."""
@@ -65,7 +69,8 @@ class LatentAttention(nn.Module):
         cfg, latent, kind = self.cfg, self.cfg.latent, self.kind
         assert latent is not None
         scale = cfg.scale if kind.attention_scale is None else kind.attention_scale
-        up = Linear(cfg.num_heads * (latent.nope_dim + latent.value_dim), name='kv_up')
+        width, pieces = cfg.num_heads * (latent.nope_dim + latent.value_dim), Pieces(out=cfg.num_heads)
+        up = Linear(width, pieces=pieces, name='kv_up')
         latents_BSC, positions_BS, segments_BS = latents_BTC, where.positions_BT, where.segments_BT
         if cache is not None:
             latents_BSC = cache.read().latents.astype(q_BTNH.dtype)

@@ -1,6 +1,5 @@
 """The small modules every model is made of: linear map, norms."""
 
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -8,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import typing as flax_typing
 
+from jpt.kernels.local_products import Pieces
 from jpt.models.config import ModelConfig
 from jpt.quant.dot import dot
+from jpt.quant.producers import Deferred, Given, Normed, recomputed
 from jpt.quant.statistics import observe
 
 
@@ -18,27 +19,20 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function, of which the backward pass keeps the arguments only and computes the rest again.
-
-    For elementwise work, which costs less than to write and read what autodiff would keep of it: of a norm wide copies
-    of its input, of an activation several arrays of a layer's widest kind.
-    """
-    return jax.checkpoint(function, prevent_cse=False)
-
-
 class Linear(nn.Module):
     """y = x W^T (+ b), with W stored (out, in); the type of the weight decides how the product is computed.
 
-    Shapes: x [..., in] -> [..., features], in the dtype of x.
+    Shapes: x [..., in] -> [..., features], in the dtype of x. What several layers read is best given to all of them as
+    one Deferred: what a weight makes of it is then made once.
     """
 
     features: int
     use_bias: bool = False
     residual_scale: float = 1.0  # initial size of a kernel that writes into the residual stream
+    pieces: Pieces = Pieces()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Deferred) -> jax.Array:
         shape = (self.features, x.shape[-1])
         if self.is_initializing():
             init = nn.initializers.variance_scaling(self.residual_scale**2, 'fan_in', 'normal', in_axis=-1, out_axis=-2)
@@ -48,7 +42,7 @@ class Linear(nn.Module):
             kernel = self.get_variable('params', 'kernel')
         if kernel.shape != shape:
             raise ValueError(f'{self.scope_path()}kernel has shape {kernel.shape}: expected (out, in) = {shape}')
-        y = dot(x, kernel)
+        y = dot(x, kernel, pieces=self.pieces)
         observe(self, x, y)
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,))
@@ -66,11 +60,15 @@ class RMSNorm(nn.Module):
     eps: float
     offset: float = 0.0
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.deferred(x).dense()
+
+    @nn.compact
+    def deferred(self, x: jax.Array) -> Normed:
+        """For linear layers that may fuse it with what they make of their inputs."""
         initial: flax_typing.Initializer = nn.initializers.zeros if self.offset else nn.initializers.ones
         scale = self.param('scale', initial, (x.shape[-1],))
-        return recomputed(partial(_rms_norm, eps=self.eps, offset=self.offset))(x, scale)
+        return Normed(x, scale, self.eps, self.offset)
 
 
 class LayerNorm(nn.Module):
@@ -84,17 +82,15 @@ class LayerNorm(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
         return recomputed(partial(_layer_norm, eps=self.eps))(x, scale, bias)
 
+    def deferred(self, x: jax.Array) -> Given:
+        """Likewise; nothing fuses with it."""
+        return Given(self(x))
+
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) over the last axis, with statistics in at least float32; the result has the dtype of x."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
-
-
-def _rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (normed * along_last(offset + scale.astype(wide.dtype), wide)).astype(x.dtype)
 
 
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
@@ -105,7 +101,7 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> 
     return scaled.astype(x.dtype)
 
 
-def norm(cfg: ModelConfig, name: str) -> nn.Module:
+def norm(cfg: ModelConfig, name: str) -> RMSNorm | LayerNorm:
     """The model's normalization of hidden states."""
     if cfg.norm == 'layer':
         return LayerNorm(cfg.norm_eps, name=name)

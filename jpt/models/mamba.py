@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jpt.kernels.causal_conv import ConvTail, causal_conv
+from jpt.kernels.local_products import Pieces
 from jpt.kernels.ssd import SsdState, ssd
 from jpt.models.attention import Where
 from jpt.models.cache import LayerCache, Recurrent
 from jpt.models.config import Compute, LayerKind, ModelConfig, StateSpace
-from jpt.models.layers import Linear, along_last, recomputed
+from jpt.models.layers import Linear, along_last
 from jpt.models.mlp import ACTIVATIONS
+from jpt.quant.producers import Deferred, recomputed
 
 
 class Channels(NamedTuple):
@@ -73,31 +75,35 @@ class Mamba(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x_BTD: Deferred, where: Where, cache: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         cfg, space = self.cfg, self.cfg.state_space
         assert space is not None
         held: Recurrent | None = None if cache is None else cache.read()
         tails = {} if held is None else {'x': held.tail_x, 'b': held.tail_b, 'c': held.tail_c}
-        grouped = space.groups * space.state_dim
+        heads, grouped = space.num_heads, space.groups * space.state_dim
 
-        def linear(name: str, width: int) -> jax.Array:
-            return Linear(width, space.bias, name=name)(x_BTD)
+        def linear(name: str, width: int, pieces: int) -> jax.Array:
+            return Linear(width, space.bias, pieces=Pieces(out=pieces), name=name)(x_BTD)
 
-        gate_BTI = checkpoint_name(linear('gate', space.width), 'mlp_gate')
-        inputs = Channels(linear('x', space.width), linear('b', grouped), linear('c', grouped))
+        gate_BTI = checkpoint_name(linear('gate', space.width, heads), 'mlp_gate')
+        inputs = Channels(
+            linear('x', space.width, heads),
+            linear('b', grouped, space.groups),
+            linear('c', grouped, space.groups),
+        )
         convs = [
             Conv(space, name=f'conv_{name}')(
                 values, where.segments_BT, None if held is None else ConvTail(tails[name], held.segment_B)
             )
             for name, values in inputs._asdict().items()
         ]
-        mixed_BTI, state = self._scan(Channels(*(y for y, _ in convs)), linear('dt', space.num_heads), where, held)
+        mixed_BTI, state = self._scan(Channels(*(y for y, _ in convs)), linear('dt', heads, heads), where, held)
         if cache is not None:
             x, b, c = (tail.inputs_BWC for _, tail in convs)
             cache = cache.write(Recurrent(x, b, c, state.state_BNPZ, state.segment_B))
         normed_BTI = GatedNorm(space.groups, cfg.norm_eps, name='norm')(mixed_BTI, gate_BTI)
         scale = (2 * cfg.num_layers) ** -0.5
-        return Linear(cfg.width, space.bias, scale, name='out')(normed_BTI), cache
+        return Linear(cfg.width, space.bias, scale, Pieces(inner=heads), name='out')(normed_BTI), cache
 
     def _scan(
         self, inputs: Channels, dt_BTN: jax.Array, where: Where, held: Recurrent | None

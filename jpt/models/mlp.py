@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jpt.kernels.block_quantize import silu_gated
+from jpt.kernels.local_products import Pieces
 from jpt.models.config import ModelConfig
-from jpt.models.layers import Linear, recomputed
+from jpt.models.layers import Linear
+from jpt.quant.producers import Deferred, Gated, Given, recomputed
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'silu': jax.nn.silu,
@@ -21,10 +24,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def gated_unit(cfg: ModelConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """What the model makes of gate and up."""
+    """What the model makes of gate and up, in their dtype."""
     activation, clamped = ACTIVATIONS[cfg.activation], cfg.clamped_gate
     if clamped is None:
-        return lambda gate, up: activation(gate) * up
+        return silu_gated if cfg.activation == 'silu' else lambda gate, up: activation(gate) * up
 
     def unit(gate: jax.Array, up: jax.Array) -> jax.Array:
         gate, up = jnp.minimum(gate, clamped.limit), jnp.clip(up, -clamped.limit, clamped.limit)
@@ -40,12 +43,14 @@ class MLP(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        cfg = self.cfg
-        up_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, name='up')(x_BTD), 'mlp_up')
+    def __call__(self, x_BTD: jax.Array | Deferred) -> jax.Array:
+        cfg, wide = self.cfg, Pieces(out=self.width)
+        up_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, pieces=wide, name='up')(x_BTD), 'mlp_up')
+        inner_BTF: Deferred
         if cfg.gated_mlp:
-            gate_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, name='gate')(x_BTD), 'mlp_gate')
-            inner_BTF = recomputed(gated_unit(cfg))(gate_BTF, up_BTF)
+            gate_BTF = checkpoint_name(Linear(self.width, cfg.mlp_bias, pieces=wide, name='gate')(x_BTD), 'mlp_gate')
+            inner_BTF = Gated(gate_BTF, up_BTF, gated_unit(cfg))
         else:
-            inner_BTF = recomputed(ACTIVATIONS[cfg.activation])(up_BTF)
-        return Linear(cfg.width, cfg.mlp_bias, (2 * cfg.num_layers) ** -0.5, name='down')(inner_BTF)
+            inner_BTF = Given(recomputed(ACTIVATIONS[cfg.activation])(up_BTF))
+        scale, narrow = (2 * cfg.num_layers) ** -0.5, Pieces(inner=self.width)
+        return Linear(cfg.width, cfg.mlp_bias, scale, narrow, name='down')(inner_BTF)

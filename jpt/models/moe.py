@@ -15,10 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jpt.kernels.expert_parallel import Rows, mixture
 from jpt.models.config import Experts, ModelConfig
 from jpt.models.expert_statistics import expert_linear, observe_experts
-from jpt.models.layers import Linear, along_last, recomputed
+from jpt.models.layers import Linear, along_last
 from jpt.models.mlp import ACTIVATIONS, MLP, gated_unit
 from jpt.models.routing import RouterSums, choose, router_sums, within_capacity
 from jpt.quant.dot import dot
+from jpt.quant.producers import Deferred, Gated, Given, dense_of, recomputed
 
 
 class Router(nn.Module):
@@ -85,13 +86,14 @@ class ExpertMLPs(nn.Module):
 def run_experts(cfg: ModelConfig, weights: dict[str, Any], rows: Rows) -> jax.Array:
     """The experts' MLPs on rows [M, D] sorted by expert: down(act(gate x) * up x), or down(act(up x))."""
 
-    linear = partial(expert_linear, weights, rows)
-    up = checkpoint_name(linear('up', rows.x_MD), 'mlp_up')
+    linear, read_MD = partial(expert_linear, weights, rows), Given(rows.x_MD)
+    up = checkpoint_name(linear('up', read_MD), 'mlp_up')
+    inner: Deferred
     if 'gate' in weights:
-        gate = checkpoint_name(linear('gate', rows.x_MD), 'mlp_gate')
-        inner = recomputed(gated_unit(cfg))(gate, up)
+        gate = checkpoint_name(linear('gate', read_MD), 'mlp_gate')
+        inner = Gated(gate, up, gated_unit(cfg))
     else:
-        inner = recomputed(ACTIVATIONS[cfg.activation])(up)
+        inner = Given(recomputed(ACTIVATIONS[cfg.activation])(up))
     return linear('down', inner)
 
 
@@ -102,9 +104,10 @@ class MoE(nn.Module):
     exchange: str = 'padded'  # how tokens travel, see kernels/ragged_exchange.py
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
+    def __call__(self, given_BTD: jax.Array | Deferred, segments_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
         cfg, experts = self.cfg, self.cfg.experts
         assert experts is not None
+        x_BTD = dense_of(given_BTD)
         batch, length = x_BTD.shape[:2]
         logits_BTE, correction_E = Router(experts, name='router')(x_BTD)
         logits_ME = logits_BTE.reshape(batch * length, experts.count)
@@ -116,7 +119,7 @@ class MoE(nn.Module):
         ids_MJ = within_capacity(experts, wanted_MJ)
         inner_BTX = x_BTD
         if experts.latent_width is not None:
-            inner_BTX = Linear(experts.latent_width, cfg.mlp_bias, name='latent_in')(x_BTD)
+            inner_BTX = Linear(experts.latent_width, cfg.mlp_bias, name='latent_in')(given_BTD)
         ids_BTJ = ids_MJ.reshape(per_token)
         weights_BTJ = choice.weights_MJ.reshape(per_token).astype(x_BTD.dtype)
         kernels = ExpertMLPs(cfg, experts, name='experts')()
@@ -134,6 +137,6 @@ class MoE(nn.Module):
         if experts.latent_width is not None:
             mixed_BTD = Linear(cfg.width, cfg.mlp_bias, name='latent_out')(mixed_BTD)
         if experts.shared_width:
-            mixed_BTD = mixed_BTD + MLP(cfg, experts.shared_width, name='shared')(x_BTD)
+            mixed_BTD = mixed_BTD + MLP(cfg, experts.shared_width, name='shared')(given_BTD)
         dropped = jnp.sum(ids_MJ != wanted_MJ, dtype=logits_ME.dtype)
         return mixed_BTD, router_sums(logits_ME, choice, segments_BT)._replace(late=late, dropped=dropped)

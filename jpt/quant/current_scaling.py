@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jpt.kernels import low_precision as low
 from jpt.kernels.local import platform
+from jpt.kernels.local_products import Lies
 from jpt.quant.gradients import by_group_of_inputs, by_group_of_weights
 from jpt.quant.tensors import QTensor
 
@@ -31,7 +32,7 @@ def with_current_scale(weight: QTensor, x: jax.Array, sizes_E: jax.Array | None)
 
 
 def tensor_gradients(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, dy: jax.Array
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x [..., in] (in its dtype) and of the weight (float32) from that of the product, dy [..., out].
 
@@ -39,6 +40,7 @@ def tensor_gradients(
         x: as the product had it, before it was rounded.
         weight: E4M3 with one scale, and the `input_scale` of the forward product.
         sizes_E: where there are groups, how many rows of x [M, in] each has.
+        where: the compiler places these products itself.
         dy: finite; a NaN or infinity makes all of both NaN.
     """
     dy = _own(dy, sizes_E)

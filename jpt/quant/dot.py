@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpt.kernels.grouped_matmul import grouped_matmul
-from jpt.quant.products import quantized, quantized_dot, quantized_grouped_dot
+from jpt.kernels.local_products import Pieces
+from jpt.quant.producers import Deferred, dense_of
+from jpt.quant.products import WHOLE, quantized, quantized_dot, quantized_grouped_dot
 from jpt.quant.tensors import FakeQuant, QTensor, dequantize
 
 Array = jax.Array | np.ndarray
@@ -77,27 +79,28 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, LoraKernel | Transposed | QTensor | FakeQuant)
 
 
-def dot(x: jax.Array, kernel: Weight, precision: Precision = None) -> jax.Array:
+def dot(x: jax.Array | Deferred, kernel: Weight, precision: Precision = None, pieces: Pieces = WHOLE) -> jax.Array:
     """Multiplies x[..., in] by a kernel [out, in] and returns [..., out] in the dtype of x.
 
     Arrays are cast to the dtype of x first: this is where float32 master weights meet a bfloat16 computation.
-    `precision` is that of `jax.lax.dot_general`, for this product and those of its gradients.
+    `precision` is that of `jax.lax.dot_general`, for this product and those of its gradients. `pieces` says what a mesh
+    may divide where a kernel of our own multiplies; arrays are XLA's to divide.
     """
     match kernel:
         case LoraKernel(base, a, b, scale):
-            inner = _dot_array(x, a, precision=precision)
-            return dot(x, base, precision) + scale * _dot_array(inner, b, precision=precision)
+            inner = _dot_array(dense_of(x), a, precision=precision)
+            return dot(x, base, precision, pieces) + scale * _dot_array(inner, b, precision=precision)
         case Transposed(held):
-            return _dot_array(x, held, 0, precision)
+            return _dot_array(dense_of(x), held, 0, precision)
         case QTensor() | FakeQuant():
-            return quantized_dot(x, kernel)
+            return quantized_dot(x, kernel, pieces)
         case jax.Array() | np.ndarray():
-            return _dot_array(x, kernel, precision=precision)
+            return _dot_array(dense_of(x), kernel, precision=precision)
         case _:
             raise TypeError(f'kernel of type {type(kernel).__name__}: expected one of {KINDS}')
 
 
-def grouped_dot(x_MI: jax.Array, kernels: Weight, sizes_E: jax.Array) -> jax.Array:
+def grouped_dot(x_MI: jax.Array | Deferred, kernels: Weight, sizes_E: jax.Array) -> jax.Array:
     """Multiplies rows [M, in], sorted by group, each by its group's kernel of [E, out, in]: [M, out] in the dtype of x.
 
     Group e has the next sizes_E[e] rows; rows beyond all groups give 0. Products are made in the dtype of x.
@@ -109,7 +112,7 @@ def grouped_dot(x_MI: jax.Array, kernels: Weight, sizes_E: jax.Array) -> jax.Arr
         case QTensor() | FakeQuant():
             return quantized_grouped_dot(x_MI, kernels, sizes_E)
         case jax.Array() | np.ndarray():
-            return grouped_matmul(x_MI, kernels, sizes_E)
+            return grouped_matmul(dense_of(x_MI), kernels, sizes_E)
         case _:
             raise TypeError(
                 f"experts' kernels of type {type(kernels).__name__}: expected an array, QTensor or FakeQuant"

@@ -16,23 +16,23 @@ whole runs. Rows of a group do lie otherwise on other meshes: experts' dw then d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from jpt.kernels.block_matmul import BLOCK, block_matmul
 from jpt.kernels.block_quantize import quantize_rows
-from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.hopper import reason_not_hopper
-from jpt.kernels.local import mesh_axes, platform
+from jpt.kernels.local import local, platform, psum
+from jpt.kernels.local_products import Lies, block_product, cut, grouped_block_product, rounded
 from jpt.quant.formats import Format
 from jpt.quant.tensors import QTensor, numbers_of, quantize
 
 
 def block_gradients(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, dy: jax.Array
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x [..., in] (in its dtype) and of the weight (float32) from that of the product, dy [..., out].
 
@@ -40,21 +40,28 @@ def block_gradients(
         x: as the product had it, before it was rounded.
         weight: E4M3 in squares, [out, in], or with sizes_E [E, out, in].
         sizes_E: where there are groups, how many rows of x [M, in] each has.
+        where: how x and the weight lie on a mesh. Shards that would hold a part of a block leave all to the compiler.
         dy: finite; a run with a NaN or infinity makes all that it reaches NaN.
     """
-    kernels = weight.format.rows == BLOCK and not mesh_axes(AxisType.Auto) and reason_not_hopper() is None
+    whole = cut(where, *weight.shape[-2:]) is None
+    kernels = weight.format.rows == BLOCK and whole and reason_not_hopper() is None
     if sizes_E is not None:
-        return _of_inputs_by_group(x, weight, sizes_E, dy, kernels), _of_weights_by_group(x, weight, sizes_E, dy)
-    return (_of_inputs if kernels else _of_inputs_plain)(weight, dy).astype(x.dtype), (
-        _of_weights if kernels else _of_weights_plain
-    )(x, dy, weight.format)
+        dx = _of_inputs_by_group(x, weight, sizes_E, where, dy, kernels)
+        return dx, _of_weights_by_group(x, weight, sizes_E, dy)
+    if kernels:
+        return _of_inputs(weight, where, dy).astype(x.dtype), _of_weights(x, where, dy, weight.format)
+    return _of_inputs_plain(weight, dy).astype(x.dtype), _of_weights_plain(x, dy, weight.format)
 
 
-def _of_inputs(weight: QTensor, dy: jax.Array) -> jax.Array:
-    """dx by the kernel of blockwise products."""
-    codes, scales = quantize_rows(dy.reshape(-1, dy.shape[-1]), BLOCK, weight.format.scale)
-    dx_MI = block_matmul(codes, scales, jnp.asarray(weight.codes).T, jnp.asarray(weight.scale).T, _result(dy))
-    return dx_MI.reshape(*dy.shape[:-1], -1)
+def _of_inputs(weight: QTensor, where: Lies, dy: jax.Array) -> jax.Array:
+    """dx by the kernel of blockwise products, for which outputs are inputs."""
+    turned = where._replace(out=where.inner, inner=where.out)
+    codes, scales = rounded(_in_runs(weight.format), [dy], turned)
+    return block_product(codes, scales, jnp.asarray(weight.codes).T, jnp.asarray(weight.scale).T, _result(dy), turned)
+
+
+def _in_runs(form: Format) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    return lambda array: quantize_rows(array, BLOCK, form.scale)
 
 
 def _of_inputs_plain(weight: QTensor, dy: jax.Array) -> jax.Array:
@@ -63,10 +70,15 @@ def _of_inputs_plain(weight: QTensor, dy: jax.Array) -> jax.Array:
     return jax.lax.dot_general(_rounded_outputs(dy, weight.format), numbers_of(weight), contract)
 
 
-def _of_weights(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
-    """dw by the kernel of blockwise products: [out, tokens] times [in, tokens] transposed."""
-    (left, left_scale), (right, right_scale) = (quantize_rows(_tokens_last(a), BLOCK, form.scale) for a in (dy, x))
-    return block_matmul(left, left_scale, right, right_scale, jnp.float32)
+def _of_weights(x: jax.Array, where: Lies, dy: jax.Array, form: Format) -> jax.Array:
+    """dw by the kernel of blockwise products: [out, tokens] times [in, tokens] transposed, shard by shard."""
+
+    def here(x: jax.Array, dy: jax.Array) -> jax.Array:
+        (left, left_scale), (right, right_scale) = (_in_runs(form)(_tokens_last(array)) for array in (dy, x))
+        dw_OI = block_matmul(left, left_scale, right, right_scale, jnp.float32)
+        return psum(dw_OI, [name for names in where.lead for name in names or ()])
+
+    return local(here, (where.inputs, where.outputs), where.weight, where.axes)(x, dy)
 
 
 def _of_weights_plain(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
@@ -76,36 +88,38 @@ def _of_weights_plain(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
     return jax.lax.dot_general(left, right, ((tokens, tokens), ((), ())))
 
 
-def _of_inputs_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array, kernels: bool) -> jax.Array:
+def _of_inputs_by_group(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array, where: Lies, dy: jax.Array, kernels: bool
+) -> jax.Array:
     """dx of rows that are sorted by group."""
     if not kernels:
         return by_group_of_inputs(x, weight, sizes_E, _rounded_outputs(dy, weight.format))
-    codes, scales = quantize_rows(dy, BLOCK, weight.format.scale)
+    codes, scales = rounded(_in_runs(weight.format), [dy], where)
     turned = jnp.swapaxes(weight.codes, 1, 2), jnp.swapaxes(weight.scale, 1, 2)
-    return grouped_block_matmul(codes, scales, *turned, sizes_E, _result(dy)).astype(x.dtype)
+    return grouped_block_product(codes, scales, *turned, sizes_E, _result(dy)).astype(x.dtype)
 
 
 def _of_weights_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array) -> jax.Array:
     """dw [E, out, in] of rows that are sorted by group."""
-    seen, rounded = (_rounded_tokens_by_group(array, sizes_E, weight.format) for array in (x, dy))
-    return by_group_of_weights(seen, weight, sizes_E, rounded, x.dtype)
+    seen, rounded_dy = (_rounded_tokens_by_group(array, sizes_E, weight.format) for array in (x, dy))
+    return by_group_of_weights(seen, weight, sizes_E, rounded_dy, x.dtype)
 
 
-def by_group_of_inputs(x: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded: jax.Array) -> jax.Array:
+def by_group_of_inputs(x: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded_dy: jax.Array) -> jax.Array:
     """dx in the dtype of x, as products of the numbers of dy, rounded, and of the weight."""
     dtype = _operand_dtype(x.dtype)
     unused = jnp.zeros(x.shape, dtype)  # x has no part in its own gradient
     _, pull = jax.vjp(lambda x: grouped_matmul(x, numbers_of(weight).astype(dtype), sizes_E), unused)
-    return pull(rounded.astype(dtype))[0].astype(x.dtype)
+    return pull(rounded_dy.astype(dtype))[0].astype(x.dtype)
 
 
 def by_group_of_weights(
-    seen: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded: jax.Array, dtype: jnp.dtype
+    seen: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded_dy: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """dw [E, out, in], float32, as products of the numbers of dy and x, both rounded; `dtype`: of x before that."""
     own = _operand_dtype(dtype)
     unused = jnp.zeros(weight.shape, jnp.float32)  # the weight has no part in its own gradient
-    return jax.vjp(lambda w: grouped_matmul(seen.astype(own), w, sizes_E), unused)[1](rounded.astype(own))[0]
+    return jax.vjp(lambda w: grouped_matmul(seen.astype(own), w, sizes_E), unused)[1](rounded_dy.astype(own))[0]
 
 
 def _rounded_outputs(dy: jax.Array, form: Format) -> jax.Array:
@@ -130,8 +144,8 @@ def _rounded_tokens_by_group(x_MI: jax.Array, sizes_E: jax.Array, form: Format) 
     room = -(-(M + E * (block - 1)) // block) * block
     place_M = jnp.where(own_M, row_M + shift_E[group_M], room)
     apart = jnp.zeros((room, I), jnp.float32).at[place_M].set(x_MI.astype(jnp.float32), mode='drop')
-    rounded = jnp.take(_rounded_tokens(apart, form), place_M, axis=0, mode='clip')
-    return jnp.where(own_M[:, None], rounded, 0)
+    together = jnp.take(_rounded_tokens(apart, form), place_M, axis=0, mode='clip')
+    return jnp.where(own_M[:, None], together, 0)
 
 
 def _with_rows(x: jax.Array) -> jax.Array:

@@ -8,38 +8,49 @@ training what gradients are made of is rounded once more, see gradients.py.
 from __future__ import annotations
 
 import dataclasses
-import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from jpt.kernels import low_precision as low
-from jpt.kernels.block_matmul import BLOCK, block_matmul
-from jpt.kernels.block_quantize import SCALES, quantize_rows
-from jpt.kernels.grouped_block_matmul import grouped_block_matmul
-from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.kernels.block_matmul import BLOCK
+from jpt.kernels.block_quantize import SCALES, rounded_to
+from jpt.kernels.grouped_matmul import PRODUCT, grouped_matmul
 from jpt.kernels.local import mesh_axes, platform
+from jpt.kernels.local_products import (
+    Lies,
+    Pieces,
+    block_product,
+    cut,
+    grouped_block_product,
+    lies,
+    weight_only_product,
+)
 from jpt.kernels.te import tensor_dot
-from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS, weight_only_matmul
+from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS
 from jpt.quant.current_scaling import tensor_gradients, with_current_scale
 from jpt.quant.formats import Format
 from jpt.quant.gradients import block_gradients
+from jpt.quant.producers import Deferred, Given, dense_of
 from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize
 
+WHOLE = Pieces()
 # How gradients are multiplied, by FakeQuant.gradients, where not as autodiff has it.
 IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
 
 
-def quantized_dot(x: jax.Array, kernel: QTensor | FakeQuant) -> jax.Array:
-    """x [..., in] times a kernel [out, in]: [..., out] in the dtype of x."""
+def quantized_dot(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, pieces: Pieces = WHOLE) -> jax.Array:
+    """x [..., in] times a kernel [out, in]: [..., out] in the dtype of x. `pieces`: what a mesh may divide of it."""
     if isinstance(kernel, FakeQuant) and kernel.gradients == 'te':
-        return tensor_dot(x, kernel.weight)
-    return _product(x, kernel, None) if isinstance(kernel, QTensor) else _fake_product(x, kernel, None)
+        return tensor_dot(dense_of(x), kernel.weight)
+    return _multiplied(x, kernel, None, lies(x.shape, pieces))
 
 
-def quantized_grouped_dot(x_MI: jax.Array, kernels: QTensor | FakeQuant, sizes_E: jax.Array) -> jax.Array:
+def quantized_grouped_dot(x_MI: jax.Array | Deferred, kernels: QTensor | FakeQuant, sizes_E: jax.Array) -> jax.Array:
     """Rows [M, in], sorted by group, each times its group's kernel of [E, out, in]; see `dot.grouped_dot`.
 
     Raises:
@@ -47,27 +58,54 @@ def quantized_grouped_dot(x_MI: jax.Array, kernels: QTensor | FakeQuant, sizes_E
     """
     if isinstance(kernels, FakeQuant) and kernels.gradients == 'te':
         raise ValueError("experts with gradients='te': expected 'tensor', or a recipe that leaves experts out")
-    return _product(x_MI, kernels, sizes_E) if isinstance(kernels, QTensor) else _fake_product(x_MI, kernels, sizes_E)
+    return _multiplied(x_MI, kernels, sizes_E, lies(x_MI.shape, None))
 
 
-def round_inputs(x: jax.Array, form: Format, input_scale: jax.Array | None = None) -> QTensor | None:
+def _multiplied(
+    x: jax.Array | Deferred, kernel: QTensor | FakeQuant, sizes_E: jax.Array | None, where: Lies
+) -> jax.Array:
+    product = _product if isinstance(kernel, QTensor) else _fake_product
+    return product(dense_of(x), kernel, sizes_E, _shared_inputs(x, kernel, where), where)
+
+
+def _shared_inputs(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, where: Lies) -> QTensor | None:
+    """What all weights make alike of an input that several of them may read, made once; None: a weight rounds its own.
+
+    A weight with a scale or factors for its inputs has its own. The array is still what gradients go through.
+    """
+    form, own = kernel.format, inputs_format(kernel.format)
+    alike = form.inputs in ('block', 'token') and kernel.input_scale is None and kernel.input_factor is None
+    if not isinstance(x, Deferred) or not alike:
+        return None
+
+    def made() -> QTensor | None:
+        if _by_kernel(own, x, where):
+            return _of_rows(own, *x.codes(own.scale, where))
+        return round_inputs(jax.lax.stop_gradient(x.dense()), form, where=where)
+
+    return x.once((form.inputs, own, where.inner), made)
+
+
+def round_inputs(
+    x: jax.Array, form: Format, input_scale: jax.Array | None = None, where: Lies | None = None
+) -> QTensor | None:
     """What a layer whose weight has this format makes of its inputs [..., in]; None: it takes them as they are.
 
     Every token is rounded as a weight [1, in] of its own, so the result [..., 1, in] does not depend on the tokens
     beside it. `input_scale` [...] is broadcast to the tokens: the scale of 'tensor', and the second one of E2M1, which
-    else is that of the token.
+    else is that of the token. `where`: how x lies on a mesh, for the kernel; without it XLA rounds there, to the same
+    bits.
 
     Raises:
         ValueError: 'tensor' without its scale.
     """
     if form.inputs == 'as_they_are':
         return None
-    wide = x.astype(jnp.float32)[..., None, :]
-    scale = None if input_scale is None else jnp.broadcast_to(input_scale, x.shape[:-1])[..., None, None]
     own = inputs_format(form)
-    if _in_rows_of_128(own) and not mesh_axes(AxisType.Auto):
-        codes, scales = quantize_rows(x, own.columns, own.scale)  # the same bits, on GPUs in one pass
-        return QTensor(codes[..., None, :], scales[..., None, :], format=own, weight_dtype='float32')
+    if _by_kernel(own, x, where):
+        return _of_rows(own, *Given(x).codes(own.scale, where or lies(x.shape, None)))
+    wide = rounded_to(x.dtype, x.astype(jnp.float32))[..., None, :]
+    scale = None if input_scale is None else jnp.broadcast_to(input_scale, x.shape[:-1])[..., None, None]
     if form.inputs != 'tensor':
         return quantize(wide, own, scale_2=scale if own.scale == 'e4m3' else None)
     if scale is None:
@@ -82,19 +120,19 @@ def inputs_format(form: Format) -> Format:
     return Format(form.element, 1, columns, scale)
 
 
-def _forward(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None) -> jax.Array:
-    """The product, in the dtype of x."""
+def _forward(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+) -> jax.Array:
+    """The product, in the dtype of x. `rounded`: what x becomes, where it is there already."""
     x = _times_factor(x, weight.input_factor, sizes_E)
-    rounded = round_inputs(x, weight.format, _per_row(weight.input_scale, sizes_E, x))
-    if rounded is None and sizes_E is None and _has_kernels(weight.format) and _few(x):
-        product = weight_only_matmul(
-            x.reshape(-1, x.shape[-1]), jnp.asarray(weight.codes), jnp.asarray(weight.scale), x.dtype
-        )
-        return product.reshape(*x.shape[:-1], -1)
+    if rounded is None:
+        rounded = round_inputs(x, weight.format, _per_row(weight.input_scale, sizes_E, x), where)
+    if rounded is None and sizes_E is None and _has_kernels(weight, where) and _few(x, where):
+        return weight_only_product(x, jnp.asarray(weight.codes), jnp.asarray(weight.scale), where)
     if rounded is None:
         return _plain(x, dequantize(weight).astype(x.dtype), sizes_E)
-    if _has_kernels(weight.format):
-        return _by_kernels(x, rounded, weight, sizes_E)
+    if _has_kernels(weight, where):
+        return _by_kernels(x, rounded, weight, sizes_E, where)
     if sizes_E is not None or weight.format.columns:
         return _plain(_dense(rounded), numbers_of(weight), sizes_E).astype(x.dtype)
     # One scale for all of `in` on both sides: codes are multiplied as they are, which tensor cores do.
@@ -111,31 +149,41 @@ def _forward(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None) -> jax.Ar
     return scaled.astype(x.dtype)
 
 
-def _in_rows_of_128(form: Format) -> bool:
-    return (form.element, form.rows, form.columns) == ('e4m3', 1, BLOCK) and form.scale in SCALES
+def _by_kernel(own: Format, x: jax.Array | Deferred, where: Lies | None) -> bool:
+    """Whether inputs in this format are rounded by the kernel (kernels/block_quantize.py), on a mesh shard by shard."""
+    rows_of_128 = (own.element, own.rows, own.columns) == ('e4m3', 1, BLOCK) and own.scale in SCALES
+    if where is None:
+        return rows_of_128 and not mesh_axes(AxisType.Auto)
+    return rows_of_128 and cut(where._replace(out=()), 0, x.shape[-1]) is None
 
 
-def _has_kernels(form: Format) -> bool:
-    """Whether a weight of this format has products of its own (kernels/block_matmul.py), which know no mesh."""
+def _of_rows(own: Format, codes: jax.Array, scales: jax.Array) -> QTensor:
+    return QTensor(codes[..., None, :], scales[..., None, :], format=own, weight_dtype='float32')
+
+
+def _has_kernels(weight: QTensor, where: Lies) -> bool:
+    """Whether this weight has products of its own (kernels/local_products.py), on a mesh shard by shard."""
+    form = weight.format
     blocks = (form.element, form.rows, form.columns) == ('e4m3', BLOCK, BLOCK) and form.scale in SCALES
-    return blocks and form.inputs in ('block', 'as_they_are') and not mesh_axes(AxisType.Auto)
+    return blocks and form.inputs in ('block', 'as_they_are') and cut(where, *weight.shape[-2:]) is None
 
 
-def _few(x: jax.Array) -> bool:
-    """Whether these are the few rows of a decoding step, in a dtype that the kernel for them takes."""
-    return math.prod(x.shape[:-1]) <= MOST_ROWS and x.dtype.name in INPUTS
+def _few(x: jax.Array, where: Lies) -> bool:
+    """Whether a device has the few rows of a decoding step, in a dtype that the kernel for them takes."""
+    return where.rows(x.shape) <= MOST_ROWS and x.dtype.name in INPUTS
 
 
-def _by_kernels(x: jax.Array, rounded: QTensor, weight: QTensor, sizes_E: jax.Array | None) -> jax.Array:
+def _by_kernels(x: jax.Array, rounded: QTensor, weight: QTensor, sizes_E: jax.Array | None, where: Lies) -> jax.Array:
     """The product of blocks of 128 x 128 with inputs in blocks of 128, promoted to float32 block by block."""
-    codes, scale = (jnp.asarray(part).reshape(-1, part.shape[-1]) for part in (rounded.codes, rounded.scale))
+    codes, scale = (jnp.asarray(part)[..., 0, :] for part in (rounded.codes, rounded.scale))
     dtype = x.dtype if x.dtype in (jnp.bfloat16, jnp.float16) else jnp.float32
     operands = codes, scale, jnp.asarray(weight.codes), jnp.asarray(weight.scale)
     if sizes_E is None:
-        product = block_matmul(*operands, dtype)
+        product = block_product(*operands, dtype, where)
     else:
-        product = grouped_block_matmul(*operands, sizes_E, dtype)
-    return product.reshape(*x.shape[:-1], -1).astype(x.dtype)
+        product = grouped_block_product(*operands, sizes_E, dtype)
+    # Remat policies look for products, and find none in a kernel.
+    return checkpoint_name(product.astype(x.dtype), PRODUCT)
 
 
 def _operand(codes: jax.Array) -> jax.Array:
@@ -174,14 +222,19 @@ def _per_row(values: Any, sizes_E: jax.Array | None, x: jax.Array) -> Any:
 
 
 def _backward(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, dy: jax.Array, gradients: Gradients = 'as_they_are'
+    x: jax.Array,
+    weight: QTensor,
+    sizes_E: jax.Array | None,
+    where: Lies,
+    dy: jax.Array,
+    gradients: Gradients = 'as_they_are',
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x and of the weight before it was rounded."""
     scaled = _times_factor(x, weight.input_factor, sizes_E)
     if gradients != 'as_they_are':
-        dx, dweight = IN_EIGHT_BITS[gradients](scaled, weight, sizes_E, dy)
+        dx, dweight = IN_EIGHT_BITS[gradients](scaled, weight, sizes_E, where, dy)
     else:
-        rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x))
+        rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x), where)
         seen = scaled if rounded is None else _dense(rounded).astype(x.dtype)
         _, pull = jax.vjp(lambda x, w: _plain(x, w, sizes_E), seen, dequantize(weight).astype(x.dtype))
         dx, dweight = pull(dy)
@@ -191,16 +244,18 @@ def _backward(
     return dx, dweight
 
 
-_product = jax.custom_vjp(_forward)
+_product = jax.custom_vjp(_forward, nondiff_argnums=(4,))
 
 
-def _product_fwd(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None) -> tuple[jax.Array, Any]:
-    return _forward(x, weight, sizes_E), (x, weight, sizes_E)
+def _product_fwd(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+) -> tuple[jax.Array, Any]:
+    return _forward(x, weight, sizes_E, rounded, where), (x, weight, sizes_E)
 
 
-def _product_bwd(residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, None]:
+def _product_bwd(where: Lies, residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, None, None]:
     x, weight, sizes_E = residuals
-    return _backward(x, weight, sizes_E, dy)[0], None, None
+    return _backward(x, weight, sizes_E, where, dy)[0], None, None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -225,24 +280,28 @@ def _quantized_for(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -
     return with_current_scale(weight, _times_factor(x, weight.input_factor, sizes_E), sizes_E)
 
 
-@jax.custom_vjp
-def _fake_product(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> jax.Array:
-    return _forward(x, _quantized_for(x, kernel, sizes_E), sizes_E)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fake_product(
+    x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+) -> jax.Array:
+    return _forward(x, _quantized_for(x, kernel, sizes_E), sizes_E, rounded, where)
 
 
-def _fake_product_fwd(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> tuple[jax.Array, Any]:
+def _fake_product_fwd(
+    x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+) -> tuple[jax.Array, Any]:
     weight = _quantized_for(x, kernel, sizes_E)
-    return _forward(x, weight, sizes_E), (x, kernel, weight, sizes_E)
+    return _forward(x, weight, sizes_E, rounded, where), (x, kernel, weight, sizes_E)
 
 
-def _fake_product_bwd(residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None]:
+def _fake_product_bwd(where: Lies, residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None, None]:
     x, kernel, weight, sizes_E = residuals
-    dx, dweight = _backward(x, weight, sizes_E, dy, kernel.gradients)
+    dx, dweight = _backward(x, weight, sizes_E, where, dy, kernel.gradients)
     zeros = {
         name: None if value is None else jnp.zeros_like(value)
         for name, value in (('input_scale', kernel.input_scale), ('input_factor', kernel.input_factor))
     }
-    return dx, dataclasses.replace(kernel, weight=dweight.astype(kernel.weight.dtype), **zeros), None
+    return dx, dataclasses.replace(kernel, weight=dweight.astype(kernel.weight.dtype), **zeros), None, None
 
 
 _fake_product.defvjp(_fake_product_fwd, _fake_product_bwd)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jpt.quant.dot import dot
 from jpt.quant.histogram import counts_of
+from jpt.quant.producers import Deferred, dense_of
 
 CALIBRATION = 'calibration'
 WATCH = 'watch'
@@ -86,18 +87,18 @@ def watch_of(module: nn.Module) -> Watch | None:
     return module.scope.root.get_variable(WATCH, 'tokens')
 
 
-def observe(module: nn.Module, x_BTI: jax.Array, y_BTO: jax.Array) -> None:
+def observe(module: nn.Module, given_BTI: jax.Array | Deferred, y_BTO: jax.Array) -> None:
     """Measures the input of a linear layer that is being applied, where it is watched.
 
     Where the collection 'compared' has another weight for it, its output with that weight is compared with `y_BTO`.
     """
     watch = watch_of(module)
     if watch is not None:
-        read_BTI = x_BTI
+        read_BTI = x_BTI = dense_of(given_BTI)
         if module.has_variable(FACTORS, 'input_factor'):
             factor: jax.Array = module.get_variable(FACTORS, 'input_factor')
             read_BTI = x_BTI * factor.reshape(1, 1, -1).astype(x_BTI.dtype)
         module.put_variable(CALIBRATION, 'input', watch.measure(read_BTI))
         if module.has_variable(COMPARED, 'kernel'):
-            other_BTO = dot(x_BTI, module.get_variable(COMPARED, 'kernel'))
+            other_BTO = dot(given_BTI, module.get_variable(COMPARED, 'kernel'))
             module.put_variable(CALIBRATION, 'output', watch.compare(y_BTO, other_BTO))

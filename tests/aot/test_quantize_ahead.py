@@ -31,7 +31,7 @@ def test_rows_are_one_kernel_that_divides_exactly(scale, tmp_path, monkeypatch):
     assert not [name for name in found if name.startswith('div') and 'f32' in name]
 
 
-@pytest.mark.parametrize('dtype', [jnp.float16, jnp.float32])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_other_dtypes_and_the_fused_forms_compile(dtype, tmp_path, monkeypatch):
     dump = Dump(tmp_path, monkeypatch)
 

@@ -1,0 +1,122 @@
+"""A model whose blocks of 128 x 128 are whole on every shard, so that its products run their kernels there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sharded_steps import make_batch, worst_error
+
+from jpt.kernels import local_products
+from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment
+from jpt.models.transformer import forward, init, unembed
+from jpt.quant.recipes import chosen, quantized_tree, recipe_of
+from jpt.quant.tensors import FakeQuant
+from jpt.sharding.grads import loss_and_grads
+from jpt.sharding.layout import to_canonical_layout, to_device_layout
+from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
+from jpt.sharding.plan import make_plan
+from jpt.sharding.rules import shardings
+from jpt.training.freeze import merge, partition
+from jpt.training.objective import language_modeling
+
+DENSE = LayerKind(Rope(), None, 256)
+MODELS = {
+    'dense': ModelConfig('llama', 54, 128, 4, 2, 128, (Segment((DENSE,), 2),), 64),
+    'experts': ModelConfig(
+        'qwen3_moe',
+        54,
+        128,
+        4,
+        2,
+        128,
+        (Segment((LayerKind(Rope(), None, None, experts=True),), 2),),
+        64,
+        experts=Experts(4, 2, 256),
+    ),
+}
+
+
+@functools.cache
+def quantized(model, fake):
+    """Parameters float32, the layers' in FP8 blocks; `fake`: to be trained through rounding."""
+    params = init(MODELS[model], jax.random.key(0))
+    formats = chosen(params, recipe_of([('layers/**', 'fp8_block')]))
+    if fake:
+        return quantized_tree(params, formats, lambda path, weight, form: FakeQuant(weight, format=form))
+    return jax.jit(lambda params: quantized_tree(params, formats))(params)
+
+
+def wanted(model, fake):
+    """Loss and gradients from whole logits on one device, without jpt.sharding, and the products that its trace had."""
+    cfg, batch = MODELS[model], make_batch(54, np.float32)
+    params, frozen = partition(quantized(model, fake), ())
+
+    def loss(params):
+        whole = merge(params, frozen)
+        inputs = batch.tokens, batch.positions, batch.segment_ids
+        hidden = forward(cfg, whole, *inputs, compute=Compute(attention='dense')).hidden_BTD
+        logp = jax.nn.log_softmax(unembed(cfg, whole, hidden))
+        picked = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+        return -jnp.sum(picked * batch.loss_mask) / jnp.sum(batch.loss_mask)
+
+    return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
+
+
+@pytest.mark.parametrize(
+    ('model', 'mesh', 'microbatches', 'fake'),
+    [
+        ('dense', MeshConfig(fsdp=2, tensor=2, context=2), 1, False),
+        ('dense', MeshConfig(pipe=2, data=2, tensor=2), 2, True),
+        ('experts', MeshConfig(expert=2, tensor=2, fsdp=2), 1, True),
+    ],
+    ids=('sharded', 'pipelined', 'experts'),
+)
+def test_a_step_with_kernels_on_shards(model, mesh, microbatches, fake, monkeypatch):
+    """Up to the codes that the last bits of sums in another order flip: a single one is off by a sixteenth."""
+    used = []
+    for name in ('block_matmul', 'grouped_block_matmul'):
+        real = getattr(local_products, name)
+        monkeypatch.setattr(local_products, name, lambda *given, real=real: used.append(given[2].shape) or real(*given))
+    loss, gradients = wanted(model, fake)
+    used.clear()
+    total, found = on_mesh(model, mesh, microbatches, fake)
+    np.testing.assert_allclose(total, float(loss), rtol=1e-4)
+    assert worst_error(found, gradients) < 2e-3
+    # Every product is one of a shard's own part of a weight: half of its heads, of its MLP's width, of its experts.
+    attention = {(256, 128), (128, 128), (128, 256)}
+    mlp = {(128, 128)} if model == 'dense' else {(2, 128, 128)}
+    assert set(used) == attention | mlp
+
+
+def on_mesh(model, mesh, microbatches, fake):
+    """Loss and gradients of one step on eight devices."""
+    cfg, devices = MODELS[model], make_mesh(mesh)
+    params, rest = partition(quantized(model, fake), ())
+    plan = make_plan(devices, {'model': cfg}, params, {'model': rest}, num_microbatches=microbatches, dtype='float32')
+    place = functools.partial(to_device_layout, plan.layouts['model'])
+    kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}
+    batch = make_batch(cfg.vocab_size, np.float32)
+    batch = jax.device_put(batch, batch_shardings(devices, batch))
+    objective = language_modeling(cfg, Compute())
+    run = jax.jit(lambda params, kept, batch: loss_and_grads(objective, params, kept, batch, plan))
+    total, grads, _ = run(jax.device_put(place(params), shardings(devices, plan.specs)), kept, batch)
+    return float(total), to_canonical_layout(plan.layouts['model'], jax.tree.map(np.asarray, grads))
+
+
+@pytest.mark.parametrize(
+    ('model', 'sizes'),
+    [('dense', {'tensor': 2, 'data': 4}), ('experts', {'tensor': 2, 'fsdp': 2, 'expert': 2})],
+    ids=('dense', 'experts'),
+)
+def test_logits_without_a_plan(model, sizes):
+    """As generation and evaluation run: all axes automatic."""
+    cfg, batch, params = MODELS[model], make_batch(54, np.float32), quantized(model, False)
+    inputs = batch.tokens, batch.positions, batch.segment_ids
+    run = jax.jit(lambda params, inputs: unembed(cfg, params, forward(cfg, params, *inputs).hidden_BTD))
+    alone = run(params, inputs)
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+        found = run(params, inputs)
+    real = batch.segment_ids > 0
+    assert np.linalg.norm((found - alone)[real]) < 1e-3 * np.linalg.norm(alone[real])
