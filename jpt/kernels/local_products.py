@@ -8,6 +8,7 @@ What a shard rounds is what one device would: codes, scales and the numbers they
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,9 +26,9 @@ TENSOR = 'tensor'
 
 
 class Pieces(NamedTuple):
-    """Of how many pieces, heads or channels, a linear layer's outputs and inputs are made: what a mesh may divide.
+    """Of how many pieces, heads or channels, a linear layer's outputs and inputs are made, which a mesh divides.
 
-    0: they stay whole. Outputs and inputs are not divided at once.
+    0: they are whole on every device. Outputs and inputs are not divided at once.
     """
 
     out: int = 0
@@ -56,28 +57,29 @@ class Lies(NamedTuple):
 
     def rows(self, shape: Sequence[int]) -> int:
         """How many rows a shard has of x of this shape."""
-        ways = auto_size([name for entry in self.lead for name in entry or ()])
-        count = 1
-        for size in shape[:-1]:
-            count *= size
-        return count // ways
+        return math.prod(shape[:-1]) // auto_size([name for entry in self.lead for name in entry or ()])
 
 
-def lies(shape: Sequence[int], pieces: Pieces | None) -> Lies:
-    """How x of this shape, [B, in] or [B, T, ..., in], and a weight lie; `pieces` None: every device has all of them.
+def whole(ndim: int) -> Lies:
+    """Every device has all of x, which has so many axes, and of the weight."""
+    return Lies((None,) * (ndim - 1), axes=tuple(mesh_axes(AxisType.Auto)))
+
+
+def lies(shape: Sequence[int], pieces: Pieces | None) -> Lies | None:
+    """How x of this shape, [B, in] or [B, T, ..., in], and a weight lie; None: nobody says it, and there is a mesh.
 
     Rows and sequence are divided where the mesh divides them evenly; so are pieces, and layers with another number of
     them are whole on every device of `tensor`, see `REPLICABLE` in jpt/sharding/rules.py.
     """
-    axes = tuple(mesh_axes(AxisType.Auto))
-    lead: list[tuple[str, ...] | None] = [None] * (len(shape) - 1)
-    if pieces is None or not axes:
-        return Lies(tuple(lead), axes=axes)
+    here = whole(len(shape))
+    if pieces is None or not here.axes:
+        return None if here.axes else here
+    lead = list(here.lead)
     for at, names in enumerate((ROWS, (SEQUENCE,))):
         if at < len(lead) and shape[at] % auto_size(names) == 0:
             lead[at] = auto(names) or None
     out, inner = (auto([TENSOR]) if count and count % auto_size([TENSOR]) == 0 else () for count in pieces)
-    return Lies(tuple(lead), out, inner, axes)
+    return Lies(tuple(lead), out, inner, here.axes)
 
 
 def cut(where: Lies, out: int, inner: int) -> str | None:

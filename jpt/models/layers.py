@@ -29,7 +29,7 @@ class Linear(nn.Module):
     features: int
     use_bias: bool = False
     residual_scale: float = 1.0  # initial size of a kernel that writes into the residual stream
-    pieces: Pieces = Pieces()
+    pieces: Pieces = Pieces()  # heads or channels, which a mesh divides as jpt/sharding/rules.py does
 
     @nn.compact
     def __call__(self, x: jax.Array | Deferred) -> jax.Array:

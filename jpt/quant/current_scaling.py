@@ -32,7 +32,7 @@ def with_current_scale(weight: QTensor, x: jax.Array, sizes_E: jax.Array | None)
 
 
 def tensor_gradients(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies, dy: jax.Array
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies | None, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x [..., in] (in its dtype) and of the weight (float32) from that of the product, dy [..., out].
 

@@ -17,7 +17,7 @@ import numpy as np
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.local_products import Pieces
 from jpt.quant.producers import Deferred, dense_of
-from jpt.quant.products import WHOLE, quantized, quantized_dot, quantized_grouped_dot
+from jpt.quant.products import quantized, quantized_dot, quantized_grouped_dot
 from jpt.quant.tensors import FakeQuant, QTensor, dequantize
 
 Array = jax.Array | np.ndarray
@@ -79,12 +79,14 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, LoraKernel | Transposed | QTensor | FakeQuant)
 
 
-def dot(x: jax.Array | Deferred, kernel: Weight, precision: Precision = None, pieces: Pieces = WHOLE) -> jax.Array:
+def dot(
+    x: jax.Array | Deferred, kernel: Weight, precision: Precision = None, pieces: Pieces | None = None
+) -> jax.Array:
     """Multiplies x[..., in] by a kernel [out, in] and returns [..., out] in the dtype of x.
 
     Arrays are cast to the dtype of x first: this is where float32 master weights meet a bfloat16 computation.
-    `precision` is that of `jax.lax.dot_general`, for this product and those of its gradients. `pieces` says what a mesh
-    may divide where a kernel of our own multiplies; arrays are XLA's to divide.
+    `precision` is that of `jax.lax.dot_general`, for this product and those of its gradients. `pieces` says what a
+    mesh divides of the kernel, for those of our own that multiply shards; without it, and arrays, XLA divides.
     """
     match kernel:
         case LoraKernel(base, a, b, scale):

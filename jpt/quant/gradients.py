@@ -32,7 +32,7 @@ from jpt.quant.tensors import QTensor, numbers_of, quantize
 
 
 def block_gradients(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies, dy: jax.Array
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies | None, dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x [..., in] (in its dtype) and of the weight (float32) from that of the product, dy [..., out].
 
@@ -40,15 +40,15 @@ def block_gradients(
         x: as the product had it, before it was rounded.
         weight: E4M3 in squares, [out, in], or with sizes_E [E, out, in].
         sizes_E: where there are groups, how many rows of x [M, in] each has.
-        where: how x and the weight lie on a mesh. Shards that would hold a part of a block leave all to the compiler.
+        where: how x and the weight lie on a mesh. None, and shards that would hold a part of a block, leave all to the
+            compiler.
         dy: finite; a run with a NaN or infinity makes all that it reaches NaN.
     """
-    whole = cut(where, *weight.shape[-2:]) is None
-    kernels = weight.format.rows == BLOCK and whole and reason_not_hopper() is None
+    squares = weight.format.rows == BLOCK and reason_not_hopper() is None
+    where = where if squares and where and cut(where, *weight.shape[-2:]) is None else None
     if sizes_E is not None:
-        dx = _of_inputs_by_group(x, weight, sizes_E, where, dy, kernels)
-        return dx, _of_weights_by_group(x, weight, sizes_E, dy)
-    if kernels:
+        return _of_inputs_by_group(x, weight, sizes_E, where, dy), _of_weights_by_group(x, weight, sizes_E, dy)
+    if where:
         return _of_inputs(weight, where, dy).astype(x.dtype), _of_weights(x, where, dy, weight.format)
     return _of_inputs_plain(weight, dy).astype(x.dtype), _of_weights_plain(x, dy, weight.format)
 
@@ -89,10 +89,10 @@ def _of_weights_plain(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
 
 
 def _of_inputs_by_group(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array, where: Lies, dy: jax.Array, kernels: bool
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array, where: Lies | None, dy: jax.Array
 ) -> jax.Array:
-    """dx of rows that are sorted by group."""
-    if not kernels:
+    """dx of rows that are sorted by group; `where`: by the kernel."""
+    if where is None:
         return by_group_of_inputs(x, weight, sizes_E, _rounded_outputs(dy, weight.format))
     codes, scales = rounded(_in_runs(weight.format), [dy], where)
     turned = jnp.swapaxes(weight.codes, 1, 2), jnp.swapaxes(weight.scale, 1, 2)

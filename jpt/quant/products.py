@@ -29,6 +29,7 @@ from jpt.kernels.local_products import (
     grouped_block_product,
     lies,
     weight_only_product,
+    whole,
 )
 from jpt.kernels.te import tensor_dot
 from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS
@@ -38,13 +39,12 @@ from jpt.quant.gradients import block_gradients
 from jpt.quant.producers import Deferred, Given, dense_of
 from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize
 
-WHOLE = Pieces()
 # How gradients are multiplied, by FakeQuant.gradients, where not as autodiff has it.
 IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
 
 
-def quantized_dot(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, pieces: Pieces = WHOLE) -> jax.Array:
-    """x [..., in] times a kernel [out, in]: [..., out] in the dtype of x. `pieces`: what a mesh may divide of it."""
+def quantized_dot(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, pieces: Pieces | None = None) -> jax.Array:
+    """x [..., in] times a kernel [out, in]: [..., out] in the dtype of x. `pieces`: as `dot.dot` takes them."""
     if isinstance(kernel, FakeQuant) and kernel.gradients == 'te':
         return tensor_dot(dense_of(x), kernel.weight)
     return _multiplied(x, kernel, None, lies(x.shape, pieces))
@@ -58,17 +58,17 @@ def quantized_grouped_dot(x_MI: jax.Array | Deferred, kernels: QTensor | FakeQua
     """
     if isinstance(kernels, FakeQuant) and kernels.gradients == 'te':
         raise ValueError("experts with gradients='te': expected 'tensor', or a recipe that leaves experts out")
-    return _multiplied(x_MI, kernels, sizes_E, lies(x_MI.shape, None))
+    return _multiplied(x_MI, kernels, sizes_E, whole(x_MI.ndim))  # its caller has divided what divides
 
 
 def _multiplied(
-    x: jax.Array | Deferred, kernel: QTensor | FakeQuant, sizes_E: jax.Array | None, where: Lies
+    x: jax.Array | Deferred, kernel: QTensor | FakeQuant, sizes_E: jax.Array | None, where: Lies | None
 ) -> jax.Array:
     product = _product if isinstance(kernel, QTensor) else _fake_product
     return product(dense_of(x), kernel, sizes_E, _shared_inputs(x, kernel, where), where)
 
 
-def _shared_inputs(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, where: Lies) -> QTensor | None:
+def _shared_inputs(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, where: Lies | None) -> QTensor | None:
     """What all weights make alike of an input that several of them may read, made once; None: a weight rounds its own.
 
     A weight with a scale or factors for its inputs has its own. The array is still what gradients go through.
@@ -80,10 +80,10 @@ def _shared_inputs(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, where: 
 
     def made() -> QTensor | None:
         if _by_kernel(own, x, where):
-            return _of_rows(own, *x.codes(own.scale, where))
+            return _of_rows(own, *x.codes(own.scale, where or whole(x.ndim)))
         return round_inputs(jax.lax.stop_gradient(x.dense()), form, where=where)
 
-    return x.once((form.inputs, own, where.inner), made)
+    return x.once((form.inputs, own, where and where.inputs), made)
 
 
 def round_inputs(
@@ -103,7 +103,7 @@ def round_inputs(
         return None
     own = inputs_format(form)
     if _by_kernel(own, x, where):
-        return _of_rows(own, *Given(x).codes(own.scale, where or lies(x.shape, None)))
+        return _of_rows(own, *Given(x).codes(own.scale, where or whole(x.ndim)))
     wide = rounded_to(x.dtype, x.astype(jnp.float32))[..., None, :]
     scale = None if input_scale is None else jnp.broadcast_to(input_scale, x.shape[:-1])[..., None, None]
     if form.inputs != 'tensor':
@@ -121,17 +121,19 @@ def inputs_format(form: Format) -> Format:
 
 
 def _forward(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> jax.Array:
     """The product, in the dtype of x. `rounded`: what x becomes, where it is there already."""
     x = _times_factor(x, weight.input_factor, sizes_E)
     if rounded is None:
         rounded = round_inputs(x, weight.format, _per_row(weight.input_scale, sizes_E, x), where)
-    if rounded is None and sizes_E is None and _has_kernels(weight, where) and _few(x, where):
-        return weight_only_product(x, jnp.asarray(weight.codes), jnp.asarray(weight.scale), where)
+    where = where if _has_kernels(weight, where) else None
+    if rounded is None and sizes_E is None and where and _few(x, where):
+        few = weight_only_product(x, jnp.asarray(weight.codes), jnp.asarray(weight.scale), where)
+        return checkpoint_name(few, PRODUCT)
     if rounded is None:
         return _plain(x, dequantize(weight).astype(x.dtype), sizes_E)
-    if _has_kernels(weight, where):
+    if where:
         return _by_kernels(x, rounded, weight, sizes_E, where)
     if sizes_E is not None or weight.format.columns:
         return _plain(_dense(rounded), numbers_of(weight), sizes_E).astype(x.dtype)
@@ -161,8 +163,10 @@ def _of_rows(own: Format, codes: jax.Array, scales: jax.Array) -> QTensor:
     return QTensor(codes[..., None, :], scales[..., None, :], format=own, weight_dtype='float32')
 
 
-def _has_kernels(weight: QTensor, where: Lies) -> bool:
+def _has_kernels(weight: QTensor, where: Lies | None) -> bool:
     """Whether this weight has products of its own (kernels/local_products.py), on a mesh shard by shard."""
+    if where is None:
+        return False
     form = weight.format
     blocks = (form.element, form.rows, form.columns) == ('e4m3', BLOCK, BLOCK) and form.scale in SCALES
     return blocks and form.inputs in ('block', 'as_they_are') and cut(where, *weight.shape[-2:]) is None
@@ -225,7 +229,7 @@ def _backward(
     x: jax.Array,
     weight: QTensor,
     sizes_E: jax.Array | None,
-    where: Lies,
+    where: Lies | None,
     dy: jax.Array,
     gradients: Gradients = 'as_they_are',
 ) -> tuple[jax.Array, jax.Array]:
@@ -248,12 +252,12 @@ _product = jax.custom_vjp(_forward, nondiff_argnums=(4,))
 
 
 def _product_fwd(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> tuple[jax.Array, Any]:
     return _forward(x, weight, sizes_E, rounded, where), (x, weight, sizes_E)
 
 
-def _product_bwd(where: Lies, residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, None, None]:
+def _product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, None, None]:
     x, weight, sizes_E = residuals
     return _backward(x, weight, sizes_E, where, dy)[0], None, None, None
 
@@ -282,19 +286,19 @@ def _quantized_for(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fake_product(
-    x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+    x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> jax.Array:
     return _forward(x, _quantized_for(x, kernel, sizes_E), sizes_E, rounded, where)
 
 
 def _fake_product_fwd(
-    x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies
+    x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> tuple[jax.Array, Any]:
     weight = _quantized_for(x, kernel, sizes_E)
     return _forward(x, weight, sizes_E, rounded, where), (x, kernel, weight, sizes_E)
 
 
-def _fake_product_bwd(where: Lies, residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None, None]:
+def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None, None]:
     x, kernel, weight, sizes_E = residuals
     dx, dweight = _backward(x, weight, sizes_E, where, dy, kernel.gradients)
     zeros = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from formulas import expected
 
-from jpt.kernels.local_products import lies
+from jpt.kernels.local_products import whole as whole_on
 from jpt.quant import gradients
 from jpt.quant.dot import dot, grouped_dot
 from jpt.quant.formats import FORMATS, Format
@@ -67,7 +67,7 @@ def test_gradients_of_a_product(form):
     # Kernels know tokens alone: rows filled up to whole runs, by the reference of the kernel.
     if form.columns == 128:
         real = quantize(jnp.asarray(w), form)
-        where = lies(x.shape, None)
+        where = whole_on(x.ndim)
         np.testing.assert_allclose(gradients._of_inputs(real, where, jnp.asarray(dy)), dx, rtol=1e-4, atol=1e-4)
         by_kernel = gradients._of_weights(jnp.asarray(x), where, jnp.asarray(dy), form)
         assert error(by_kernel, wanted) < 1e-6
@@ -83,8 +83,8 @@ def test_gradients_of_experts():
     @jax.jit
     def run(x, fake, dy):
         pull = jax.vjp(lambda x, w: grouped_dot(x, w, jnp.asarray(GROUPS)), x, fake)[1]
-        real, where = quantize(fake.weight, form), lies(x.shape, None)
-        kernel = gradients._of_inputs_by_group(x, real, jnp.asarray(GROUPS), where, dy, True)
+        real, where = quantize(fake.weight, form), whole_on(x.ndim)
+        kernel = gradients._of_inputs_by_group(x, real, jnp.asarray(GROUPS), where, dy)
         return pull(dy), kernel
 
     (dx, dfake), by_kernel = run(x, fake, dy)

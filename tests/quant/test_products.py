@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from formulas import expected
 
+from jpt.models.block import remat_policy
 from jpt.quant.dot import dot, grouped_dot
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.products import round_inputs
@@ -110,6 +111,18 @@ def test_a_token_does_not_see_the_others():
         for part in ('codes', 'scale'):
             one, other = (np.asarray(getattr(tensor, part)) for tensor in (whole, alone))
             np.testing.assert_array_equal(one[0, 2].view(np.uint8), other.view(np.uint8))
+
+
+def test_remat_keeps_what_kernels_multiply_as_it_keeps_products():
+    """The blocks of a product are a loop on CPU: forward, and once more where its result is not kept."""
+    for name in ('fp8_block', 'fp8_block_weights'):
+        kernel = quantize(W[0], FORMATS[name])
+
+        def loops(policy, kernel=kernel):
+            layer = jax.checkpoint(lambda x: jnp.tanh(dot(x, kernel)), policy=policy)
+            return str(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(X)).count('scan[')
+
+        assert (loops(remat_policy('dots')), loops(remat_policy('full'))) == (1, 2)
 
 
 def test_inputs_without_calibration_are_refused():

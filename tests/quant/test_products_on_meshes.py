@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jpt.kernels import local_products
 from jpt.kernels.block_quantize import silu_gated
 from jpt.kernels.local_products import Pieces, cut, lies
+from jpt.quant import producers
 from jpt.quant.dot import dot
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.producers import Gated, Normed
@@ -110,20 +111,20 @@ def test_a_mesh_computes_what_one_device_does(pieces, mesh, form, monkeypatch):
     assert error(there[0], (seen.astype(np.float64) @ expected(W, form)[-1].T).reshape(B, T, OUT)) < 1e-6
 
 
-def test_what_would_cut_a_block_is_left_to_the_compiler(monkeypatch):
-    """192 outputs on two shards: the same numbers, without the kernel."""
+@pytest.mark.parametrize('pieces', [COLUMNS, None], ids=('cut', 'unknown'))
+def test_what_has_no_kernel_on_shards_is_left_to_the_compiler(pieces, monkeypatch):
+    """192 outputs on two shards, or nobody says what lies where: the same numbers, without the kernel."""
     monkeypatch.setattr(local_products, 'block_matmul', None)
     devices, form, w = make_mesh(MeshConfig(tensor=2, data=4)), FORMATS['fp8_block'], W[:192]
     with jax.set_mesh(devices):
-        where = lies(X.shape, COLUMNS)
-        assert cut(where, 192, IN) == '192 outputs on 2 shards are not whole blocks of 128'
-        found = jax.jit(lambda x, w: dot(x, quantize(w, form), pieces=COLUMNS))(X, w)
+        assert cut(lies(X.shape, COLUMNS), 192, IN) == '192 outputs on 2 shards are not whole blocks of 128'
+        found = jax.jit(lambda x, w: dot(x, quantize(w, form), pieces=pieces))(X, w)
     seen = np.concatenate([expected(row[None], ROWS_OF_128)[-1] for row in X.reshape(-1, IN)]).astype(np.float64)
     assert error(found.reshape(-1, 192), seen @ expected(w, form)[-1].T) < 1e-6
 
 
-def test_what_does_not_divide_is_whole_everywhere():
-    """Three heads on two shards, seven rows on four: what lies whole is computed whole."""
+def test_what_does_not_divide_is_whole_everywhere(monkeypatch):
+    """Three heads on two shards, seven rows on four: what lies whole is computed whole, of inputs rounded once."""
     devices, form = make_mesh(MeshConfig(tensor=2, data=4)), FORMATS['fp8_block']
     with jax.set_mesh(devices):
         where = lies((7, T, IN), Pieces(out=3))
@@ -131,3 +132,13 @@ def test_what_does_not_divide_is_whole_everywhere():
         found = jax.jit(lambda x, w: dot(x, quantize(w, form), pieces=Pieces(out=3)))(X[:7], W[:192])
     wanted = jax.jit(lambda x, w: dot(x, quantize(w, form)))(X[:7], W[:192])
     assert error(found, wanted) < 1e-6
+    calls, real = [], producers.quantize_normed
+    monkeypatch.setattr(producers, 'quantize_normed', lambda *given, **more: calls.append(1) or real(*given, **more))
+
+    def readers(x, w):
+        given = Normed(x, SCALE, 1e-5)
+        return [dot(given, quantize(w, form), pieces=pieces) for pieces in (COLUMNS, Pieces(out=3))]
+
+    with jax.set_mesh(devices):
+        jax.eval_shape(readers, X, W)
+    assert len(calls) == 1
