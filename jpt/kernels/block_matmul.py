@@ -2,9 +2,10 @@
 
     y[m, n] = sum over blocks k of a_scale[m, k] * b_scale[n // 128, k] * (a[m, k's 128] . b[n, k's 128])
 
-(DeepSeek-V3 technical report, 2024, arXiv:2412.19437, section 3.3.2.) The sum over blocks is in float32: Hopper's
-tensor cores add up products of 8 bits with about 14 bits, so nothing stays there for longer than 128 of them. Nothing
-here is differentiated, and nothing knows a mesh.
+or with a scale for each row of b too, b_scale[n, k], which is how gradients of weights are multiplied (DeepSeek-V3
+technical report, 2024, arXiv:2412.19437, sections 3.3.2 and 3.3.3). The sum over blocks is in float32: Hopper's tensor
+cores add up products of 8 bits with about 14 bits, so nothing stays there for longer than 128 of them. Nothing here is
+differentiated, and nothing knows a mesh.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def block_matmul(a_MK, a_scale, b_NK, b_scale, dtype: Any = jnp.bfloat16, *, imp
 
     Args:
       a_scale: float32 [M, ceil(K / 128)], as `quantize_rows` gives it.
-      b_scale: float32 [ceil(N / 128), ceil(K / 128)], of blocks of 128 x 128 that may be smaller at the edges.
+      b_scale: float32 [ceil(N / 128), ceil(K / 128)], of blocks of 128 x 128 that may be smaller at the edges; or
+        [N, ceil(K / 128)], of rows like those of a.
       dtype: bfloat16, float16 or float32; the float32 sum is rounded to it once.
       implementation: 'reference', 'mosaic' (Hopper's tensor cores) or 'auto', which is 'mosaic' where `refusal` knows
         no reason against it.
@@ -38,13 +40,19 @@ def block_matmul(a_MK, a_scale, b_NK, b_scale, dtype: Any = jnp.bfloat16, *, imp
       ValueError: an unknown name, shapes or dtypes that do not belong together, an implementation that cannot be used.
     """
     (M, K), N = check_codes('block_matmul', a_MK, a_scale, b_NK, 2), b_NK.shape[0]
-    wanted = (M, -(-K // BLOCK)), (-(-N // BLOCK), -(-K // BLOCK))
-    check_scales('block_matmul', {'a_scale': (a_scale, wanted[0]), 'b_scale': (b_scale, wanted[1])})
+    blocks = -(-K // BLOCK)
+    rows = N if by_rows(b_NK, b_scale) else -(-N // BLOCK)
+    check_scales('block_matmul', {'a_scale': (a_scale, (M, blocks)), 'b_scale': (b_scale, (rows, blocks))})
     if chosen('block_matmul', implementation, dtype, refusal(a_MK, b_NK, dtype)) == 'mosaic':
         from jpt.kernels.mosaic_block_matmul import product  # Pallas: not loaded where it is not used
 
         return product(a_MK, a_scale, b_NK, b_scale, dtype)
     return reference(a_MK, a_scale, b_NK, b_scale).astype(dtype)
+
+
+def by_rows(b_NK, b_scale) -> bool:
+    """Whether b [N, K] has a scale for each of its rows and not for 128 together."""
+    return b_scale.ndim == 2 and b_NK.shape[0] > 1 and b_scale.shape[0] == b_NK.shape[0]
 
 
 def refusal(a_MK, b_NK, dtype: Any) -> str | None:
@@ -104,7 +112,7 @@ def reference(a_MK, a_scale, b_NK, b_scale):
     N = b_NK.shape[0]
     # Both hold every code; products of two are exact in float32, which bfloat16 operands add up in on GPUs.
     operand = jnp.bfloat16 if platform() == 'gpu' else jnp.float32
-    scale_KN = jnp.repeat(b_scale.T, BLOCK, axis=1)[:, :N]
+    scale_KN = b_scale.T if by_rows(b_NK, b_scale) else jnp.repeat(b_scale.T, BLOCK, axis=1)[:, :N]
 
     def add_block(total_MN, block):
         a_MC, a_scale_M, b_NC, scale_N = block

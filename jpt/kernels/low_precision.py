@@ -1,14 +1,16 @@
 """Rounding to eight and four bits exactly as the formulas say, on every backend, and packing four bits into bytes.
 
-Formats: E4M3 and E8M0 as in the OCP 8-bit Floating Point Specification (OFP8) v1.0 and Microscaling Formats (MX) v1.0,
-E2M1 as in the latter. A scale is a multiplier throughout: number = code * scale.
+Formats: E4M3, E5M2 and E8M0 as in the OCP 8-bit Floating Point Specification (OFP8) v1.0 and Microscaling Formats (MX)
+v1.0, E2M1 as in the latter. A scale is a multiplier throughout: number = code * scale.
 """
 
 import jax
 import jax.numpy as jnp
 
 E4M3 = jnp.float8_e4m3fn
+E5M2 = jnp.float8_e5m2
 E4M3_MAX = 448.0
+E5M2_MAX = 57344.0
 E2M1_MAX = 6.0
 INT8_MAX = 127.0
 INT4_MAX = 7.0
@@ -52,6 +54,11 @@ def to_e4m3(x: jax.Array) -> jax.Array:
     code = jnp.where(size < 121 << 23, small, normal)
     code = jnp.where(size > 0x7F800000, 0x7F, code) | (bits >> 24 & 0x80)
     return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), E4M3)
+
+
+def to_e5m2(x: jax.Array) -> jax.Array:
+    """The nearest E5M2 number, ties to even, saturating at 57344; NaN stays NaN."""
+    return jnp.clip(x, -E5M2_MAX, E5M2_MAX).astype(E5M2)
 
 
 def to_e2m1(x: jax.Array) -> jax.Array:

@@ -3,7 +3,8 @@
 Blocks of three warpgroups stay for the whole product and take one tile of the result after the other. One warpgroup
 loads, several steps of 128 columns of K ahead and on into the next tile; two multiply. A tensor core adds up one step
 only: the warpgroup then multiplies that sum with both scales and adds it to its own float32 sum, in registers, while
-the tensor cores work on its next step or on one of the other warpgroup.
+the tensor cores work on its next step or on one of the other warpgroup. Where b has a scale per row, these are loaded
+as those of a are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jpt.kernels.block_matmul import BLOCK
+from jpt.kernels.block_matmul import BLOCK, by_rows
 from jpt.kernels.hopper import multiprocessors, swizzled
 from jpt.kernels.low_precision import E4M3
 
@@ -56,27 +57,33 @@ def product(a_MK, a_scale, b_NK, b_scale, dtype: Any, *, tile: Tile | None = Non
     a_MK = jnp.pad(a_MK, ((0, -M % 8), (0, 0))) if M % 8 else a_MK
     scale_KM = jnp.pad(a_scale.T, ((0, 0), (0, rows * tile.rows - M)))
     columns = pl.cdiv(N, tile.columns)
+    each = by_rows(b_NK, b_scale)
+    b_scale = jnp.pad(b_scale.T, ((0, 0), (0, columns * tile.columns - N))) if each else b_scale
     kernel = plgpu.kernel(
-        partial(_body, tile),
+        partial(_body, tile, each),
         out_type=jax.ShapeDtypeStruct((a_MK.shape[0], N), dtype),
         grid=(min(rows * columns, multiprocessors(interpret)),),
         grid_names=('block',),
         num_threads=WARPGROUPS + 1,
         thread_name='wg',
-        scratch_types=[*buffers(tile, K), out_buffer(tile, N, dtype)],
+        scratch_types=[*buffers(tile, K, each), out_buffer(tile, N, dtype)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
     return kernel(a_MK, scale_KM, b_NK, b_scale)[:M]
 
 
-def buffers(tile: Tile, K: int) -> list[Any]:
-    """Shared memory for the steps in flight: a, its scales, b, a barrier for what is loaded, one for what is used."""
+def buffers(tile: Tile, K: int, each: bool = False) -> list[Any]:
+    """Shared memory for the steps in flight: a, its scales, b, where `each` row of b has one its scales, a barrier for
+    what is loaded, one for what is used.
+    """
+    more = [plgpu.SMEM((tile.steps, tile.columns), jnp.float32)] if each else []
     return [
         plgpu.SMEM((tile.steps, tile.rows, BLOCK), E4M3, transforms=swizzled(K, E4M3)),
         plgpu.SMEM((tile.steps, tile.rows), jnp.float32),
         plgpu.SMEM((tile.steps, tile.columns, BLOCK), E4M3, transforms=swizzled(K, E4M3)),
-        plgpu.Barrier(num_arrivals=3, num_barriers=tile.steps),
+        *more,
+        plgpu.Barrier(num_arrivals=3 + len(more), num_barriers=tile.steps),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.steps),
     ]
 
@@ -94,8 +101,8 @@ def out_buffer(tile: Tile, N: int, dtype: Any) -> Any:
     )
 
 
-def _body(tile: Tile, a, a_scale, b, b_scale, y, *scratch):
-    """The kernel of `product`."""
+def _body(tile: Tile, each: bool, a, a_scale, b, b_scale, y, *scratch):
+    """The kernel of `product`; `each` row of b has a scale, [K / 128, N], or 128 of them share one."""
     *ring, out = scratch
     rows, columns = pl.cdiv(y.shape[0], tile.rows), pl.cdiv(y.shape[1], tile.columns)
 
@@ -108,10 +115,10 @@ def _body(tile: Tile, a, a_scale, b, b_scale, y, *scratch):
             return work(row, column, carry)
 
     def load(row, column, step):
-        return load_steps(tile, ring, a, a_scale, b, row, column, step)
+        return load_steps(tile, ring, a, a_scale, b, row, column, step, b_scale if each else None)
 
     def multiply(row, column, step):
-        b_scale_of = lambda k: b_scale[lax.div(column * tile.columns, BLOCK), k]  # noqa: E731
+        b_scale_of = None if each else lambda k: b_scale[lax.div(column * tile.columns, BLOCK), k]
         sums, step = add_up(tile, ring, pl.cdiv(a.shape[1], BLOCK), b_scale_of, step)
         store(tile, sums, out, y, row, column)
         return step
@@ -139,9 +146,9 @@ def warpgroups(tile: Tile, ring: list[Any], load: Callable, multiply: Callable) 
     lax.cond(lax.axis_index('wg') == WARPGROUPS, loading, multiplying)
 
 
-def load_steps(tile: Tile, ring: list[Any], a, a_scale, b, row, column, step):
+def load_steps(tile: Tile, ring: list[Any], a, a_scale, b, row, column, step, b_scale=None):
     """Loads what one tile of the result needs, step by step as room becomes free -> the next step."""
-    a_tiles, scale_tiles, b_tiles, loaded, used = ring
+    a_tiles, scale_tiles, b_tiles, *more, loaded, used = ring
     rows, columns = pl.ds(row * tile.rows, tile.rows), pl.ds(column * tile.columns, tile.columns)
 
     def one_step(k, step):
@@ -150,24 +157,28 @@ def load_steps(tile: Tile, ring: list[Any], a, a_scale, b, row, column, step):
         plgpu.copy_gmem_to_smem(a.at[rows, depth], a_tiles.at[slot], loaded.at[slot])
         plgpu.copy_gmem_to_smem(b.at[columns, depth], b_tiles.at[slot], loaded.at[slot])
         plgpu.copy_gmem_to_smem(a_scale.at[k, rows], scale_tiles.at[slot], loaded.at[slot])
+        for b_scale_tiles in more:
+            plgpu.copy_gmem_to_smem(b_scale.at[k, columns], b_scale_tiles.at[slot], loaded.at[slot])
         return step + 1
 
     return lax.fori_loop(0, pl.cdiv(a.shape[1], BLOCK), one_step, step)
 
 
-def add_up(tile: Tile, ring: list[Any], depth: int, b_scale_of: Callable, step):
+def add_up(tile: Tile, ring: list[Any], depth: int, b_scale_of: Callable | None, step):
     """This warpgroup's part of a tile of the result, in float32, 64 rows to an array -> the arrays and the next step.
 
     With 64 rows and an even number of steps, two are multiplied at a time: the first sum is scaled and added while the
     tensor cores work on the second. Else it is the other warpgroup that they work for in the meantime: with 128 rows
     registers hold no more than one sum beside the part itself, and a step that is left over would need its own code.
+    Nor do they where every row of b has a scale: b_scale_of is None then, and the ring has the scales.
     """
     part = _Part(tile, ring)
-    together = 2 if part.count == 1 and depth % 2 == 0 else 1
+    together = 2 if part.count == 1 and depth % 2 == 0 and b_scale_of else 1
 
     def steps(at, carry):
         sums, step = carry
-        factors = [b_scale_of(together * at + further) for further in range(together)]  # first: their way is long
+        # First: their way is long.
+        factors = [b_scale_of(together * at + further) if b_scale_of else None for further in range(together)]
         slots = [lax.rem(step + further, tile.steps) for further in range(together)]
         return (part.side_by_side if part.count == 1 else part.one_by_one)(slots, factors, sums), step + together
 
@@ -192,8 +203,11 @@ class _Part:
 
     def scale_of(self, slot, at: int, factor):
         """What that product is multiplied by."""
-        scale = self.ring[1][slot, pl.ds(self.top + at * HEIGHT, HEIGHT)] * factor
-        return lax.broadcast_in_dim(scale, self.shape, (0,))
+        scale = self.ring[1][slot, pl.ds(self.top + at * HEIGHT, HEIGHT)]
+        if factor is not None:
+            return lax.broadcast_in_dim(scale * factor, self.shape, (0,))
+        own = self.ring[3][slot, pl.ds(self.left, self.shape[1])]
+        return lax.broadcast_in_dim(scale, self.shape, (0,)) * lax.broadcast_in_dim(own, self.shape, (1,))
 
     def side_by_side(self, slots, factors, sums):
         """Several steps of the same 64 rows, all begun before the first is waited for."""

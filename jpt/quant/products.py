@@ -1,7 +1,8 @@
 """Products with quantized weights: what becomes of the inputs, the product itself, and what gradients see of both.
 
 Backward, rounding is the identity (straight through, Bengio et al. 2013, arXiv:1308.3432): a product is differentiated
-as the product of the numbers that it multiplied. A QTensor gets no gradient, the weight of a FakeQuant does.
+as the product of the numbers that it multiplied. A QTensor gets no gradient, the weight of a FakeQuant does. In FP8
+training what gradients are made of is rounded once more, see gradients.py.
 """
 
 from __future__ import annotations
@@ -30,19 +31,33 @@ from jpt.kernels.local_products import (
     weight_only_product,
     whole,
 )
+from jpt.kernels.te import tensor_dot
 from jpt.kernels.weight_only_matmul import INPUTS, MOST_ROWS
+from jpt.quant.current_scaling import tensor_gradients, with_current_scale
 from jpt.quant.formats import Format
+from jpt.quant.gradients import block_gradients
 from jpt.quant.producers import Deferred, Given, dense_of
-from jpt.quant.tensors import FakeQuant, QTensor, codes_of, dequantize, numbers_of, quantize
+from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize
+
+# How gradients are multiplied, by FakeQuant.gradients, where not as autodiff has it.
+IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
 
 
 def quantized_dot(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, pieces: Pieces | None = None) -> jax.Array:
     """x [..., in] times a kernel [out, in]: [..., out] in the dtype of x. `pieces`: as `dot.dot` takes them."""
+    if isinstance(kernel, FakeQuant) and kernel.gradients == 'te':
+        return tensor_dot(dense_of(x), kernel.weight)
     return _multiplied(x, kernel, None, lies(x.shape, pieces))
 
 
 def quantized_grouped_dot(x_MI: jax.Array | Deferred, kernels: QTensor | FakeQuant, sizes_E: jax.Array) -> jax.Array:
-    """Rows [M, in], sorted by group, each times its group's kernel of [E, out, in]; see `dot.grouped_dot`."""
+    """Rows [M, in], sorted by group, each times its group's kernel of [E, out, in]; see `dot.grouped_dot`.
+
+    Raises:
+        ValueError: kernels whose products are to be Transformer Engine's.
+    """
+    if isinstance(kernels, FakeQuant) and kernels.gradients == 'te':
+        raise ValueError("experts with gradients='te': expected 'tensor', or a recipe that leaves experts out")
     return _multiplied(x_MI, kernels, sizes_E, whole(x_MI.ndim))  # its caller has divided what divides
 
 
@@ -211,14 +226,22 @@ def _per_row(values: Any, sizes_E: jax.Array | None, x: jax.Array) -> Any:
 
 
 def _backward(
-    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies | None, dy: jax.Array
+    x: jax.Array,
+    weight: QTensor,
+    sizes_E: jax.Array | None,
+    where: Lies | None,
+    dy: jax.Array,
+    gradients: Gradients = 'as_they_are',
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of x and of the weight before it was rounded."""
     scaled = _times_factor(x, weight.input_factor, sizes_E)
-    rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x), where)
-    seen = scaled if rounded is None else _dense(rounded).astype(x.dtype)
-    _, pull = jax.vjp(lambda x, w: _plain(x, w, sizes_E), seen, dequantize(weight).astype(x.dtype))
-    dx, dweight = pull(dy)
+    if gradients != 'as_they_are':
+        dx, dweight = IN_EIGHT_BITS[gradients](scaled, weight, sizes_E, where, dy)
+    else:
+        rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x), where)
+        seen = scaled if rounded is None else _dense(rounded).astype(x.dtype)
+        _, pull = jax.vjp(lambda x, w: _plain(x, w, sizes_E), seen, dequantize(weight).astype(x.dtype))
+        dx, dweight = pull(dy)
     if weight.input_factor is not None:
         dx = _times_factor(dx, weight.input_factor, sizes_E)
         dweight = dweight / weight.input_factor[..., None, :].astype(dweight.dtype)
@@ -247,23 +270,37 @@ def quantized(kernel: FakeQuant) -> QTensor:
     return quantize(kernel.weight, kernel.format, input_scale=kernel.input_scale, input_factor=kernel.input_factor)
 
 
+def _quantized_for(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> QTensor:
+    """The same with the scale of these inputs where that is found at every step.
+
+    Raises:
+        ValueError: a scale from calibration beside it.
+    """
+    weight = quantized(kernel)
+    if kernel.gradients != 'tensor':
+        return weight
+    if kernel.input_scale is not None:
+        raise ValueError("gradients='tensor' with an input_scale: expected None, it is found at every step")
+    return with_current_scale(weight, _times_factor(x, weight.input_factor, sizes_E), sizes_E)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fake_product(
     x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> jax.Array:
-    return _forward(x, quantized(kernel), sizes_E, rounded, where)
+    return _forward(x, _quantized_for(x, kernel, sizes_E), sizes_E, rounded, where)
 
 
 def _fake_product_fwd(
     x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> tuple[jax.Array, Any]:
-    weight = quantized(kernel)
+    weight = _quantized_for(x, kernel, sizes_E)
     return _forward(x, weight, sizes_E, rounded, where), (x, kernel, weight, sizes_E)
 
 
 def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None, None]:
     x, kernel, weight, sizes_E = residuals
-    dx, dweight = _backward(x, weight, sizes_E, where, dy)
+    dx, dweight = _backward(x, weight, sizes_E, where, dy, kernel.gradients)
     zeros = {
         name: None if value is None else jnp.zeros_like(value)
         for name, value in (('input_scale', kernel.input_scale), ('input_factor', kernel.input_factor))

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jpt.kernels.te import require
 from jpt.quant.dot import LoraKernel, Transposed, is_weight
 from jpt.quant.formats import FORMATS, Format, format_of
 from jpt.quant.paths import map_with_path, paths, select
 from jpt.quant.products import quantized
-from jpt.quant.tensors import FakeQuant, QTensor, quantize
+from jpt.quant.tensors import FakeQuant, Gradients, QTensor, quantize
 
 EVERYTHING = 'layers/**'
 KEEP = 'none'  # in place of a format, where a user names one: these weights stay as they are
@@ -96,12 +97,32 @@ def quantized_tree(
     return map_with_path(one, params, is_leaf=is_weight)
 
 
+def in_training(params: Any, formats: Mapping[str, Format], gradients: Gradients) -> Any:
+    """The tree in which every weight that has a format is trained through its rounding.
+
+    Raises:
+        ImportError: gradients='te' where Transformer Engine is not.
+    """
+    if gradients == 'te':
+        require()
+    return quantized_tree(params, formats, lambda _, weight, form: FakeQuant(weight, format=form, gradients=gradients))
+
+
 @jax.jit
 def packed(params: Any) -> Any:
     """The tree with every FakeQuant as the QTensor that it computes as."""
     return jax.tree.map(
         lambda leaf: quantized(leaf) if isinstance(leaf, FakeQuant) else leaf, params, is_leaf=is_weight
     )
+
+
+def masters(params: Any) -> Any:
+    """The tree with every FakeQuant as the weight that is trained."""
+    return jax.tree.map(lambda leaf: leaf.weight if isinstance(leaf, FakeQuant) else leaf, params, is_leaf=is_weight)
+
+
+# What a run may end with, by FakeQuantConfig.result.
+RESULTS: dict[str, Callable[[Any], Any]] = {'quantized': packed, 'weights': masters}
 
 
 def _leaves(params: Any) -> dict[str, Any]:

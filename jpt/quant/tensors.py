@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jpt.kernels import low_precision as low
+from jpt.kernels.te import NO_BLOCKS
 from jpt.quant.formats import Format
 
 Array = jax.Array | np.ndarray
+Gradients = Literal['as_they_are', 'block', 'tensor', 'te']
 PARTS = ('codes', 'scale', 'scale_2', 'input_scale', 'input_factor')
 CODES: dict[str, Any] = {'e4m3': low.E4M3, 'e2m1': jnp.uint8, 'int8': jnp.int8, 'int4': jnp.uint8}
 SCALES: dict[str, Any] = {
@@ -137,12 +139,24 @@ def _ways(axes: Any, sizes: Mapping[str, int]) -> int:
 class FakeQuant:
     """A weight [..., out, in] in training that computes what its quantized form does: rounded forward, straight through
     backward (Bengio et al. 2013, arXiv:1308.3432). `input_scale` and `input_factor` as in QTensor.
+
+    gradients: 'as_they_are'; or what is multiplied for them is rounded to eight bits too, by 'block'
+        (jpt/quant/gradients.py) or with one scale per array ('tensor', jpt/quant/current_scaling.py), which inputs then
+        have forward, too; or by Transformer Engine ('te', jpt/kernels/te.py).
+
+    Raises:
+        ValueError: `gradients` that there is not, or that does not go with the format.
     """
 
     weight: Array
     input_scale: Array | None = None
     input_factor: Array | None = None
     format: Format = dataclasses.field(metadata={'static': True}, kw_only=True)
+    gradients: Gradients = dataclasses.field(default='as_they_are', metadata={'static': True}, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if refused := refused_gradients(self.gradients, self.format):
+            raise ValueError(f'FakeQuant: {refused}')
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,6 +190,20 @@ class FakeQuant:
             'input_factor': None if self.input_factor is None else P(*lead, spec[-1]),
         }
         return dataclasses.replace(self, **parts)
+
+
+def refused_gradients(gradients: Gradients, form: Format) -> str | None:
+    """Why a weight of this format cannot have its gradients multiplied this way, or None where it can."""
+    if gradients not in get_args(Gradients):
+        return f'gradients={gradients!r}: expected one of {", ".join(get_args(Gradients))}'
+    square = form.element == 'e4m3' and form.rows == form.columns > 0 and form.scale in ('float32', 'power_of_two')
+    if gradients == 'block' and not (square and form.inputs == 'block'):
+        return f"gradients='block' with {form}: expected fp8_block, fp8_block_ue8m0, or other squares of E4M3"
+    whole = form == Format('e4m3', inputs='tensor')
+    if gradients in ('tensor', 'te') and not whole:
+        why = f' ({NO_BLOCKS})' if gradients == 'te' else ''
+        return f'gradients={gradients!r} with {form}: expected fp8_tensor{why}'
+    return None
 
 
 def quantize(

@@ -34,8 +34,7 @@ from jpt.models.transformer import init
 from jpt.quant.formats import Format
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
 from jpt.quant.packing import Packing
-from jpt.quant.recipes import chosen, packed, quantized_tree
-from jpt.quant.tensors import FakeQuant
+from jpt.quant.recipes import RESULTS, chosen, in_training
 from jpt.sharding.layout import laid_out, to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 from jpt.sharding.plan import Plan, make_plan
@@ -315,7 +314,7 @@ def _extended(
     if config.quantize is not None:
         formats = chosen(model, config.quantize.choices(), 'config.quantize.recipe')
         _check_export(config, weights['model'].cfg, model, formats)
-        model = quantized_tree(model, formats, lambda path, weight, form: FakeQuant(weight, format=form))
+        model = in_training(model, formats, config.quantize.gradients)
     if config.task == 'distill':
         pairs, own_key, dtype = config.distill.pairs, jax.random.fold_in(key, 1), config.compute.param_dtype
         teachers = {name: weights[name].cfg for name in config.named_teachers() if name in weights}
@@ -326,7 +325,7 @@ def _extended(
 
 def _check_export(config: TrainConfig, cfg: ModelConfig, model: Any, formats: Mapping[str, Format]) -> None:
     """Raises ValueError where the run would end with weights that no Hugging Face directory holds."""
-    if config.checkpoint.export:
+    if config.checkpoint.export and config.quantize is not None and config.quantize.result == 'quantized':
         named = {leaf.path: name_of(leaf.path) for leaf in leaves(cfg) if name_of(leaf.path) in formats}
         _check_held(config, cfg, {path: Packing(formats[name], 'float32') for path, name in named.items()})
 
@@ -493,8 +492,8 @@ def trained_parameters(job: Job, state: TrainState, *, averaged: bool = False) -
 
 
 def whole_model(job: Job, state: TrainState, *, averaged: bool = False) -> Any:
-    """The model's parameters in the canonical layout: adapters merged, rounded weights as their codes."""
+    """The model's parameters in the canonical layout: adapters merged, rounded weights as config.quantize.result."""
     layout, shapes = job.plan.layouts['model'], canonical_shapes(job).frozen['model']
     frozen = laid_out(to_canonical_layout, layout, state.frozen['model'], shapes)
     whole = merge_lora(without_beside(merge(trained_parameters(job, state, averaged=averaged), frozen)))
-    return packed(whole) if job.config.quantize is not None else whole
+    return whole if job.config.quantize is None else RESULTS[job.config.quantize.result](whole)

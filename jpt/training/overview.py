@@ -87,6 +87,9 @@ def overview(job: Job) -> str:
     lines = [f'task     {config.task}', f'model    {model.family}, {trained + frozen:,} parameters, {start}']
     if frozen:
         lines.append(f'trained  {trained:,} parameters; {frozen:,} are frozen')
+    if config.quantize is not None:
+        recipe = ', '.join(f'{pattern} {form}' for pattern, form in config.quantize.recipe)
+        lines.append(f'rounded  {recipe}; gradients {config.quantize.gradients}; ends with {config.quantize.result}')
     for (name, teacher), share in zip(config.named_teachers().items(), config.teacher_shares(), strict=True):
         if name not in job.models:  # what it said is recorded
             continue

@@ -8,6 +8,7 @@ from jpt.data.config import DataConfig
 from jpt.distill.settings import DistillConfig, RecordConfig, TeacherMesh
 from jpt.models.block import remat_policy
 from jpt.quant.recipes import EVERYTHING, KEEP, Recipe, recipe_of
+from jpt.quant.tensors import Gradients, refused_gradients
 from jpt.sharding.mesh import MeshConfig
 from jpt.sharding.multihost import MultihostConfig
 from jpt.training.optimizer import OptimizerConfig
@@ -109,18 +110,27 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FakeQuantConfig:
-    """Training through rounded weights (QAT; with a teacher, QAD): what is exported is quantized."""
+    """Training through rounded weights (QAT; with a teacher, QAD), or in FP8."""
 
     # Pairs of a pattern over weights and a format (jpt/quant/formats.py) or 'none'; the last one that covers holds.
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4_weights'),)
+    # 'block' (with fp8_block), 'tensor' or 'te' (with fp8_tensor): by products in FP8 too, see docs/fp8_training.md.
+    gradients: Gradients = 'as_they_are'
+    result: Literal['quantized', 'weights'] = 'quantized'  # what the run ends with and exports: codes, or the masters
 
     def __post_init__(self) -> None:
         try:
             found = self.choices()
         except ValueError as error:
             raise ConfigError(type(self).__name__, 'recipe', self.recipe, str(error)) from error
-        static = any(choice.format is not None and choice.format.inputs == 'tensor' for choice in found)
-        require(self, 'recipe', not static, 'formats whose inputs need no calibration (not fp8_tensor)')
+        formats = [choice.format for choice in found if choice.format is not None]
+        current = self.gradients in ('tensor', 'te')
+        static = not current and any(form.inputs == 'tensor' for form in formats)
+        require(self, 'recipe', not static, "formats whose inputs need no calibration (fp8_tensor: gradients='tensor')")
+        refused = next(filter(None, (refused_gradients(self.gradients, form) for form in formats)), None)
+        require(self, 'gradients', refused is None, f"'as_they_are', or another recipe: {refused}")
+        ends = not current or self.result == 'weights'
+        require(self, 'result', ends, f"'weights' with gradients={self.gradients!r}: inputs have no static scale")
 
     def choices(self) -> Recipe:
         """The recipe."""

@@ -58,3 +58,14 @@ def test_scales_go_from_one_kernel_to_the_other_as_they_lie():
     assert ' fusion(' not in text
     assert ' transpose(' not in text
     assert ' copy(' not in text
+
+
+@pytest.mark.parametrize('shape', [(4096, 14336, 8192), (300, 2880, 2880), (64, 128, 160)])
+def test_a_scale_per_row_of_both(shape, tmp_path, monkeypatch):
+    """What gradients of weights are: outputs by inputs, added up over tokens, in float32."""
+    dump = Dump(tmp_path, monkeypatch)
+    (M, N, K), blocks = shape, -(-shape[2] // 128)
+    (a, a_scale), (b, b_scale) = ((((rows, K), E4M3), ((rows, blocks), jnp.float32)) for rows in (M, N))
+    compiled(partial(block_matmul, dtype=jnp.float32), a, a_scale, b, b_scale)
+    (code,) = dump.code()
+    assert fp8_products(code)

@@ -17,10 +17,10 @@ def scales(random, shape):
     return (random.uniform(1, 2, shape) * 2.0 ** random.integers(-12, 3, shape)).astype(np.float32)
 
 
-def operands(M, N, K, groups=(), seed=0):
-    """a, a_scale, b, b_scale; b and its scales with a leading axis of groups if asked for."""
+def operands(M, N, K, groups=(), seed=0, each=False):
+    """a, a_scale, b, b_scale; b and its scales with a leading axis of groups if asked for, or a scale for each row."""
     random = np.random.default_rng(seed)
-    rows, blocks = -(-N // 128), -(-K // 128)
+    rows, blocks = N if each else -(-N // 128), -(-K // 128)
     a, b = codes(random, (M, K)), codes(random, (*groups, N, K))
     return a, scales(random, (M, blocks)), b, scales(random, (*groups, rows, blocks))
 
@@ -32,9 +32,9 @@ def numbers(codes, scales, rows):
     return codes.astype(np.float64) * wide
 
 
-def product(a, a_scale, b, b_scale):
+def product(a, a_scale, b, b_scale, each=False):
     """y [M, N] and the sum of all magnitudes behind each of its elements, for tolerances; both in float64."""
-    left, right = numbers(a, a_scale, 1), numbers(b, b_scale, 128)
+    left, right = numbers(a, a_scale, 1), numbers(b, b_scale, 1 if each else 128)
     return left @ right.T, np.abs(left) @ np.abs(right).T
 
 

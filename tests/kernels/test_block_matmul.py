@@ -19,6 +19,13 @@ def test_product(shape, dtype):
     assert_close(found, *product(*arrays), dtype)
 
 
+@pytest.mark.parametrize('shape', [(5, 300, 200), (3, 2, 130)])
+def test_a_scale_for_each_row_of_b(shape):
+    arrays = operands(*shape, each=True)
+    found = jax.jit(block_matmul, static_argnums=4)(*map(jnp.asarray, arrays), np.float32)
+    assert_close(found, *product(*arrays, each=True))
+
+
 def test_no_rows_give_no_rows():
     arrays = operands(0, 16, 128)
     assert block_matmul(*map(jnp.asarray, arrays)).shape == (0, 16)
@@ -63,9 +70,16 @@ SHAPES = [(203, 304, 352), (5, 288, 512), (300, 384, 128)]
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('tile', [(64, 128, 6), (128, 128, 4), (128, 64, 2), (256, 128, 3)])
-def test_mosaic(tile, shape):
-    """Every tile of the table in the interpreter, with races looked for."""
+@pytest.mark.parametrize(
+    ('tile', 'each'),
+    [
+        *(((tile), False) for tile in ((64, 128, 6), (128, 128, 4), (128, 64, 2), (256, 128, 3))),
+        ((64, 128, 6), True),
+        ((128, 128, 4), True),
+    ],
+)
+def test_mosaic(tile, each, shape):
+    """Every tile of the table in the interpreter, with races looked for; `each` row of b with a scale."""
     plgpu = pytest.importorskip('jax.experimental.pallas.mosaic_gpu')
     if not hasattr(plgpu, 'InterpretGPUParams'):
         pytest.skip(f'the GPU interpreter of jax {jax.__version__} knows no transposed views and layouts: 0.11 does')
@@ -74,8 +88,8 @@ def test_mosaic(tile, shape):
     from jpt.kernels.mosaic_block_matmul import Tile
     from jpt.kernels.mosaic_block_matmul import product as mosaic
 
-    arrays, dtype = operands(*shape), ml_dtypes.bfloat16 if tile[0] == 256 else np.float32
+    arrays, dtype = operands(*shape, each=each), ml_dtypes.bfloat16 if tile[0] == 256 else np.float32
     options = {'tile': Tile(*tile), 'interpret': plgpu.InterpretGPUParams(detect_races=True)}
     found = mosaic(*map(jnp.asarray, arrays), dtype, **options)
     assert not get_races().races_found
-    assert_close(found, *product(*arrays), dtype)
+    assert_close(found, *product(*arrays, each=each), dtype)

@@ -17,6 +17,7 @@ from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import chosen, packed, quantized_tree, recipe_of
 from jpt.quant.tensors import FakeQuant, QTensor, quantize
 from jpt.training.job import make_job
+from jpt.training.overview import overview
 from jpt.training.run import run_job
 from jpt.training.settings import FakeQuantConfig, LoraConfig, ModelSource
 
@@ -144,11 +145,37 @@ def test_what_cannot_be_exported_is_said_before_the_first_step(tmp_path):
         make_job(config)
 
 
+def test_training_in_fp8_ends_with_the_weights_it_trained(tmp_path):
+    """All three products in eight bits give the losses of float32 to a per cent, and a model of plain weights."""
+    found, given = {}, {'float32': None}
+    for how, form in (('block', 'fp8_block'), ('tensor', 'fp8_tensor')):
+        given[how] = {'recipe': (('layers/**', form),), 'gradients': how, 'result': 'weights'}
+    for name, how in given.items():
+        config = settings(tmp_path, quantize=how, checkpoint={'every': 7, 'export': name == 'block'})
+        model = run_job(config, tmp_path / name)
+        found[name] = losses(tmp_path / name)
+        assert not is_weight(model.params['layers'][0][0]['mlp']['up']['kernel'])
+        if name == 'block':
+            exported = jpt.load(tmp_path / name / 'model')
+            for one, other in zip(jax.tree.leaves(exported.params), jax.tree.leaves(model.params), strict=True):
+                np.testing.assert_array_equal(np.asarray(one), np.asarray(other))  # float32 weights, float32 files
+            job = make_job(config)
+            weights = job.state.params['layers'][0][0]['mlp']['up']['kernel']
+            assert (weights.gradients, weights.format) == ('block', FORMATS['fp8_block'])
+            assert 'rounded  layers/** fp8_block; gradients block; ends with weights' in overview(job)
+    assert found['float32'][-1] < found['float32'][0] - 0.5
+    for how in ('block', 'tensor'):
+        assert found[how] == pytest.approx(found['float32'], rel=1e-2)
+        assert found[how] != found['float32']
+
+
 def test_settings_that_do_not_hold():
     with pytest.raises(ConfigError, match='need no calibration'):
         FakeQuantConfig((('layers/**', 'fp8_tensor'),))
     with pytest.raises(ConfigError, match='expected one of fp8_tensor'):
         FakeQuantConfig((('layers/**', 'fp9'),))
+    with pytest.raises(ConfigError, match=r"gradients='block': expected 'as_they_are', or another recipe: .*E4M3"):
+        FakeQuantConfig((('layers/**', 'fp8_block'), ('**/mlp', 'nvfp4')), gradients='block')
 
 
 def test_packing_is_what_a_fake_weight_computes_as():

@@ -1,0 +1,172 @@
+"""Gradients of a product by products in eight bits, as FP8 training takes them: `FakeQuant.gradients`.
+
+    y = x w^T        dx = dy w  adds up over outputs        dw = dy^T x  adds up over tokens
+
+Every operand is rounded to E4M3 with a scale per run of neighbours along the axis that its product adds up, so that
+scales can be multiplied in block by block: dy in runs of outputs for dx, dy and x in runs of tokens for dw (DeepSeek-V3
+technical report, 2024, arXiv:2412.19437, section 3.3). The weight is rounded in squares, which transposed are squares:
+dx is multiplied by the codes of the forward product. x is rounded for dw from what it was before the forward product
+rounded it, so nothing is rounded twice. Sums are float32, and dw stays so.
+
+Runs of tokens are those of one row of a batch [B, T, in], or of one group's rows: they begin anew in each, and the last
+may be shorter. So they do not depend on microbatches and on how a batch lies on devices, as long as shards of T hold
+whole runs. Rows of a group do lie otherwise on other meshes: experts' dw then differs by roundings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jpt.kernels.block_matmul import BLOCK, block_matmul
+from jpt.kernels.block_quantize import quantize_rows
+from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.kernels.hopper import reason_not_hopper
+from jpt.kernels.local import local, platform, psum
+from jpt.kernels.local_products import Lies, block_product, cut, grouped_block_product, rounded
+from jpt.quant.formats import Format
+from jpt.quant.tensors import QTensor, numbers_of, quantize
+
+
+def block_gradients(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array | None, where: Lies | None, dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of x [..., in] (in its dtype) and of the weight (float32) from that of the product, dy [..., out].
+
+    Args:
+        x: as the product had it, before it was rounded.
+        weight: E4M3 in squares, [out, in], or with sizes_E [E, out, in].
+        sizes_E: where there are groups, how many rows of x [M, in] each has.
+        where: how x and the weight lie on a mesh. None, and shards that would hold a part of a block, leave all to the
+            compiler.
+        dy: finite; a run with a NaN or infinity makes all that it reaches NaN.
+    """
+    squares = weight.format.rows == BLOCK and reason_not_hopper() is None
+    where = where if squares and where and cut(where, *weight.shape[-2:]) is None else None
+    if sizes_E is not None:
+        return _of_inputs_by_group(x, weight, sizes_E, where, dy), _of_weights_by_group(x, weight, sizes_E, dy)
+    if where:
+        return _of_inputs(weight, where, dy).astype(x.dtype), _of_weights(x, where, dy, weight.format)
+    return _of_inputs_plain(weight, dy).astype(x.dtype), _of_weights_plain(x, dy, weight.format)
+
+
+def _of_inputs(weight: QTensor, where: Lies, dy: jax.Array) -> jax.Array:
+    """dx by the kernel of blockwise products, for which outputs are inputs."""
+    turned = where._replace(out=where.inner, inner=where.out)
+    codes, scales = rounded(_in_runs(weight.format), [dy], turned)
+    return block_product(codes, scales, jnp.asarray(weight.codes).T, jnp.asarray(weight.scale).T, _result(dy), turned)
+
+
+def _in_runs(form: Format) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    return lambda array: quantize_rows(array, BLOCK, form.scale)
+
+
+def _of_inputs_plain(weight: QTensor, dy: jax.Array) -> jax.Array:
+    """dx as a product of the numbers, float32."""
+    contract = ((dy.ndim - 1,), (0,)), ((), ())
+    return jax.lax.dot_general(_rounded_outputs(dy, weight.format), numbers_of(weight), contract)
+
+
+def _of_weights(x: jax.Array, where: Lies, dy: jax.Array, form: Format) -> jax.Array:
+    """dw by the kernel of blockwise products: [out, tokens] times [in, tokens] transposed, shard by shard."""
+
+    def here(x: jax.Array, dy: jax.Array) -> jax.Array:
+        (left, left_scale), (right, right_scale) = (_in_runs(form)(_tokens_last(array)) for array in (dy, x))
+        dw_OI = block_matmul(left, left_scale, right, right_scale, jnp.float32)
+        return psum(dw_OI, [name for names in where.lead for name in names or ()])
+
+    return local(here, (where.inputs, where.outputs), where.weight, where.axes)(x, dy)
+
+
+def _of_weights_plain(x: jax.Array, dy: jax.Array, form: Format) -> jax.Array:
+    """dw as a product of the numbers, float32."""
+    left, right = (_rounded_tokens(_with_rows(array), form) for array in (dy, x))
+    tokens = tuple(range(left.ndim - 1))
+    return jax.lax.dot_general(left, right, ((tokens, tokens), ((), ())))
+
+
+def _of_inputs_by_group(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array, where: Lies | None, dy: jax.Array
+) -> jax.Array:
+    """dx of rows that are sorted by group; `where`: by the kernel."""
+    if where is None:
+        return by_group_of_inputs(x, weight, sizes_E, _rounded_outputs(dy, weight.format))
+    codes, scales = rounded(_in_runs(weight.format), [dy], where)
+    turned = jnp.swapaxes(weight.codes, 1, 2), jnp.swapaxes(weight.scale, 1, 2)
+    return grouped_block_product(codes, scales, *turned, sizes_E, _result(dy)).astype(x.dtype)
+
+
+def _of_weights_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array) -> jax.Array:
+    """dw [E, out, in] of rows that are sorted by group."""
+    seen, rounded_dy = (_rounded_tokens_by_group(array, sizes_E, weight.format) for array in (x, dy))
+    return by_group_of_weights(seen, weight, sizes_E, rounded_dy, x.dtype)
+
+
+def by_group_of_inputs(x: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded_dy: jax.Array) -> jax.Array:
+    """dx in the dtype of x, as products of the numbers of dy, rounded, and of the weight."""
+    dtype = _operand_dtype(x.dtype)
+    unused = jnp.zeros(x.shape, dtype)  # x has no part in its own gradient
+    _, pull = jax.vjp(lambda x: grouped_matmul(x, numbers_of(weight).astype(dtype), sizes_E), unused)
+    return pull(rounded_dy.astype(dtype))[0].astype(x.dtype)
+
+
+def by_group_of_weights(
+    seen: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded_dy: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """dw [E, out, in], float32, as products of the numbers of dy and x, both rounded; `dtype`: of x before that."""
+    own = _operand_dtype(dtype)
+    unused = jnp.zeros(weight.shape, jnp.float32)  # the weight has no part in its own gradient
+    return jax.vjp(lambda w: grouped_matmul(seen.astype(own), w, sizes_E), unused)[1](rounded_dy.astype(own))[0]
+
+
+def _rounded_outputs(dy: jax.Array, form: Format) -> jax.Array:
+    """dy rounded in runs along its last axis, float32."""
+    rows = dy.astype(jnp.float32)[..., None, :]
+    return numbers_of(quantize(rows, Format('e4m3', 1, form.columns, form.scale)))[..., 0, :]
+
+
+def _rounded_tokens(x: jax.Array, form: Format) -> jax.Array:
+    """x [..., T, n] rounded in runs along T, float32."""
+    return numbers_of(quantize(x.astype(jnp.float32), Format('e4m3', form.rows, 1, form.scale)))
+
+
+def _rounded_tokens_by_group(x_MI: jax.Array, sizes_E: jax.Array, form: Format) -> jax.Array:
+    """Rows rounded in runs of one group's rows, float32; rows beyond all groups are 0."""
+    (M, I), (E,), block = x_MI.shape, sizes_E.shape, form.rows
+    whole_E = -(-sizes_E // block) * block  # rows of each group, with room to its last run's end
+    row_M, ends_E = jnp.arange(M), jnp.cumsum(sizes_E)
+    group_M = jnp.minimum(jnp.searchsorted(ends_E, row_M, side='right'), E - 1)
+    shift_E = jnp.cumsum(whole_E) - whole_E - (ends_E - sizes_E)
+    own_M = row_M < ends_E[-1]
+    room = -(-(M + E * (block - 1)) // block) * block
+    place_M = jnp.where(own_M, row_M + shift_E[group_M], room)
+    apart = jnp.zeros((room, I), jnp.float32).at[place_M].set(x_MI.astype(jnp.float32), mode='drop')
+    together = jnp.take(_rounded_tokens(apart, form), place_M, axis=0, mode='clip')
+    return jnp.where(own_M[:, None], together, 0)
+
+
+def _with_rows(x: jax.Array) -> jax.Array:
+    """[..., n] as [B, T, n], where a single vector is a row of one token."""
+    lead = x.shape[:-1] or (1,)
+    return x.reshape(math.prod(lead[:-1]), lead[-1], x.shape[-1])
+
+
+def _tokens_last(x: jax.Array) -> jax.Array:
+    """[..., T, n] as [n, tokens], every row of T filled up with zeros to whole runs."""
+    x_BTN = _with_rows(x)
+    short = -x_BTN.shape[1] % BLOCK
+    x_BTN = jnp.pad(x_BTN, ((0, 0), (0, short), (0, 0))) if short else x_BTN
+    return x_BTN.reshape(-1, x.shape[-1]).T
+
+
+def _operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What grouped products of numbers are made of: on GPUs x's dtype, which tensor cores take; else float32."""
+    return dtype if platform() == 'gpu' and dtype in (jnp.bfloat16, jnp.float16) else jnp.dtype(jnp.float32)
+
+
+def _result(dy: jax.Array) -> jnp.dtype:
+    """The dtype in which a kernel hands over dx."""
+    return dy.dtype if dy.dtype in (jnp.bfloat16, jnp.float16) else jnp.dtype(jnp.float32)
