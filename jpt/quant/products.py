@@ -294,12 +294,13 @@ def _fake_product(
 def _fake_product_fwd(
     x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> tuple[jax.Array, Any]:
-    weight = _quantized_for(x, kernel, sizes_E)
-    return _forward(x, weight, sizes_E, rounded, where), (x, kernel, weight, sizes_E)
+    # Backward the weight is rounded again: else its codes and scales would be held for every layer, undivided.
+    return _fake_product(x, kernel, sizes_E, rounded, where), (x, kernel, sizes_E)
 
 
 def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None, None]:
-    x, kernel, weight, sizes_E = residuals
+    x, kernel, sizes_E = residuals
+    weight = _quantized_for(x, kernel, sizes_E)
     dx, dweight = _backward(x, weight, sizes_E, where, dy, kernel.gradients)
     zeros = {
         name: None if value is None else jnp.zeros_like(value)
