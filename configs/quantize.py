@@ -3,10 +3,11 @@
     python -m jpt.quantize --config=configs/quantize.py:MODEL,RECIPE --output=out/small
 
 MODEL is a Hugging Face directory, a jpt checkpoint or 'quickstart'; RECIPE a name of jpt/quantization/named.py (as
-int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default. Some weights otherwise:
---config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the last pair that covers a weight
-holds, and 'none' leaves weights as they are. Scales otherwise: --config.calibration.weights=mse and its like, see
-jpt/quantization/settings.py. Text of yours: --config.text.calibration=train.jsonl
+int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default, or 'auto': of nvfp4, fp8_block and
+none one per layer and group of weights, by what each costs (--config.auto.bits=5.5 --config.auto.score=kl).
+Some weights otherwise: --config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the last pair
+that covers a weight holds, and 'none' leaves weights as they are. Scales otherwise: --config.calibration.weights=mse
+and its like, see jpt/quantization/settings.py. Text of yours: --config.text.calibration=train.jsonl
 --config.text.held_out=held_out.jsonl. See docs/quantize.md.
 """
 
@@ -15,16 +16,15 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from jpt.config import config_dict
-from jpt.quant.recipes import EVERYTHING
+from jpt.quant.recipes import EVERYTHING, KEEP
 from jpt.quantization.named import named
-from jpt.quantization.settings import QuantizeConfig
+from jpt.quantization.settings import AutoConfig, QuantizeConfig
 
 
 def get_config(options: str = 'quickstart') -> ConfigDict:
     """Settings, from 'MODEL' or 'MODEL,RECIPE'."""
     model, _, name = options.partition(',')
-    given = named(name or 'fp8_block')
-    calibration = dataclasses.asdict(given.calibration)
-    return config_dict(
-        QuantizeConfig, {'model': model, 'recipe': ((EVERYTHING, given.format),), 'calibration': calibration}
-    )
+    given = named('fp8_block' if name in ('', 'auto') else name)
+    auto = AutoConfig(formats=('nvfp4', 'fp8_block', KEEP)) if name == 'auto' else AutoConfig()
+    parts = {'calibration': dataclasses.asdict(given.calibration), 'auto': dataclasses.asdict(auto)}
+    return config_dict(QuantizeConfig, {'model': model, 'recipe': ((EVERYTHING, given.format),), **parts})

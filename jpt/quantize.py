@@ -25,6 +25,8 @@ from jpt.models.names import get, leaves
 from jpt.quant.packing import Packing
 from jpt.quant.recipes import chosen
 from jpt.quantization import report
+from jpt.quantization.auto import automatic
+from jpt.quantization.by_layer import by_layer
 from jpt.quantization.run import Quantized, quantize_model
 from jpt.quantization.settings import QuantizeConfig
 
@@ -47,9 +49,14 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     text = config.text
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
     calibration, held_out = batches_from(model, windows)
+    auto, recipe = None, config.choices()
+    if config.auto.formats:
+        auto = automatic(model, config.recipe, calibration, config.auto, config.calibration, console.print)
+        recipe = auto.choices()
+    model, recipe = by_layer(model, recipe)
     made = quantize_model(
-        model, config.choices(), calibration, held_out, config.calibration, lambda line: console.print(line)
-    )
+        model, recipe, calibration, held_out, config.calibration, lambda line: console.print(line)
+    )._replace(auto=auto)
     report.show(made, console)
     save = made.model.export if config.to == 'hf' else made.model.save
     fresh = Path(output).with_name(f'{Path(output).name}.new')  # the directory appears with its report, or not at all

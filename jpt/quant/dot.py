@@ -17,6 +17,7 @@ import numpy as np
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.quant.products import quantized, quantized_dot, quantized_grouped_dot
 from jpt.quant.tensors import FakeQuant, QTensor, dequantize
+from jpt.quant.tried import Tried, tried_dot
 
 Array = jax.Array | np.ndarray
 
@@ -67,14 +68,14 @@ class Transposed:
         return self.held.dtype
 
 
-Weight = Array | LoraKernel | Transposed | QTensor | FakeQuant
+Weight = Array | LoraKernel | Transposed | QTensor | FakeQuant | Tried
 Precision = Literal['highest'] | None
-KINDS = 'an array, LoraKernel, Transposed, QTensor, FakeQuant'
+KINDS = 'an array, LoraKernel, Transposed, QTensor, FakeQuant, Tried'
 
 
 def is_weight(leaf: Any) -> bool:
     """Whether a node of a parameter tree is a weight type, to be taken whole in tree maps (`is_leaf`)."""
-    return isinstance(leaf, LoraKernel | Transposed | QTensor | FakeQuant)
+    return isinstance(leaf, LoraKernel | Transposed | QTensor | FakeQuant | Tried)
 
 
 def dot(x: jax.Array, kernel: Weight, precision: Precision = None) -> jax.Array:
@@ -91,6 +92,8 @@ def dot(x: jax.Array, kernel: Weight, precision: Precision = None) -> jax.Array:
             return _dot_array(x, held, 0, precision)
         case QTensor() | FakeQuant():
             return quantized_dot(x, kernel)
+        case Tried():
+            return tried_dot(x, kernel)
         case jax.Array() | np.ndarray():
             return _dot_array(x, kernel, precision=precision)
         case _:
@@ -108,11 +111,13 @@ def grouped_dot(x_MI: jax.Array, kernels: Weight, sizes_E: jax.Array) -> jax.Arr
     match kernels:
         case QTensor() | FakeQuant():
             return quantized_grouped_dot(x_MI, kernels, sizes_E)
+        case Tried():
+            return tried_dot(x_MI, kernels, sizes_E)
         case jax.Array() | np.ndarray():
             return grouped_matmul(x_MI, kernels, sizes_E)
         case _:
             raise TypeError(
-                f"experts' kernels of type {type(kernels).__name__}: expected an array, QTensor or FakeQuant"
+                f"experts' kernels of type {type(kernels).__name__}: expected an array, QTensor, FakeQuant or Tried"
             )
 
 

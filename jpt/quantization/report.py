@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jpt.quantization.auto_report import auto_json, show_auto
 from jpt.quantization.run import LayerReport, ModelReport, Quantized
 
 JSON_FILE, PLOT_FILE = 'quantize.json', 'quantize.png'
@@ -19,6 +20,8 @@ WORST = 10  # layers that the console shows
 
 def show(made: Quantized, console: Console) -> None:
     """The model before and after, and the layers whose outputs suffer most."""
+    if made.auto is not None:
+        show_auto(made.auto, console)
     table = Table('model', 'MB', 'perplexity', 'loss', 'KL to the original', 'same top word', box=box.MARKDOWN)
     for row in made.models:
         cells = f'{row.bytes / 1e6:.2f}', f'{row.perplexity:.3f}', f'{row.loss:.4f}', f'{row.kl:.5f}'
@@ -50,6 +53,7 @@ def to_json(made: Quantized) -> dict[str, Any]:
         'calibration': dataclasses.asdict(made.how),
         'layers': [_row(row) for row in made.layers],
         'not_quantized': made.kept,
+        'auto': None if made.auto is None else auto_json(made.auto),
     }
 
 

@@ -20,6 +20,7 @@ from jpt.quant.formats import Format
 from jpt.quant.paths import paths
 from jpt.quant.recipes import Recipe, chosen, left_out
 from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
+from jpt.quantization.auto import Automatic
 from jpt.quantization.calibrated import calibrated_params
 from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts, weights_of
 from jpt.quantization.settings import CalibrationConfig
@@ -64,6 +65,7 @@ class Quantized(NamedTuple):
     tokens: int  # of calibration
     how: CalibrationConfig
     unseen: dict[int, list[int]]  # experts, by the number of their layer, that no token of calibration went to
+    auto: Automatic | None = None  # what chose the recipe
 
 
 def quantize_model(
