@@ -3,8 +3,8 @@
     python -m jpt.quantize --config=configs/quantize.py:MODEL,RECIPE --output=out/small
 
 MODEL is a Hugging Face directory, a jpt checkpoint or 'quickstart'; RECIPE a name of jpt/quantization/named.py (as
-int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default, or 'auto': of nvfp4, fp8_block and
-none one per layer and group of weights, by what each costs (--config.auto.bits=5.5 --config.auto.score=kl).
+int8_sq or int4_awq) or of a format in jpt/quant/formats.py, fp8_block by default, or 'auto': of nvfp4, fp8_tensor
+and none one per layer and group of weights, by what each costs (--config.auto.bits=5.5 --config.auto.score=kl).
 Some weights otherwise: --config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the last pair
 that covers a weight holds, and 'none' leaves weights as they are. Scales otherwise: --config.calibration.weights=mse
 and its like, see jpt/quantization/settings.py. Text of yours: --config.text.calibration=train.jsonl
@@ -25,6 +25,6 @@ def get_config(options: str = 'quickstart') -> ConfigDict:
     """Settings, from 'MODEL' or 'MODEL,RECIPE'."""
     model, _, name = options.partition(',')
     given = named('fp8_block' if name in ('', 'auto') else name)
-    auto = AutoConfig(formats=('nvfp4', 'fp8_block', KEEP)) if name == 'auto' else AutoConfig()
+    auto = AutoConfig(formats=('nvfp4', 'fp8_tensor', KEEP)) if name == 'auto' else AutoConfig()
     parts = {'calibration': dataclasses.asdict(given.calibration), 'auto': dataclasses.asdict(auto)}
     return config_dict(QuantizeConfig, {'model': model, 'recipe': ((EVERYTHING, given.format),), **parts})

@@ -23,7 +23,7 @@ from jpt.evaluation.text import Text, batches_from
 from jpt.model import Model
 from jpt.models.names import get, leaves
 from jpt.quant.packing import Packing
-from jpt.quant.recipes import chosen
+from jpt.quant.recipes import Recipe, chosen
 from jpt.quantization import report
 from jpt.quantization.auto import automatic
 from jpt.quantization.by_layer import by_layer
@@ -44,16 +44,15 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
         raise ValueError(
             f'config.model={config.model}: {model.config.family} is an encoder: expected one that predicts text'
         )
-    if config.to == 'hf':
-        _check_export(model, config)
+    auto = None
+    if not config.auto.formats:
+        model, recipe = _ready(model, config.choices(), config)
     text = config.text
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
     calibration, held_out = batches_from(model, windows)
-    auto, recipe = None, config.choices()
     if config.auto.formats:
         auto = automatic(model, config.recipe, calibration, config.auto, config.calibration, console.print)
-        recipe = auto.choices()
-    model, recipe = by_layer(model, recipe)
+        model, recipe = _ready(model, auto.choices(), config)
     made = quantize_model(
         model, recipe, calibration, held_out, config.calibration, lambda line: console.print(line)
     )._replace(auto=auto)
@@ -68,9 +67,17 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     return made
 
 
-def _check_export(model: Model, config: QuantizeConfig) -> None:
-    """Raises ValueError where no Hugging Face directory could hold what is asked for, before anything is measured."""
-    formats, moved = chosen(model.params, config.choices()), config.calibration.factors
+def _ready(model: Model, recipe: Recipe, config: QuantizeConfig) -> tuple[Model, Recipe]:
+    """The model in segments of layers that have the same formats, and the recipe for these."""
+    model, recipe = by_layer(model, recipe)
+    if config.to == 'hf':
+        _check_export(model, recipe, config)
+    return model, recipe
+
+
+def _check_export(model: Model, recipe: Recipe, config: QuantizeConfig) -> None:
+    """Raises ValueError where no Hugging Face directory could hold what is asked for, before layers are compared."""
+    formats, moved = chosen(model.params, recipe), config.calibration.factors
     packings = {}
     for leaf in leaves(model.config):
         form = formats.get(name_of(leaf.path))

@@ -48,7 +48,7 @@ class Tried:
 
 
 def tried_dot(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> jax.Array:
-    """x [..., in] times a kernel [out, in]; with `sizes_E` rows, each times its group's kernel, see `dot.grouped_dot`."""
+    """x [..., in] times a kernel [out, in]; with `sizes_E` rows by group, see `dot.grouped_dot`."""
     return _product(x, kernel.base, kernel.other, kernel.on, kernel.score, sizes_E)
 
 

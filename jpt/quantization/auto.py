@@ -124,7 +124,7 @@ def _sensitivity(
     say: Say,
 ) -> list[float]:
     """Of every group; 0 where the format does not fit it."""
-    tensors = weights_of(calibrated_params(model, formats, batches, how, say), formats)
+    tensors: dict[str, Any] = weights_of(calibrated_params(model, formats, batches, how, say), formats)
     fit = [at for at, group in enumerate(groups) if all(path in formats for path in group.paths)]
     found = [0.0] * len(groups)
     if auto.score == 'kl':

@@ -371,7 +371,6 @@ def half(files):
     ('name', 'tensors', 'words'),
     [
         ('modelopt_nvfp4', lambda f: f.pop(f'{UP}.weight_scale'), f'in part.*\n  {UP}.weight: has no scale'),
-        ('modelopt_nvfp4', half, f'{UP}.weight: has no scale\n  model.layers.1.mlp.up_proj.weight: NVFP4'),
         ('modelopt_nvfp4', lambda f: f.pop(f'{UP}.weight_scale_2'), f'{UP}.weight_scale_2: missing'),
         ('modelopt_nvfp4', lambda f: f.pop(f'{DOWN}.input_scale'), f'{DOWN}.input_scale: missing'),
         (
@@ -406,6 +405,17 @@ def half(files):
 def test_tensors_that_do_not_belong_together_are_named(name, tensors, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         jpt.load(changed(name, tmp_path, tensors))
+
+
+def test_a_layer_that_is_as_it_was_stands_in_a_stack_of_its_own(tmp_path):
+    model, whole = jpt.load(changed('modelopt_nvfp4', tmp_path, half)), jpt.load(GOLDEN / 'modelopt_nvfp4')
+    assert [(len(part.kinds), part.repeats) for part in whole.config.segments] == [(1, 2)]
+    assert [(len(part.kinds), part.repeats) for part in model.config.segments] == [(2, 1)]
+    first, second = model.params['layers'][0]
+    assert first['mlp']['up']['kernel'].dtype == ml_dtypes.bfloat16
+    before = whole.params['layers'][0][0]
+    assert_same(second, jax.tree.map(lambda leaf: leaf[1:], before))
+    assert_same(first['mlp']['down'], jax.tree.map(lambda leaf: leaf[:1], before['mlp']['down']))
 
 
 def weights(**fields):
