@@ -29,6 +29,7 @@ LAYOUT_OF = {
     'modelopt_nvfp4': 'modelopt',
     'modelopt_fp8_block': 'modelopt',
     'modelopt_int4_awq': 'modelopt',
+    'modelopt_w4a8_awq': 'modelopt',
     'compressed_fp8_dynamic': 'compressed-tensors',
     'compressed_fp8_block': 'compressed-tensors',
     'compressed_w4a16': 'compressed-tensors',
@@ -172,6 +173,7 @@ HOLD = {
     'int8_tensor': ['modelopt', 'compressed-tensors'],
     'int8_weights': ['modelopt', 'compressed-tensors'],
     'int4_weights': ['modelopt', 'compressed-tensors'],
+    'w4a8': ['modelopt'],
     'mxfp4_weights': ['compressed-tensors'],
 }
 METHODS = ('fp8', 'modelopt', 'compressed-tensors')
@@ -429,7 +431,12 @@ def weights(**fields):
         ('modelopt_nvfp4', None, {'group_size': 32}, r'group_size=32: expected 16 \(NVFP4\)'),
         ('modelopt_nvfp4', None, {'rotation': 'hadamard'}, 'fields that jpt does not know: rotation'),
         ('modelopt_nvfp4', lambda said: said.update(lora_rank=4), {}, 'fields that jpt does not know: lora_rank'),
-        ('modelopt_int4_awq', None, {'quant_algo': 'W4A8_AWQ'}, "quant_algo='W4A8_AWQ': expected one of FP8, "),
+        (
+            'modelopt_int4_awq',
+            None,
+            {'quant_algo': 'W4A8_MXFP4_FP8'},
+            "quant_algo='W4A8_MXFP4_FP8': expected one of FP8, ",
+        ),
         ('modelopt_int4_awq', None, {'has_zero_point': True}, 'expected codes around zero'),
         ('compressed_w4a16', weights(symmetric=False), {}, 'weights.symmetric=False'),
         ('compressed_w4a16', weights(actorder='group'), {}, "actorder='group'"),
