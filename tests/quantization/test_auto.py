@@ -10,7 +10,9 @@ from captured import CFG, small_model, texts
 
 from jpt.config import ConfigError
 from jpt.model import Model
+from jpt.models.config import Experts, LayerKind, ModelConfig, Segment
 from jpt.models.splitting import places
+from jpt.models.transformer import init
 from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import chosen, recipe_of
 from jpt.quant.tensors import QTensor, dequantize
@@ -73,6 +75,21 @@ def test_sensitivities_are_divergences():
     ratio = np.array(guessed) / wanted
     assert np.abs(np.log(ratio)).max() < np.log(3), ratio
     assert np.corrcoef(np.log(guessed), np.log(wanted))[0, 1] > 0.9
+
+
+def test_experts_of_a_layer_are_one_group():
+    kinds, experts = (LayerKind(experts=True),), Experts(4, 2, 16)
+    cfg = ModelConfig('qwen3_moe', 32, 16, 4, 2, 4, (Segment(kinds, 2),), 32, experts=experts)
+    model = Model(cfg, jax.jit(init, static_argnums=0)(cfg, jax.random.key(0)))
+    batches = [texts(6)]
+    recipe = (('layers/*/mlp/experts/**', 'nvfp4'),)
+    tried = automatic(model, recipe, batches, AutoConfig(('nvfp4', 'none'), 10, 'kl')).groups
+    guessed = automatic(model, recipe, batches * 8, AutoConfig(('nvfp4', 'none'), 10)).groups
+    assert [each.name for each in tried] == ['mlp/experts/down', 'mlp/experts/{gate,up}'] * 2
+    for one, other in zip(tried, guessed, strict=True):
+        assert one.weights == 4 * 16 * 16 * (2 if 'gate' in one.name else 1)
+        assert one.bits['nvfp4'] == 4 + 8 / 16 + 32 / 256  # a second scale for each expert
+        assert 1 / 3 < other.sensitivity['nvfp4'] / one.sensitivity['nvfp4'] < 3
 
 
 def test_a_recipe_names_layers_by_their_numbers():
