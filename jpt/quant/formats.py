@@ -58,12 +58,10 @@ class Format:
         if self.scale == 'e4m3' and self.element != 'e2m1':
             raise ValueError(f"format: scale='e4m3' with element={self.element!r}: expected element='e2m1'")
         grid = self.scale == 'e4m3_grid'
-        if (grid and self.element != 'int4') or (self.scale != 'float32' and self.element == 'int8'):
+        if grid and self.element != 'int4':
+            raise ValueError(f"format: scale='e4m3_grid' with element={self.element!r}: expected element='int4'")
+        if self.scale != 'float32' and self.element in ('int8', 'int4') and not grid:
             raise ValueError(f"format: scale={self.scale!r} with element={self.element!r}: expected scale='float32'")
-        if self.element == 'int4' and self.scale not in ('float32', 'e4m3_grid'):
-            raise ValueError(
-                f"format: scale={self.scale!r} with element='int4': expected scale='float32' or 'e4m3_grid'"
-            )
         if self.inputs == 'block' and not self.columns:
             raise ValueError("format: inputs='block' with columns=0: expected the number of inputs that share a scale")
         if self.inputs != 'as_they_are' and self.element == 'int4' and not grid:
