@@ -35,8 +35,10 @@ from jpt.evaluation.text import Text, batches_from
 from jpt.model import Model
 from jpt.models.names import get, leaves, put
 from jpt.quant.packing import Packing
-from jpt.quant.recipes import chosen, left_out
+from jpt.quant.recipes import Recipe, chosen, left_out
 from jpt.quantization import report
+from jpt.quantization.auto import automatic
+from jpt.quantization.by_layer import by_layer
 from jpt.quantization.run import Quantized, formats_of, quantize_model
 from jpt.quantization.settings import QuantizeConfig
 from jpt.quantization.streaming import QuantizedSource
@@ -55,20 +57,18 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
         raise ValueError(
             f'config.model={config.model}: {model.config.family} is an encoder: expected one that predicts text'
         )
-    if config.to == 'hf':
-        _check_export(model, config)
+    auto = None
+    if not config.auto.formats:
+        model, recipe = _ready(model, config.choices(), config)
     text = config.text
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
     calibration, held_out = batches_from(model, windows)
+    if config.auto.formats:
+        auto = automatic(model, config.recipe, calibration, config.auto, config.calibration, console.print)
+        model, recipe = _ready(model, auto.choices(), config)
     made = quantize_model(
-        model,
-        config.choices(),
-        calibration,
-        held_out,
-        config.calibration,
-        lambda line: console.print(line),
-        config.kv_cache,
-    )
+        model, recipe, calibration, held_out, config.calibration, lambda line: console.print(line), config.kv_cache
+    )._replace(auto=auto)
     report.show(made, console)
     with _whole(output) as fresh:
         if config.to == 'hf':
@@ -135,9 +135,17 @@ def _whole(output: str | Path) -> Iterator[Path]:
     fresh.replace(output)
 
 
-def _check_export(model: Model, config: QuantizeConfig) -> None:
-    """Raises ValueError where no Hugging Face directory could hold what is asked for, before anything is measured."""
-    formats, moved = formats_of(model, config.choices(), config.kv_cache), config.calibration.factors
+def _ready(model: Model, recipe: Recipe, config: QuantizeConfig) -> tuple[Model, Recipe]:
+    """The model in segments of layers that have the same formats, and the recipe for these."""
+    model, recipe = by_layer(model, recipe)
+    if config.to == 'hf':
+        _check_export(model, recipe, config)
+    return model, recipe
+
+
+def _check_export(model: Model, recipe: Recipe, config: QuantizeConfig) -> None:
+    """Raises ValueError where no Hugging Face directory could hold what is asked for, before layers are compared."""
+    formats, moved = formats_of(model, recipe, config.kv_cache), config.calibration.factors
     packings = {}
     for leaf in leaves(model.config):
         form = formats.get(name_of(leaf.path))

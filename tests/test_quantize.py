@@ -14,7 +14,7 @@ from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
 from jpt.quant.formats import FORMATS
 from jpt.quant.tensors import QTensor
-from jpt.quantization.settings import CalibrationConfig, QuantizeConfig, TextConfig
+from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig, TextConfig
 from jpt.quantize import quantize
 
 TEACHER = pathlib.Path(__file__).resolve().parents[1] / 'jpt' / 'assets' / 'quickstart_teacher'
@@ -118,3 +118,27 @@ def test_nothing_is_overwritten_and_nothing_is_quantized_twice(checkpoint, tmp_p
     quantize(given, tmp_path / 'one')
     with pytest.raises(ValueError, match='is a QTensor: expected weights as they are; ask for a dtype'):
         quantize(dataclasses.replace(given, model=str(tmp_path / 'one')), tmp_path / 'two')
+
+
+def test_formats_by_layer_under_a_budget(checkpoint, tmp_path):
+    auto = AutoConfig(('nvfp4', 'fp8_tensor'), 5.5)
+    made = quantize(settings(checkpoint, tmp_path, auto=auto, to='hf'), tmp_path / 'out')
+    report = json.loads((tmp_path / 'out' / 'quantize.json').read_text())
+    assert {row['chosen'] for row in report['auto']['groups']} == {'nvfp4', 'fp8_tensor'}
+    again = jpt.load(tmp_path / 'out')
+    tensors = [
+        t for t in jax.tree.leaves(again.params, is_leaf=lambda x: isinstance(x, QTensor)) if isinstance(t, QTensor)
+    ]
+    bits = sum(8 * p.nbytes for t in tensors for p in (t.codes, t.scale, *([] if t.scale_2 is None else [t.scale_2])))
+    assert report['auto']['bits_chosen'] == pytest.approx(bits / sum(np.prod(t.shape) for t in tensors))
+    assert bits / sum(np.prod(t.shape) for t in tensors) <= 5.5
+    # The recipe that is reported makes the same files.
+    recipe = tuple((pattern, name) for pattern, name in report['auto']['recipe'])
+    quantize(settings(checkpoint, tmp_path, recipe=recipe, to='hf'), tmp_path / 'by_recipe')
+    other = jpt.load(tmp_path / 'by_recipe')
+    assert other.config == again.config == made.model.config
+    for model in (other, made.model):
+        for one, same in zip(jax.tree.leaves(again.params), jax.tree.leaves(model.params), strict=True):
+            np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(same).view(np.uint8))
+    again.save(tmp_path / 'jpt')
+    assert jpt.load(tmp_path / 'jpt').config == again.config

@@ -30,6 +30,7 @@ from jpt.models.families import config_from_hf, config_to_hf
 from jpt.models.families.fields import ACTIVATION_NAMES, HARMLESS
 from jpt.models.families.multimodal import text_part
 from jpt.models.names import Leaf, Source
+from jpt.models.splitting import joined
 
 # Of the fields that leave the computation alone, these are about the weights or the file and are written anew.
 _WRITTEN_ANEW = frozenset(['model_type', 'architectures', 'torch_dtype', 'dtype', '_name_or_path', 'name_or_path'])
@@ -257,7 +258,7 @@ def hf_config(cfg: ModelConfig, dtype: str, source_dir: Path | None = None) -> d
     else:
         tokenizer = open_tokenizer(source_dir)
         carried = {f'{name}_token_id': getattr(tokenizer, f'{name}_id', None) for name in ('bos', 'eos', 'pad')}
-    described = dataclasses.replace(cfg, kv_cache='as_computed')  # the cache is said by quantization_config
+    described = dataclasses.replace(joined(cfg), kv_cache='as_computed')  # the cache is said by quantization_config
     lines = model_differences(config_from_hf(json.loads(json.dumps(written))), described)
     if lines:
         lines = [line.replace('in the checkpoint', 'as config.json would say it') for line in lines]

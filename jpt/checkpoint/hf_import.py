@@ -17,6 +17,7 @@ from jpt.checkpoint.dtypes import cast_target, is_floating
 from jpt.checkpoint.hf_names import LeftOut, copies, current_names, is_beyond, may_differ, resolve_names, without_parts
 from jpt.checkpoint.hf_quantized import expected, layout_of, read_laid
 from jpt.checkpoint.layouts.modelopt import QUANT_FILE
+from jpt.checkpoint.mixed_layers import split_by_format
 from jpt.checkpoint.mxfp4 import PackedReader
 from jpt.checkpoint.safetensors import TensorSpec
 from jpt.checkpoint.shards import INDEX_FILE, SINGLE_FILE, ShardedReader
@@ -126,6 +127,7 @@ class HuggingFaceSource:
             found = {name: spec for name, spec in found.items() if not name.endswith(SCALES)}
         try:
             beside = read_config(self.directory, QUANT_FILE) if (self.directory / QUANT_FILE).is_file() else None
+            self.cfg = split_by_format(self.cfg, config, beside, found)
             self.cfg, self._laid = read_laid(self.cfg, config, beside, found, self._ignore_kv_scales)
             self.quantized: Mapping[TreePath, Packing] = self._laid.packings
             wanted = expected(self.cfg, self._laid, found)

@@ -150,7 +150,7 @@ def read_laid(
             schemes[leaf.path] = scheme
             packings[leaf.path] = _packing(leaf, scheme, tensors, dtype)
     if faults:
-        raise ValueError(f'quantized in part; all layers of one kind must be, and alike:\n  {listing(faults)}')
+        raise ValueError(f'quantized in part; all experts of a layer must be, and alike:\n  {listing(faults)}')
     if not schemes and not said.cache:
         scale = 'weight_scale_inv' if layout.method == 'fp8' else 'weight_scale'
         raise ValueError(f"config.json: quantization_config.quant_method='{layout.method}', but there is no {scale}")

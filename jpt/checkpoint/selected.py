@@ -9,6 +9,7 @@ from jpt.checkpoint.source import NOT_QUANTIZED, Index, LeafSource, whole_weight
 from jpt.models.config import ModelConfig, runs_of
 from jpt.models.families import config_from_hf, config_to_hf
 from jpt.models.names import Leaf, TreePath, leaves
+from jpt.models.splitting import joined, places
 
 
 class SelectedLayers:
@@ -66,21 +67,11 @@ class SelectedLayers:
         return found
 
 
-def places(cfg: ModelConfig) -> list[tuple[tuple[int, int], int]]:
-    """((segment, kind), repeat) of every layer, in order."""
-    return [
-        ((segment, kind), repeat)
-        for segment, part in enumerate(cfg.segments)
-        for repeat in range(part.repeats)
-        for kind in range(len(part.kinds))
-    ]
-
-
 def check_described(cfg: ModelConfig, asked: str) -> None:
     """Raises ValueError, which begins with what was `asked`, where config.json cannot say what the model computes."""
     try:
         again = config_from_hf(config_to_hf(cfg))
     except (ValueError, StopIteration) as error:
         raise ValueError(f'{asked}: make no model of {cfg.family}: {error}') from error
-    if again != dataclasses.replace(cfg, kv_cache='as_computed'):
+    if again != dataclasses.replace(joined(cfg), kv_cache='as_computed'):
         raise ValueError(f'{asked}: make no model of {cfg.family} that its config.json can describe')

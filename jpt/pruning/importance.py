@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from jpt.checkpoint.selected import places
 from jpt.checkpoint.sliced import Ids, not_sliced
 from jpt.models.calibration import Calibration
 from jpt.models.config import ModelConfig
+from jpt.models.splitting import places
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

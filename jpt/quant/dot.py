@@ -19,6 +19,7 @@ from jpt.kernels.local_products import Pieces
 from jpt.quant.producers import Deferred, dense_of
 from jpt.quant.products import quantized, quantized_dot, quantized_grouped_dot
 from jpt.quant.tensors import FakeQuant, QTensor, dequantize
+from jpt.quant.tried import Tried, tried_dot
 
 Array = jax.Array | np.ndarray
 
@@ -69,14 +70,14 @@ class Transposed:
         return self.held.dtype
 
 
-Weight = Array | LoraKernel | Transposed | QTensor | FakeQuant
+Weight = Array | LoraKernel | Transposed | QTensor | FakeQuant | Tried
 Precision = Literal['highest'] | None
-KINDS = 'an array, LoraKernel, Transposed, QTensor, FakeQuant'
+KINDS = 'an array, LoraKernel, Transposed, QTensor, FakeQuant, Tried'
 
 
 def is_weight(leaf: Any) -> bool:
     """Whether a node of a parameter tree is a weight type, to be taken whole in tree maps (`is_leaf`)."""
-    return isinstance(leaf, LoraKernel | Transposed | QTensor | FakeQuant)
+    return isinstance(leaf, LoraKernel | Transposed | QTensor | FakeQuant | Tried)
 
 
 def dot(
@@ -96,6 +97,8 @@ def dot(
             return _dot_array(dense_of(x), held, 0, precision)
         case QTensor() | FakeQuant():
             return quantized_dot(x, kernel, pieces)
+        case Tried():
+            return tried_dot(dense_of(x), kernel)
         case jax.Array() | np.ndarray():
             return _dot_array(dense_of(x), kernel, precision=precision)
         case _:
@@ -113,11 +116,13 @@ def grouped_dot(x_MI: jax.Array | Deferred, kernels: Weight, sizes_E: jax.Array)
     match kernels:
         case QTensor() | FakeQuant():
             return quantized_grouped_dot(x_MI, kernels, sizes_E)
+        case Tried():
+            return tried_dot(dense_of(x_MI), kernels, sizes_E)
         case jax.Array() | np.ndarray():
             return grouped_matmul(dense_of(x_MI), kernels, sizes_E)
         case _:
             raise TypeError(
-                f"experts' kernels of type {type(kernels).__name__}: expected an array, QTensor or FakeQuant"
+                f"experts' kernels of type {type(kernels).__name__}: expected an array, QTensor, FakeQuant or Tried"
             )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 Element = Literal['e4m3', 'e2m1', 'int8', 'int4']
-Scale = Literal['float32', 'power_of_two', 'e8m0', 'e4m3']
+Scale = Literal['float32', 'power_of_two', 'e8m0', 'e4m3', 'e4m3_grid']
 Inputs = Literal['as_they_are', 'tensor', 'token', 'block']
 
 
@@ -22,7 +22,7 @@ ELEMENTS: dict[Element, ElementType] = {
     'int8': ElementType(127.0, 8),
     'int4': ElementType(7.0, 4),
 }
-SCALE_BITS: dict[Scale, int] = {'float32': 32, 'power_of_two': 32, 'e8m0': 8, 'e4m3': 8}
+SCALE_BITS: dict[Scale, int] = {'float32': 32, 'power_of_two': 32, 'e8m0': 8, 'e4m3': 8, 'e4m3_grid': 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,12 @@ class Format:
 
     rows, columns: of a block, along out and in; 0 means all of them. Blocks at the edges may be smaller.
     scale: 'float32' is amax / largest, rounded once; 'power_of_two' the power of two at or above it, as float32; 'e8m0'
-        the same in a byte; 'e4m3' is relative to a second, float32 scale of the whole weight (NVFP4).
+        the same in a byte; 'e4m3' is relative to a second, float32 scale of the whole weight (NVFP4). 'e4m3_grid' is
+        'float32', and what code * scale gives is rounded once more, to E4M3 times a second, float32 scale of the whole
+        weight, its amax / 448: 4-bit integers that are multiplied in eight bits (W4A8).
     inputs: what a linear layer makes of its input before the product: nothing; rounded with one scale known beforehand
-        ('tensor'); with one scale per token; or with one per token and `columns` of them, in the weight's element.
+        ('tensor'); with one scale per token; or with one per token and `columns` of them, in the weight's element, or
+        in E4M3 with 'e4m3_grid'.
 
     Raises:
         ValueError: an unknown name, or fields that do not go together.
@@ -54,17 +57,32 @@ class Format:
                 raise ValueError(f'format: {name}={getattr(self, name)!r}: expected a number of at least 0 (0: all)')
         if self.scale == 'e4m3' and self.element != 'e2m1':
             raise ValueError(f"format: scale='e4m3' with element={self.element!r}: expected element='e2m1'")
-        if self.scale != 'float32' and self.element in ('int8', 'int4'):
+        grid = self.scale == 'e4m3_grid'
+        if grid and self.element != 'int4':
+            raise ValueError(f"format: scale='e4m3_grid' with element={self.element!r}: expected element='int4'")
+        if self.scale != 'float32' and self.element in ('int8', 'int4') and not grid:
             raise ValueError(f"format: scale={self.scale!r} with element={self.element!r}: expected scale='float32'")
         if self.inputs == 'block' and not self.columns:
             raise ValueError("format: inputs='block' with columns=0: expected the number of inputs that share a scale")
-        if self.inputs != 'as_they_are' and self.element == 'int4':
+        if self.inputs != 'as_they_are' and self.element == 'int4' and not grid:
             raise ValueError(f"format: inputs={self.inputs!r} with element='int4': expected 'as_they_are'")
+        if grid and self.inputs not in ('tensor', 'token'):
+            raise ValueError(f"format: inputs={self.inputs!r} with scale='e4m3_grid': expected 'tensor' or 'token'")
 
     @property
     def largest(self) -> float:
         """The largest number of an element."""
         return ELEMENTS[self.element].largest
+
+    @property
+    def operand(self) -> Element:
+        """The element in which a product is made, and inputs are rounded."""
+        return 'e4m3' if self.scale == 'e4m3_grid' else self.element
+
+    @property
+    def has_second(self) -> bool:
+        """Whether the whole weight has a second scale."""
+        return self.scale in ('e4m3', 'e4m3_grid')
 
     @property
     def is_mx(self) -> bool:
@@ -90,7 +108,7 @@ class Format:
         """Bits that an element takes, its share of the scales included."""
         out, inner = shape[-2:]
         one = self.scales_of((out, inner))
-        second = 32 if self.scale == 'e4m3' else 0
+        second = 32 if self.has_second else 0
         return ELEMENTS[self.element].bits + (SCALE_BITS[self.scale] * one[0] * one[1] + second) / (out * inner)
 
     def check(self, shape: tuple[int, ...], place: str) -> None:
@@ -119,6 +137,7 @@ FORMATS: dict[str, Format] = {
     'int8_tensor': Format('int8', rows=1, inputs='tensor'),
     'int8_weights': Format('int8', rows=1),
     'int4_weights': Format('int4', 1, 128),
+    'w4a8': Format('int4', 1, 128, scale='e4m3_grid', inputs='tensor'),
 }
 
 

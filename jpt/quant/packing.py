@@ -38,7 +38,7 @@ class Packing(NamedTuple):
             'codes': Part((*lead, out, inner // 2 if form.packed else inner), jnp.dtype(CODES[form.element])),
             'scale': Part(form.scales_of(shape), jnp.dtype(SCALES[form.scale])),
         }
-        if form.scale == 'e4m3':
+        if form.has_second:
             found['scale_2'] = Part((*lead, 1, 1), np.dtype(np.float32))
         if self.input_scale:
             found['input_scale'] = Part(tuple(lead), np.dtype(np.float32))

@@ -117,7 +117,7 @@ def inputs_format(form: Format) -> Format:
     """The format of a token [1, in] at the input of a weight of this format."""
     columns = form.columns if form.inputs == 'block' else 0
     scale = form.scale if form.inputs == 'block' or form.scale == 'power_of_two' else 'float32'
-    return Format(form.element, 1, columns, scale)
+    return Format(form.operand, 1, columns, scale)
 
 
 def _forward(
@@ -135,7 +135,7 @@ def _forward(
         return _plain(x, dequantize(weight).astype(x.dtype), sizes_E)
     if where:
         return _by_kernels(x, rounded, weight, sizes_E, where)
-    if sizes_E is not None or weight.format.columns:
+    if sizes_E is not None or weight.format.columns or weight.format.packed:
         return _plain(_dense(rounded), numbers_of(weight), sizes_E).astype(x.dtype)
     # One scale for all of `in` on both sides: codes are multiplied as they are, which tensor cores do.
     exact = jnp.int32 if weight.format.element == 'int8' else jnp.float32

@@ -30,6 +30,7 @@ SCALES: dict[str, Any] = {
     'power_of_two': jnp.float32,
     'e8m0': jnp.uint8,
     'e4m3': low.E4M3,
+    'e4m3_grid': jnp.float32,
 }
 # A scale of 2^-9, the least positive E4M3 number, still tells the codes of its block.
 _LEAST_E4M3 = 2.0**-9
@@ -43,7 +44,7 @@ class QTensor:
 
     codes: [..., out, in] in the element's dtype, or [..., out, in / 2] uint8 where two share a byte.
     scale: one per block, [..., out / rows, in / columns]; of 'e8m0' the exponents' bytes.
-    scale_2: [..., 1, 1] float32, where `scale` is relative to it.
+    scale_2: [..., 1, 1] float32, where `scale` is relative to it, or code * scale is rounded to E4M3 times it.
     input_scale: [...] float32, what inputs are divided by before they are rounded; None where that is dynamic.
     input_factor: [..., in] float32, what inputs are multiplied by first; the weight was divided by it (SmoothQuant,
         AWQ).
@@ -178,7 +179,7 @@ class FakeQuant:
         """
         _check_whole(self.format, self.shape, spec, sizes, name, self.input_scale is None)
         for at, block in ((-2, self.format.rows), (-1, self.format.columns)):
-            if _ways(spec[at], sizes) > 1 and (not block or self.format.scale == 'e4m3'):
+            if _ways(spec[at], sizes) > 1 and (not block or self.format.has_second):
                 raise ValueError(
                     f'{name} {self.shape}: a scale of all of its axis {at}, which lies on {_ways(spec[at], sizes)} '
                     'shards: expected a format in blocks, or tensor=1'
@@ -258,9 +259,13 @@ def dequantize(weight: QTensor) -> jax.Array:
 
 
 def numbers_of(weight: QTensor) -> jax.Array:
-    """code * scale of every element, [..., out, in] float32."""
+    """code * scale of every element, [..., out, in] float32; on the grid of E4M3 where the format has one."""
     scale = number_of(jnp.asarray(weight.scale), weight.scale_2, weight.format)
-    return _elements(jnp.asarray(weight.codes), weight.format) * spread(scale, weight.shape, weight.format)
+    numbers = _elements(jnp.asarray(weight.codes), weight.format) * spread(scale, weight.shape, weight.format)
+    if weight.format.scale != 'e4m3_grid':
+        return numbers
+    second = jnp.asarray(weight.scale_2)
+    return low.to_e4m3(low.exact_divide(numbers, second)).astype(jnp.float32) * second
 
 
 def block_amax(weight: jax.Array, form: Format) -> jax.Array:
@@ -297,6 +302,10 @@ def scales_of(amax: jax.Array, form: Format, scale_2: Array | None = None) -> tu
     if form.scale == 'e8m0':
         code = low.to_e8m0(scale)
         return code if form.is_mx else jnp.where(amax > 0, code, _E8M0_ONE).astype(code.dtype), None
+    if form.scale == 'e4m3_grid':
+        whole = jnp.max(amax, axis=(-2, -1), keepdims=True)
+        second = _or_one(low.exact_divide(whole, low.E4M3_MAX)) if scale_2 is None else jnp.asarray(scale_2)
+        return _or_one(scale), second
     if form.scale == 'power_of_two':
         scale = jnp.where(scale > 0, low.from_e8m0(jnp.maximum(low.to_e8m0(scale), 1)), 0)
     return _or_one(scale), None
@@ -306,7 +315,8 @@ def number_of(scale: jax.Array, scale_2: Array | None, form: Format) -> jax.Arra
     """The float32 multipliers of blocks, from their scales as stored."""
     if form.scale == 'e8m0':
         return low.from_e8m0(scale)
-    return scale.astype(jnp.float32) if scale_2 is None else scale.astype(jnp.float32) * scale_2
+    wide = scale.astype(jnp.float32)
+    return wide * jnp.asarray(scale_2) if form.scale == 'e4m3' else wide
 
 
 def spread(per_block: jax.Array, shape: tuple[int, ...], form: Format) -> jax.Array:

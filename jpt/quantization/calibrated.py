@@ -127,7 +127,7 @@ def _second_scales(
     own = {
         path: np.asarray(_second_scale(weight, formats[path], factors.get(path)))
         for path, weight in weights_of(params, formats).items()
-        if formats[path].scale == 'e4m3'
+        if formats[path].has_second
     }
     groups = groups_of({path: formats[path] for path in own})
     return {path: np.max([own[other] for other in members], axis=0) for members in groups.values() for path in members}

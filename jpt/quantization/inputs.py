@@ -9,7 +9,7 @@ import numpy as np
 from jpt.kernels.low_precision import E4M3_MAX
 from jpt.models.calibration import Calibration
 from jpt.models.config import ModelConfig
-from jpt.quant.formats import Format
+from jpt.quant.formats import ELEMENTS, Format
 from jpt.quant.histogram import percentile_of
 from jpt.quant.statistics import HISTOGRAM, LARGEST
 
@@ -137,7 +137,7 @@ def input_limits(
 
 def input_scale(limit: np.ndarray, form: Format) -> np.ndarray:
     """The scale [...] of inputs within these limits; 1 where nothing but zeros was read."""
-    largest = form.largest * (E4M3_MAX if form.scale == 'e4m3' else 1)
+    largest = ELEMENTS[form.operand].largest * (E4M3_MAX if form.scale == 'e4m3' else 1)
     return np.where(limit > 0, limit / np.float32(largest), np.float32(1))
 
 

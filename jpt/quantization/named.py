@@ -18,6 +18,7 @@ NAMED: dict[str, Named] = {
     'int8_sq': Named('int8_tensor', CalibrationConfig(factors='smoothquant')),
     'int4_awq': Named('int4_weights', CalibrationConfig(factors='awq', weights='weighted_mse')),
     'int4_mse': Named('int4_weights', CalibrationConfig(weights='weighted_mse')),
+    'w4a8_awq': Named('w4a8', CalibrationConfig(factors='awq')),
     'nvfp4_mse': Named('nvfp4', CalibrationConfig(weights='weighted_mse')),
 }
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jpt.kernels.low_precision import E4M3_MAX
+from jpt.quantization.auto_report import auto_json, show_auto
 from jpt.quantization.kv_cache import CacheReport
 from jpt.quantization.run import LayerReport, ModelReport, Quantized
 from jpt.quantization.settings import CalibrationConfig
@@ -22,6 +23,8 @@ WORST = 10  # layers that the console shows
 
 def show(made: Quantized, console: Console) -> None:
     """The model before and after, and the layers whose outputs suffer most."""
+    if made.auto is not None:
+        show_auto(made.auto, console)
     table = Table('model', 'MB', 'perplexity', 'loss', 'KL to the original', 'same top word', box=box.MARKDOWN)
     for row in made.models:
         cells = f'{row.bytes / 1e6:.2f}', f'{row.perplexity:.3f}', f'{row.loss:.4f}', f'{row.kl:.5f}'
@@ -102,6 +105,7 @@ def to_json(made: Quantized) -> dict[str, Any]:
         'layers': [_row(row) for row in made.layers],
         'not_quantized': made.kept,
         'kv_cache': None if made.cache is None else _cache_row(made.cache),
+        'auto': None if made.auto is None else auto_json(made.auto),
     }
 
 

@@ -21,6 +21,7 @@ from jpt.quant.paths import paths
 from jpt.quant.recipes import Recipe, chosen, left_out
 from jpt.quant.statistics import CACHE
 from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
+from jpt.quantization.auto import Automatic
 from jpt.quantization.calibrated import calibrated_params
 from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts, weights_of
 from jpt.quantization.kv_cache import CacheReport, with_cache
@@ -67,6 +68,7 @@ class Quantized(NamedTuple):
     how: CalibrationConfig
     unseen: dict[int, list[int]]  # experts, by the number of their layer, that no token of calibration went to
     cache: CacheReport | None = None  # of keys and values, where they were quantized
+    auto: Automatic | None = None  # what chose the recipe
 
 
 def quantize_model(

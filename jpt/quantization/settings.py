@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from jpt.checkpoint.shards import parse_size
 from jpt.config import ConfigError, require
+from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import EVERYTHING, KEEP, Recipe, recipe_of
 
 # 'fp8': E4M3 with a scale that takes the largest |x| of a layer to 448; 'fp8_cast': with 1, as ModelOpt's fp8_cast.
@@ -49,6 +50,26 @@ class CalibrationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AutoConfig:
+    """A format per layer and group of weights, by what each would cost the model (jpt/quantization/auto.py)."""
+
+    # What may be chosen: names of formats, and 'none' for weights as they are. Empty: the recipe is taken as it is;
+    # else it says which weights are chosen for.
+    formats: tuple[str, ...] = ()
+    bits: float = 6.0  # of a weight on average, scales included, weights that stay as they are counted as they are
+    score: Literal['gradient', 'kl'] = 'gradient'  # a backward pass per format, or a forward pass per format and group
+    seed: int = 0  # of the words that 'gradient' draws from the model
+
+    def __post_init__(self) -> None:
+        known = {*FORMATS, KEEP}
+        for name in self.formats:
+            require(self, 'formats', name in known, f'some of {", ".join((*FORMATS, KEEP))}')
+        require(self, 'formats', len(set(self.formats)) == len(self.formats), 'each name once')
+        require(self, 'formats', self.formats != (KEEP,), f'a format beside {KEEP!r}')
+        require(self, 'bits', self.bits > 0, 'more than 0')
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
     """A model, a recipe, and the text that says what the recipe costs."""
 
@@ -58,6 +79,7 @@ class QuantizeConfig:
     # that covers a weight holds for it.
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'fp8_block'),)
     calibration: CalibrationConfig = CalibrationConfig()
+    auto: AutoConfig = AutoConfig()
     # Of keys and values; where they are quantized, a recipe may leave all weights as they are.
     kv_cache: KVCache = 'as_it_is'
     to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
@@ -84,6 +106,7 @@ class QuantizeConfig:
         how, default = self.calibration, CalibrationConfig()
         wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
             'kv_cache': (self.kv_cache, ('as_it_is',)),
+            'auto.formats': (self.auto.formats, ((),)),
             'calibration.factors': (how.factors, ('none',)),
             'calibration.inputs': (how.inputs, ('max',)),
             'calibration.weights': (how.weights, ('max', 'mse')),

@@ -28,6 +28,7 @@ LAYOUT_OF = {
     'modelopt_nvfp4': 'modelopt',
     'modelopt_fp8_block': 'modelopt',
     'modelopt_int4_awq': 'modelopt',
+    'modelopt_w4a8_awq': 'modelopt',
     'compressed_fp8_dynamic': 'compressed-tensors',
     'compressed_fp8_block': 'compressed-tensors',
     'compressed_w4a16': 'compressed-tensors',
@@ -136,6 +137,7 @@ HOLD = {
     'int8_tensor': ['modelopt', 'compressed-tensors'],
     'int8_weights': ['modelopt', 'compressed-tensors'],
     'int4_weights': ['modelopt', 'compressed-tensors'],
+    'w4a8': ['modelopt'],
     'mxfp4_weights': ['compressed-tensors'],
 }
 METHODS = ('fp8', 'modelopt', 'compressed-tensors')
@@ -318,7 +320,6 @@ def half(files):
     ('name', 'tensors', 'words'),
     [
         ('modelopt_nvfp4', lambda f: f.pop(f'{UP}.weight_scale'), f'in part.*\n  {UP}.weight: has no scale'),
-        ('modelopt_nvfp4', half, f'{UP}.weight: has no scale\n  model.layers.1.mlp.up_proj.weight: NVFP4'),
         ('modelopt_nvfp4', lambda f: f.pop(f'{UP}.weight_scale_2'), f'{UP}.weight_scale_2: missing'),
         ('modelopt_nvfp4', lambda f: f.pop(f'{DOWN}.input_scale'), f'{DOWN}.input_scale: missing'),
         (
@@ -355,6 +356,17 @@ def test_tensors_that_do_not_belong_together_are_named(name, tensors, words, tmp
         jpt.load(changed(name, tmp_path, tensors))
 
 
+def test_a_layer_that_is_as_it_was_stands_in_a_stack_of_its_own(tmp_path):
+    model, whole = jpt.load(changed('modelopt_nvfp4', tmp_path, half)), jpt.load(GOLDEN / 'modelopt_nvfp4')
+    assert [(len(part.kinds), part.repeats) for part in whole.config.segments] == [(1, 2)]
+    assert [(len(part.kinds), part.repeats) for part in model.config.segments] == [(2, 1)]
+    first, second = model.params['layers'][0]
+    assert first['mlp']['up']['kernel'].dtype == ml_dtypes.bfloat16
+    before = whole.params['layers'][0][0]
+    assert_same(second, jax.tree.map(lambda leaf: leaf[1:], before))
+    assert_same(first['mlp']['down'], jax.tree.map(lambda leaf: leaf[:1], before['mlp']['down']))
+
+
 def weights(**fields):
     return lambda said: said['config_groups']['group_0']['weights'].update(fields)
 
@@ -366,7 +378,12 @@ def weights(**fields):
         ('modelopt_nvfp4', None, {'group_size': 32}, r'group_size=32: expected 16 \(NVFP4\)'),
         ('modelopt_nvfp4', None, {'rotation': 'hadamard'}, 'fields that jpt does not know: rotation'),
         ('modelopt_nvfp4', lambda said: said.update(lora_rank=4), {}, 'fields that jpt does not know: lora_rank'),
-        ('modelopt_int4_awq', None, {'quant_algo': 'W4A8_AWQ'}, "quant_algo='W4A8_AWQ': expected one of FP8, "),
+        (
+            'modelopt_int4_awq',
+            None,
+            {'quant_algo': 'W4A8_MXFP4_FP8'},
+            "quant_algo='W4A8_MXFP4_FP8': expected one of FP8, ",
+        ),
         ('modelopt_int4_awq', None, {'has_zero_point': True}, 'expected codes around zero'),
         ('compressed_w4a16', weights(symmetric=False), {}, 'weights.symmetric=False'),
         ('compressed_w4a16', weights(actorder='group'), {}, "actorder='group'"),

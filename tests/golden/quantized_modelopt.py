@@ -25,6 +25,7 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     'mxfp4': (mtq.MXFP4_DEFAULT_CFG, (1, 32)),
     'nvfp4': (mtq.W4A16_NVFP4_CFG, (1, 16)),
     'int4_group_128': (mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG, (2, 128)),
+    'w4a8': (mtq.W4A8_AWQ_BETA_CFG | {'algorithm': 'max'}, (2, 128)),
 }
 
 
@@ -35,9 +36,11 @@ def export(weight: torch.Tensor, config: dict[str, Any]) -> Tensors:
     with torch.no_grad():
         layer.weight.copy_(weight)
     model: Any = torch.nn.Sequential(layer)
-    mtq.quantize(model, copy.deepcopy(config), forward_loop=None)
+    ones = torch.ones(1, columns, dtype=weight.dtype)  # for the scale of inputs, which is not kept
+    static = config is FORMATS['w4a8'][0]
+    mtq.quantize(model, copy.deepcopy(config), forward_loop=(lambda model: model(ones)) if static else None)
     _export_quantized_weight(model[0], weight.dtype)
-    return {name: tensor for name, tensor in model[0].state_dict().items() if 'quantizer' not in name}
+    return {name: tensor for name, tensor in model[0].state_dict().items() if name in RENAMED}
 
 
 def weight_arrays() -> dict[str, np.ndarray]:
@@ -72,6 +75,7 @@ CHECKPOINTS: dict[str, tuple[Variant, dict[str, Any]]] = {
     'modelopt_nvfp4': (LLAMA, mtq.NVFP4_DEFAULT_CFG),
     'modelopt_fp8_block': (QWEN3, mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG),
     'modelopt_int4_awq': (QWEN3, mtq.INT4_AWQ_CFG),
+    'modelopt_w4a8_awq': (QWEN3, mtq.W4A8_AWQ_BETA_CFG),
 }
 
 
@@ -89,7 +93,7 @@ def dequantized(tensors: Tensors) -> Tensors:
 def dequantized_weight(codes: torch.Tensor, tensors: Tensors, layer: str) -> torch.Tensor:
     """float32 [out, in], by ModelOpt's own tensor classes where these know the exported layout."""
     scale, scale_2 = tensors[f'{layer}.weight_scale'], tensors.get(f'{layer}.weight_scale_2')
-    if scale_2 is not None:
+    if scale_2 is not None and scale.dtype == torch.float8_e4m3fn:
         shape = torch.Size((codes.shape[0], 2 * codes.shape[1]))
         quantized = NVFP4QTensor(shape, torch.float32, codes)
         return quantized.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
@@ -102,6 +106,9 @@ def dequantized_weight(codes: torch.Tensor, tensors: Tensors, layer: str) -> tor
     # ModelOpt has no reader of the rows that its INT4 export packs two by two: low nibble first, two's complement.
     pairs = torch.stack([codes << 4, codes & 0xF0], 1).view(torch.int8) >> 4
     weight = pairs.reshape(-1, codes.shape[1]).float() * scale.float().repeat_interleave(128, 1)
+    if scale_2 is not None:  # W4A8: multiplied in eight bits
+        eight, _ = FP8QTensor.quantize(weight, scale_2)
+        weight = eight.dequantize(torch.float32, scale=scale_2)
     before = tensors.get(f'{layer}.pre_quant_scale')
     return weight if before is None else weight * before.float()
 

@@ -51,10 +51,15 @@ def expected(weight, form):
         stored = scale = np.where(amax > 0, np.exp2(exponent), 1).astype(F32)
     else:
         stored = scale = np.where(amax > 0, amax / largest, F32(1))
+    if form.scale == 'e4m3_grid':
+        second = amax.max() / F32(448) if amax.any() else F32(1)
     multiplier = spread(scale, w.shape, form.rows, form.columns)
     quotient = w / multiplier
     if form.element in ('e4m3', 'e2m1'):
         codes = np.clip(quotient, -largest, largest).astype(E4M3 if form.element == 'e4m3' else E2M1)
     else:
         codes = np.clip(np.rint(quotient), -largest, largest).astype(np.int8)
-    return codes, stored, second, codes.astype(F32) * multiplier
+    numbers = codes.astype(F32) * multiplier
+    if form.scale == 'e4m3_grid':
+        numbers = np.clip(numbers / second, F32(-448), F32(448)).astype(E4M3).astype(F32) * second
+    return codes, stored, second, numbers

@@ -133,6 +133,12 @@ def modelopt_int4(w: np.ndarray) -> Arrays:
     return {'codes': nibbles(codes.T).T, 'scale': scale}
 
 
+def modelopt_w4a8(w: np.ndarray) -> Arrays:
+    """The same, and a second scale as if the weight were E4M3 per tensor; 1 of zeros."""
+    amax = np.abs(w).max().astype(F32)
+    return modelopt_int4(w) | {'scale_2': amax / F32(448) if amax else F32(1)}
+
+
 def exponent(ratio: np.ndarray) -> np.ndarray:
     """ceil of log2 as float32 has it, at least -127 (that of zero, too); float64, so that powers of two are exact."""
     return np.maximum(np.ceil(np.log2(ratio.astype(np.float64)).astype(F32)), -127).astype(np.float64)
@@ -224,6 +230,7 @@ FORMULAS = {
     'modelopt/fp8_block_128x128': modelopt_fp8_block,
     'modelopt/int8_channel': modelopt_int8,
     'modelopt/int4_group_128': modelopt_int4,
+    'modelopt/w4a8': modelopt_w4a8,
     'modelopt/mxfp8': modelopt_mxfp8,
     'modelopt/mxfp4': modelopt_mxfp4,
     'modelopt/nvfp4': modelopt_nvfp4,

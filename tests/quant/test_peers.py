@@ -21,6 +21,7 @@ FORMS = {
     'modelopt/fp8_tensor': FORMATS['fp8_tensor'],
     'modelopt/int8_channel': FORMATS['int8_weights'],
     'modelopt/int4_group_128': FORMATS['int4_weights'],
+    'modelopt/w4a8': FORMATS['w4a8'],
     'modelopt/mxfp8': FORMATS['mxfp8'],
     'modelopt/nvfp4': FORMATS['nvfp4'],
     'transformers/fp8_block_1x128_ue8m0': Format('e4m3', 1, 128, 'e8m0'),
@@ -53,7 +54,7 @@ def cases(group):
 
 def packed(codes, group):
     """ModelOpt's INT4 has rows two by two in a byte, where jpt has columns."""
-    if group != 'modelopt/int4_group_128':
+    if group not in ('modelopt/int4_group_128', 'modelopt/w4a8'):
         return codes
     apart = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
     return apart[0::2] | apart[1::2] << 4

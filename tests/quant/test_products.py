@@ -26,9 +26,9 @@ def rounded(x, form):
     if form.inputs == 'as_they_are':
         return x.astype(np.float64)
     if form.inputs == 'tensor':
-        largest = {'e4m3': 448, 'int8': 127}[form.element]
+        largest = {'e4m3': 448, 'int8': 127, 'int4': 448}[form.element]  # of int4 on E4M3's grid
         codes = np.clip(x / SCALE, -largest, largest)
-        codes = codes.astype(jnp.float8_e4m3fn) if form.element == 'e4m3' else np.rint(codes)
+        codes = codes.astype(jnp.float8_e4m3fn) if largest == 448 else np.rint(codes)
         return codes.astype(np.float64) * SCALE
     own = Format(form.element, 1, form.columns if form.inputs == 'block' else 0, form.scale)
     return np.concatenate([expected(row[None], own)[-1] for row in x]).astype(np.float64)
@@ -65,7 +65,7 @@ def test_product_and_gradients(name):
     np.testing.assert_array_equal(np.asarray(dx), np.asarray(dx_real))
 
 
-@pytest.mark.parametrize('name', ['fp8_tensor', 'fp8_block', 'nvfp4', 'int8', 'int4_weights'])
+@pytest.mark.parametrize('name', ['fp8_tensor', 'fp8_block', 'nvfp4', 'int8', 'int4_weights', 'w4a8'])
 def test_products_of_experts(name):
     form = FORMATS[name]
     seen = rounded(X, form)

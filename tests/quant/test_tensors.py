@@ -132,6 +132,7 @@ def test_bits_count_the_scales():
     assert FORMATS['nvfp4'].bits((256, 256)) == 4 + 8 / 16 + 32 / 256**2
     assert FORMATS['mxfp8'].bits((64, 64)) == 8 + 8 / 32
     assert FORMATS['int4_weights'].bits((1, 256)) == 4 + 32 / 128
+    assert FORMATS['w4a8'].bits((2, 256)) == 4 + 32 / 128 + 32 / 512
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,9 @@ def test_bits_count_the_scales():
         ({'element': 'e4m3', 'scale': 'e4m3'}, "element='e2m1'"),
         ({'element': 'e4m3', 'inputs': 'block'}, 'columns=0'),
         ({'element': 'int4', 'inputs': 'token'}, 'int4'),
+        ({'element': 'int4', 'scale': 'e8m0'}, "expected scale='float32'"),
+        ({'element': 'e4m3', 'scale': 'e4m3_grid'}, "element='int4'"),
+        ({'element': 'int4', 'columns': 128, 'scale': 'e4m3_grid', 'inputs': 'block'}, "'tensor' or 'token'"),
         ({'element': 'e4m3', 'rows': -1}, 'rows=-1'),
         ({'element': 'e4m3', 'width': 3}, 'width'),
         ('fp9', 'fp9'),

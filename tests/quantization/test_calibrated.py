@@ -163,6 +163,9 @@ def test_the_config_takes_recipes_and_formats_by_name():
         assert config.choices() == recipe_of(named(name).format)
         assert config.calibration == named(name).calibration
         assert config.model == options.split(',')[0]
+        assert not config.auto.formats
+    auto = from_config_dict(QuantizeConfig, module.get_config('quickstart,auto'), 'config').auto
+    assert (auto.formats, auto.bits) == (('nvfp4', 'fp8_tensor', 'none'), 6.0)
     given = module.get_config('quickstart,int8_sq')
     given.calibration.alpha = 0.8
     assert from_config_dict(QuantizeConfig, given, 'config').calibration == CalibrationConfig(

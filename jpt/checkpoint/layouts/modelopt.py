@@ -74,14 +74,17 @@ ALGORITHMS: dict[str, Callable[[int], Scheme]] = {
     ),
     'W4A16_NVFP4': lambda group: Scheme('W4A16_NVFP4', Format('e2m1', 1, group, 'e4m3'), _NVFP4),
     'W4A16_AWQ': lambda group: Scheme('W4A16_AWQ', Format('int4', 1, group), (_PAIRED_ROWS, _scale(), _FACTOR)),
+    'W4A8_AWQ': lambda group: Scheme(
+        'W4A8_AWQ', Format('int4', 1, group, 'e4m3_grid', 'tensor'), (_PAIRED_ROWS, _scale(), _SECOND, _INPUT, _FACTOR)
+    ),
     'W8A16': lambda _: Scheme('W8A16', Format('int8', 1), (_INT8, _scale('rows'))),
     'W8A8_SQ_PER_CHANNEL': lambda _: Scheme(
         'W8A8_SQ_PER_CHANNEL', Format('int8', 1, inputs='tensor'), (_INT8, _scale('rows'), _INPUT, _FACTOR)
     ),
 }
-GROUPS = {'MXFP8': 32, 'NVFP4': 16, 'NVFP4_AWQ': 16, 'W4A16_NVFP4': 16, 'W4A16_AWQ': 128}
-_ANY_GROUP = ('W4A16_AWQ',)
-_WITH_FACTOR = ('W4A16_AWQ', 'NVFP4_AWQ')
+GROUPS = {'MXFP8': 32, 'NVFP4': 16, 'NVFP4_AWQ': 16, 'W4A16_NVFP4': 16, 'W4A16_AWQ': 128, 'W4A8_AWQ': 128}
+_ANY_GROUP = ('W4A16_AWQ', 'W4A8_AWQ')
+_WITH_FACTOR = ('W4A16_AWQ', 'W4A8_AWQ', 'NVFP4_AWQ')
 _BY_UPPER = {name.upper(): name for name in ALGORITHMS}
 
 

@@ -1,0 +1,88 @@
+"""A weight as it is with a quantized form beside it, to learn what the one would cost in place of the other.
+
+Products are those of the weight, or where `on` says so those of the other. Backward, the gradient of `score` is no
+gradient: it is what the other would change of this layer's output, weighed by the gradient of what is differentiated.
+So one backward pass has it for all layers, stacked and scanned as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.quant.products import quantized_dot, quantized_grouped_dot
+from jpt.quant.tensors import Array, QTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A weight [..., out, in] and what is tried in its place.
+
+    on: [] or [R] of a stack, bool: compute with `other`.
+    score: likewise, float32, of any value. Its gradient is the sum over rows and outputs of (dy (y' - y))^2, where y is
+        the output, y' that of `other` for the same input, and dy the gradient of y.
+    """
+
+    base: Array
+    other: QTensor
+    on: Array
+    score: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+
+def tried_dot(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> jax.Array:
+    """x [..., in] times a kernel [out, in]; with `sizes_E` rows by group, see `dot.grouped_dot`."""
+    return _product(x, kernel.base, kernel.other, kernel.on, kernel.score, sizes_E)
+
+
+def _as_it_is(x: jax.Array, base: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
+    base = base.astype(x.dtype)
+    if sizes_E is not None:
+        return grouped_matmul(x, base, sizes_E)
+    return jax.lax.dot_general(x, base, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+
+
+def _instead(x: jax.Array, other: QTensor, sizes_E: jax.Array | None) -> jax.Array:
+    return quantized_dot(x, other) if sizes_E is None else quantized_grouped_dot(x, other, sizes_E)
+
+
+@jax.custom_vjp
+def _product(
+    x: jax.Array, base: jax.Array, other: QTensor, on: jax.Array, score: jax.Array, sizes_E: jax.Array | None
+) -> jax.Array:
+    del score
+    return jax.lax.cond(on, lambda: _instead(x, other, sizes_E), lambda: _as_it_is(x, base, sizes_E))
+
+
+def _product_fwd(
+    x: jax.Array, base: jax.Array, other: QTensor, on: jax.Array, score: jax.Array, sizes_E: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    return _product(x, base, other, on, score, sizes_E), (x, base, other, sizes_E)
+
+
+def _product_bwd(residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, None, None, jax.Array, None]:
+    """The gradient of x through the weight as it is, and what stands for that of the score."""
+    x, base, other, sizes_E = residuals
+    y, pull = jax.vjp(lambda x: _as_it_is(x, base, sizes_E), x)
+    changed = (_instead(x, other, sizes_E) - y).astype(jnp.float32)
+    return pull(dy)[0], None, None, None, jnp.sum(jnp.square(dy.astype(jnp.float32) * changed)), None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
