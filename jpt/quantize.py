@@ -38,7 +38,7 @@ from jpt.quant.packing import Packing
 from jpt.quant.recipes import Recipe, chosen, left_out
 from jpt.quantization import report
 from jpt.quantization.auto import automatic
-from jpt.quantization.by_layer import by_layer
+from jpt.quantization.by_layer import NUMBERED, by_layer
 from jpt.quantization.run import Quantized, formats_of, quantize_model
 from jpt.quantization.settings import QuantizeConfig
 from jpt.quantization.streaming import QuantizedSource
@@ -89,6 +89,9 @@ def quantize_files(config: QuantizeConfig, output: str | Path, console: Console 
     console = console or Console(width=160)
     start = time.perf_counter()
     check_absent(output)
+    for pattern, _ in config.recipe:
+        if pattern.startswith(NUMBERED):
+            raise ValueError(f'config.recipe: {pattern!r}: expected no numbers of layers with config.stream=True')
     opened = open_model(config.model, config.dtype)
     shapes = _shapes(opened.source)
     formats = chosen(shapes, config.choices())

@@ -19,12 +19,12 @@ from jpt.quant.tensors import QTensor, block_amax, quantize, scales_of
 from jpt.quantization.factors import Factors, awq_factors, smoothquant_factors
 from jpt.quantization.inputs import (
     check_inputs,
-    groups_of,
     input_limits,
     input_of,
     input_scale,
     mean_of,
     real_tokens,
+    second_groups,
     tree_of,
     weights_of,
 )
@@ -120,17 +120,13 @@ def quantized_params(
 def _second_scales(
     params: Any, formats: Mapping[str, Format], factors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The second scales, [R, 1, 1] or [R, E, 1, 1], where there are any: of weights that read the same the largest.
-
-    Readers that compute queries, keys and values in one product have one for all of them (vLLM, TensorRT-LLM).
-    """
-    own = {
-        path: np.asarray(_second_scale(weight, formats[path], factors.get(path)))
-        for path, weight in weights_of(params, formats).items()
-        if formats[path].has_second
-    }
-    groups = groups_of({path: formats[path] for path in own})
-    return {path: np.max([own[other] for other in members], axis=0) for members in groups.values() for path in members}
+    """The second scales, [R, 1, 1] or [R, E, 1, 1], where there are any: of weights that share one the largest."""
+    weights = weights_of(params, formats)
+    found: dict[str, np.ndarray] = {}
+    for group in second_groups(formats):
+        own = [np.asarray(_second_scale(weights[path], formats[path], factors.get(path))) for path in group]
+        found |= dict.fromkeys(group, np.max(own, axis=0))
+    return found
 
 
 @jax.jit(static_argnums=1)

@@ -33,6 +33,18 @@ def groups_of(formats: Mapping[str, Format]) -> dict[str, list[str]]:
     return found
 
 
+def second_groups(formats: Mapping[str, Format]) -> list[list[str]]:
+    """The weights that share a second scale, where they have one: those of one input and one kind of scale.
+
+    Readers that compute queries, keys and values in one product have one for all of them (vLLM, TensorRT-LLM).
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, form in formats.items():
+        if form.has_second:
+            found.setdefault((group_of(path), form.scale), []).append(path)
+    return list(found.values())
+
+
 def place_of(path: str) -> tuple[int, int, list[str]]:
     """(segment, kind, names of modules) of 'layers/0.0/attn/q/kernel'."""
     _, place, *modules, _ = path.split('/')

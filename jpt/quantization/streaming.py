@@ -22,7 +22,7 @@ from jpt.quant.amax_search import searched_amax
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.packing import Packing
 from jpt.quant.tensors import QTensor, block_amax, number_of, numbers_of, quantize, scales_of, spread
-from jpt.quantization.inputs import groups_of
+from jpt.quantization.inputs import second_groups
 from jpt.quantization.run import LayerReport
 
 READ = 32 * 2**20  # elements of a matrix that are read at a time, as far as blocks allow
@@ -246,7 +246,7 @@ class QuantizedSource:
     ) -> _Piece:
         """Has a piece quantized, and measured if that is wanted; neither is waited for."""
         form, second, limit = weight.form, None, None
-        if form.scale == 'e4m3':
+        if form.has_second:
             second = self._seconds(weight)[place]
         if not form.rows and elements[0] != slice(0, weight.sides[0]):
             limit = self._limit(weight, place)[:, weight.blocks(elements)[1]]
@@ -255,7 +255,7 @@ class QuantizedSource:
         if not measure:
             return _Piece(place, elements, tensor, (largest,))
         # Other scales are at or above what holds the largest value of their block.
-        clipped = _clipped(given, tensor) if self._search or form.scale == 'e4m3' else 0
+        clipped = _clipped(given, tensor) if self._search or form.has_second else 0
         return _Piece(place, elements, tensor, (largest, _size(given), _errors(given, tensor), clipped))
 
     def _keep(self, weight: _Weight, piece: _Piece) -> None:
@@ -293,11 +293,11 @@ class QuantizedSource:
     def _seconds(self, weight: _Weight) -> np.ndarray:
         """The second scales of a weight, [..., 1, 1]; those of all that read the same input are found together."""
         if weight.name not in self._second:
-            apart = {each.name: each for each in self._weights.values() if each.form.scale == 'e4m3'}
-            forms = {name: each.form for name, each in apart.items()}
-            group = next(group for group in groups_of(forms).values() if weight.name in group)
-            own = {name: self._own_second(apart[name]) for name in group}
-            self._second |= dict.fromkeys(group, np.max(list(own.values()), axis=0))
+            weights = {each.name: each for each in self._weights.values()}
+            groups = second_groups({name: each.form for name, each in weights.items()})
+            group = next(group for group in groups if weight.name in group)
+            own = [self._own_second(weights[name]) for name in group]
+            self._second |= dict.fromkeys(group, np.max(own, axis=0))
         return self._second[weight.name]
 
     def _own_second(self, weight: _Weight) -> np.ndarray:

@@ -24,7 +24,7 @@ from jpt.quant.recipes import chosen, recipe_of
 from jpt.quant.tensors import QTensor, numbers_of
 from jpt.quantization import report
 from jpt.quantization.calibrated import calibrated_params
-from jpt.quantization.inputs import check_inputs, weights_of
+from jpt.quantization.inputs import check_inputs, second_groups, weights_of
 from jpt.quantization.named import NAMED, named
 from jpt.quantization.run import quantize_model
 from jpt.quantization.settings import CalibrationConfig, QuantizeConfig
@@ -230,3 +230,10 @@ def test_second_scales_of_weights_that_read_the_same_are_one():
         np.testing.assert_allclose(
             np.asarray(weight_.input_scale) * 2688, np.asarray(int8[path].input_scale) * 127, rtol=1e-6
         )
+
+
+def test_second_scales_are_shared_by_weights_of_one_input_and_one_kind_of_scale():
+    names = ('q', 'nvfp4'), ('k', 'w4a8'), ('v', 'nvfp4_weights'), ('out', 'nvfp4'), ('gate', 'fp8_block')
+    formats = {f'layers/0.0/attn/{name}/kernel': FORMATS[form] for name, form in names}
+    groups = [[path.split('/')[3] for path in group] for group in second_groups(formats)]
+    assert groups == [['q', 'v'], ['k'], ['out']]
