@@ -98,12 +98,14 @@ def main() -> None:
     parser.add_argument('--json', action='store_true')
     options = parser.parse_args()
     on_cpu(options.workdir)
+    said = '_'.join(f'{options.steps} {options.rows} {options.batches} {options.teacher} {options.train}'.split())
+    said = f'{said}_{options.held_out}'.replace('/', '-')
     runs = []
     for kind in dict.fromkeys(['float32', *options.kinds]):
         config = settings_of(KINDS[kind], options)
-        runs.append(curve_of(kind, config, options.workdir / f'{kind.replace(" ", "_")}_{options.steps}'))
+        runs.append(curve_of(kind, config, options.workdir / f'{kind.replace(" ", "_")}_{said}'))
     other = dataclasses.replace(settings_of(None, options), seed=1)
-    runs.append(curve_of('float32, another seed', other, options.workdir / f'seed_1_{options.steps}'))
+    runs.append(curve_of('float32, another seed', other, options.workdir / f'seed_1_{said}'))
     table = Table(
         'products', f'loss, last {options.window} steps', 'off by, %', 'at most, %', 'held-out loss', 'off by, %',
         box=box.MARKDOWN,

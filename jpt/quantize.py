@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ from jpt.convert import bytes_written, peak_memory, progress, size_text
 from jpt.evaluation.text import Text, batches_from
 from jpt.model import Model
 from jpt.models.names import get, leaves, put
+from jpt.quant.formats import Format
 from jpt.quant.packing import Packing
-from jpt.quant.recipes import Recipe, chosen, left_out
+from jpt.quant.recipes import KEEP, Recipe, chosen, left_out
 from jpt.quantization import report
-from jpt.quantization.auto import automatic
-from jpt.quantization.by_layer import NUMBERED, by_layer
+from jpt.quantization.auto import automatic, fitting
+from jpt.quantization.by_layer import by_layer
+from jpt.quantization.inputs import weights_of
 from jpt.quantization.run import Quantized, formats_of, quantize_model
 from jpt.quantization.settings import QuantizeConfig
 from jpt.quantization.streaming import QuantizedSource
@@ -60,6 +62,8 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     auto = None
     if not config.auto.formats:
         model, recipe = _ready(model, config.choices(), config)
+    elif config.to == 'hf':
+        _check_candidates(model, config)
     text = config.text
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
     calibration, held_out = batches_from(model, windows)
@@ -89,9 +93,6 @@ def quantize_files(config: QuantizeConfig, output: str | Path, console: Console 
     console = console or Console(width=160)
     start = time.perf_counter()
     check_absent(output)
-    for pattern, _ in config.recipe:
-        if pattern.startswith(NUMBERED):
-            raise ValueError(f'config.recipe: {pattern!r}: expected no numbers of layers with config.stream=True')
     opened = open_model(config.model, config.dtype)
     shapes = _shapes(opened.source)
     formats = chosen(shapes, config.choices())
@@ -142,13 +143,26 @@ def _ready(model: Model, recipe: Recipe, config: QuantizeConfig) -> tuple[Model,
     """The model in segments of layers that have the same formats, and the recipe for these."""
     model, recipe = by_layer(model, recipe)
     if config.to == 'hf':
-        _check_export(model, recipe, config)
+        _check_export(model, formats_of(model, recipe, config.kv_cache), config)
     return model, recipe
 
 
-def _check_export(model: Model, recipe: Recipe, config: QuantizeConfig) -> None:
+def _check_candidates(model: Model, config: QuantizeConfig) -> None:
+    """Raises ValueError where no Hugging Face directory could hold a mix of the formats that may be chosen."""
+    weights = weights_of(model.params, chosen(model.params, config.choices()))
+    fits = [fitting(weights, name) for name in config.auto.formats if name != KEEP]
+    for turn in range(len(fits)):  # every weight in every format, beside the others
+        mixed = {}
+        for at, path in enumerate(weights):
+            options = [own[path] for own in fits if path in own]
+            if options:
+                mixed[path] = options[(at + turn) % len(options)]
+        _check_export(model, mixed, config)
+
+
+def _check_export(model: Model, formats: Mapping[str, Format], config: QuantizeConfig) -> None:
     """Raises ValueError where no Hugging Face directory could hold what is asked for, before layers are compared."""
-    formats, moved = formats_of(model, recipe, config.kv_cache), config.calibration.factors
+    moved = config.calibration.factors
     packings = {}
     for leaf in leaves(model.config):
         form = formats.get(name_of(leaf.path))

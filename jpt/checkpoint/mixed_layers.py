@@ -19,7 +19,7 @@ def split_by_format(
     Arguments as `hf_quantized.read_laid`, which finds what does not fit.
 
     Raises:
-        ValueError: a config that says what jpt does not read.
+        ValueError: a config that says what jpt does not read, or a module that it names has no scale.
     """
     layout = layout_of(config, beside)
     if layout is None:
@@ -28,8 +28,11 @@ def split_by_format(
 
     def scheme(source: Source) -> Scheme | None:
         found = said.scheme_of(source.name.removesuffix(f'.{WEIGHT}'), tensors)
-        has = found is not None and found.of('scale').name(source.name) in tensors
-        return found if has else None
+        if found is None or found.of('scale').name(source.name) in tensors:
+            return found
+        if source.name.removesuffix(f'.{WEIGHT}') in said.named:
+            raise ValueError(f'{source.name}: named as quantized, without {found.of("scale").name(source.name)}')
+        return None
 
     marks: list[dict[str, tuple[Scheme | None, ...]]] = [{} for _ in range(cfg.num_layers)]
     for leaf in leaves(cfg):

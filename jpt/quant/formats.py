@@ -157,3 +157,8 @@ def format_of(given: str | Format | Mapping[str, Any], place: str) -> Format:
         return Format(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f'{place}: {error}') from error
+
+
+def name_of_format(form: Format) -> str:
+    """The name of a format, or where it has none its element."""
+    return next((name for name, known in FORMATS.items() if known == form), form.element)

@@ -46,6 +46,8 @@ IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
 def quantized_dot(x: jax.Array | Deferred, kernel: QTensor | FakeQuant, pieces: Pieces | None = None) -> jax.Array:
     """x [..., in] times a kernel [out, in]: [..., out] in the dtype of x. `pieces`: as `dot.dot` takes them."""
     if isinstance(kernel, FakeQuant) and kernel.gradients == 'te':
+        if kernel.input_scale is not None or kernel.input_factor is not None:
+            raise ValueError("gradients='te' with an input_scale or input_factor: expected None of both")
         return tensor_dot(dense_of(x), kernel.weight)
     return _multiplied(x, kernel, None, lies(x.shape, pieces))
 
@@ -294,8 +296,9 @@ def _fake_product(
 def _fake_product_fwd(
     x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
 ) -> tuple[jax.Array, Any]:
-    # Backward the weight is rounded again: else its codes and scales would be held for every layer, undivided.
-    return _fake_product(x, kernel, sizes_E, rounded, where), (x, kernel, sizes_E)
+    # Not `_fake_product` itself: remat policies would not see the product. And backward the weight is rounded again:
+    # else its codes and scales would be held for every layer, undivided.
+    return _forward(x, _quantized_for(x, kernel, sizes_E), sizes_E, rounded, where), (x, kernel, sizes_E)
 
 
 def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tuple[jax.Array, FakeQuant, None, None]:

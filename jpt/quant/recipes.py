@@ -17,6 +17,7 @@ from jpt.quant.products import quantized
 from jpt.quant.tensors import FakeQuant, Gradients, QTensor, quantize
 
 EVERYTHING = 'layers/**'
+NUMBERED = 'layers.'  # begins a pattern that names layers by their numbers, see jpt/quantization/by_layer.py
 KEEP = 'none'  # in place of a format, where a user names one: these weights stay as they are
 
 
@@ -102,9 +103,13 @@ def in_training(params: Any, formats: Mapping[str, Format], gradients: Gradients
 
     Raises:
         ImportError: gradients='te' where Transformer Engine is not.
+        ValueError: gradients='te' of experts.
     """
     if gradients == 'te':
         require()
+        experts = [path for path in formats if 'experts' in path.split('/')]
+        if experts:
+            raise ValueError(f"gradients='te': {experts[0]}: expected 'tensor', or a recipe that leaves experts out")
     return quantized_tree(params, formats, lambda _, weight, form: FakeQuant(weight, format=form, gradients=gradients))
 
 

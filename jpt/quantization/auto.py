@@ -14,6 +14,7 @@ from jpt.quant.recipes import KEEP, Given, Recipe, chosen, recipe_of
 from jpt.quantization.allocation import least
 from jpt.quantization.by_layer import NUMBERED
 from jpt.quantization.calibrated import calibrated_params
+from jpt.quantization.checks import check_measurable
 from jpt.quantization.inputs import weights_of
 from jpt.quantization.sensitivity import Group, by_gradient, by_kl, either, groups_by_layer
 from jpt.quantization.settings import AutoConfig, CalibrationConfig
@@ -75,7 +76,10 @@ def automatic(
     groups = groups_by_layer(model.config, covered)
     weights = weights_of(model.params, covered)
     sensitivity: dict[str, list[float]] = {KEEP: [0.0] * len(groups)}
-    fits = {name: _fitting(weights, name) for name in auto.formats}
+    fits = {name: fitting(weights, name) for name in auto.formats}
+    _check_budget(weights, auto)
+    for name in auto.formats:
+        check_measurable(model, fits[name], how)
     for name in auto.formats:
         if name != KEEP and fits[name]:
             say(f'sensitivity to {name}, by {auto.score}')
@@ -100,7 +104,7 @@ def _given(name: str) -> Given:
     return None if name == KEEP else name
 
 
-def _fitting(weights: Mapping[str, Any], name: str) -> dict[str, Format]:
+def fitting(weights: Mapping[str, Any], name: str) -> dict[str, Format]:
     """The format by path, for the weights that it takes."""
     found: dict[str, Format] = {}
     for path, weight in weights.items() if name != KEEP else ():
@@ -135,6 +139,14 @@ def _sensitivity(
     for at in fit:
         found[at] = float(sum(scores[path][groups[at].repeat] for path in groups[at].paths))
     return found
+
+
+def _check_budget(weights: Mapping[str, Any], auto: AutoConfig) -> None:
+    """Raises ValueError where every weight could stay as it is, so that nothing would be quantized."""
+    own = sum(_bits(weight, KEEP) * weight.shape[0] for weight in weights.values())
+    mean = own / sum(weight.size for weight in weights.values())
+    if KEEP in auto.formats and mean <= auto.bits:
+        raise ValueError(f'auto.bits={auto.bits}: expected less than the {mean:g} bits that weights have as they are')
 
 
 def _bits(weight: Any, name: str) -> float:

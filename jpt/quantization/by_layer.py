@@ -5,15 +5,14 @@ more segments (jpt/models/splitting.py), and the recipe becomes one of stacks.
 """
 
 import dataclasses
+import re
 
 from jpt.model import Model
 from jpt.models.splitting import places, restacked, split
 from jpt.quant.dot import is_weight
 from jpt.quant.formats import Format
 from jpt.quant.paths import paths, select
-from jpt.quant.recipes import Choice, Recipe, may_be_quantized
-
-NUMBERED = 'layers.'
+from jpt.quant.recipes import NUMBERED, Choice, Recipe, may_be_quantized
 
 
 def by_layer(model: Model, recipe: Recipe, place: str = 'recipe') -> tuple[Model, Recipe]:
@@ -34,6 +33,7 @@ def by_layer(model: Model, recipe: Recipe, place: str = 'recipe') -> tuple[Model
     everything = list(dict.fromkeys(path for each in layers.values() for both in each.values() for path in both))
     formats: dict[str, Format | None] = {}
     for at, (pattern, form) in enumerate(recipe):
+        _check_numbers(pattern, len(layers), f'{place}.{at}')
         covered = select([pattern], everything, f'{place}.{at}')
         for each in layers.values():
             formats |= {path: form for stack, path in each.values() if stack in covered or path in covered}
@@ -45,3 +45,12 @@ def by_layer(model: Model, recipe: Recipe, place: str = 'recipe') -> tuple[Model
             choices[f'layers/{segment}.{kind}/{name}'] = formats.get(path)
     made = dataclasses.replace(model, config=cfg, params=restacked(model.config, model.params, cfg))
     return made, tuple(Choice(path, form) for path, form in choices.items())
+
+
+def _check_numbers(pattern: str, count: int, place: str) -> None:
+    """Raises ValueError where a pattern names a layer that there is not, be it beside others that there are."""
+    named = re.match(r'layers\.(?:(\d+)|\{([\d,]+)\})/', pattern)
+    numbers = [] if named is None else [int(number) for number in (named[1] or named[2]).split(',') if number]
+    beyond = [number for number in numbers if number >= count]
+    if beyond:
+        raise ValueError(f'{place}: {pattern!r}: there is no layer {beyond[0]}: expected numbers from 0 to {count - 1}')

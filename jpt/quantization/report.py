@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jpt.kernels.low_precision import E4M3_MAX
+from jpt.quant.formats import name_of_format
 from jpt.quantization.auto_report import auto_json, show_auto
 from jpt.quantization.kv_cache import CacheReport
 from jpt.quantization.run import LayerReport, ModelReport, Quantized
@@ -60,7 +61,7 @@ def _show_layers(layers: Sequence[LayerReport], console: Console) -> None:
     for one in layers[:WORST]:
         snr = 'not measured' if one.snr is None else f'{one.snr:.1f} dB'
         values = f'{100 * one.error:.2f} %', snr, f'{100 * one.clipped:.3f} %', f'{one.amax:.4g}'
-        table.add_row(str(one.layer), short(one.path), one.format.element, *values)
+        table.add_row(str(one.layer), short(one.path), name_of_format(one.format), *values)
     console.print(table)
 
 

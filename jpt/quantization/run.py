@@ -23,7 +23,8 @@ from jpt.quant.statistics import CACHE
 from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
 from jpt.quantization.auto import Automatic
 from jpt.quantization.calibrated import calibrated_params
-from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts, weights_of
+from jpt.quantization.checks import check_cache, check_measurable
+from jpt.quantization.inputs import node_of, place_of, real_tokens, unseen_experts
 from jpt.quantization.kv_cache import CacheReport, with_cache
 from jpt.quantization.settings import CalibrationConfig, KVCache
 
@@ -95,8 +96,8 @@ def quantize_model(
         ValueError: a recipe that does not fit the model, or percentiles of the inputs of experts.
     """
     formats = formats_of(model, recipe, kv_cache)
-    _check_experts(formats, how)
-    _check_finite(model, formats)
+    check_measurable(model, formats, how)
+    check_cache(model.config, kv_cache, how, alone=not formats)
     if how.factors == 'smoothquant' and all(form.inputs == 'as_they_are' for form in formats.values()):
         raise ValueError("calibration.factors='smoothquant': no format of the recipe rounds inputs: expected 'awq'")
     cfg, compute = model.config, model.compute
@@ -130,25 +131,6 @@ def _unseen(cfg: ModelConfig, formats: Mapping[str, Format], statistics: Calibra
         for repeat, expert in experts:
             found.setdefault(cfg.layer_index(*place_of(path)[:2], repeat), set()).add(expert)
     return {layer: sorted(experts) for layer, experts in sorted(found.items())}
-
-
-def _check_finite(model: Model, formats: Mapping[str, Format]) -> None:
-    """Raises ValueError where a weight holds NaN or infinities, which codes would hide."""
-    for path, weight in weights_of(model.params, formats).items():
-        if not bool(_finite(weight)):
-            raise ValueError(f'{path}: holds NaN or infinities: expected finite weights')
-
-
-_finite = jax.jit(lambda weight: jnp.all(jnp.isfinite(weight)))
-
-
-def _check_experts(formats: Mapping[str, Format], how: CalibrationConfig) -> None:
-    for path, form in formats.items():
-        if 'experts' in path.split('/') and form.takes_input_scale and how.inputs == 'percentile':
-            raise ValueError(
-                f"calibration.inputs='percentile': {path}: there are no histograms by expert: expected 'max', or a "
-                f'format whose inputs are rounded per token or block (fp8_channel_token, fp8_block), or not at all'
-            )
 
 
 def layer_reports(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from jpt.checkpoint.shards import parse_size
 from jpt.config import ConfigError, require
 from jpt.quant.formats import FORMATS
-from jpt.quant.recipes import EVERYTHING, KEEP, Recipe, recipe_of
+from jpt.quant.recipes import EVERYTHING, KEEP, NUMBERED, Recipe, recipe_of
 
 # 'fp8': E4M3 with a scale that takes the largest |x| of a layer to 448; 'fp8_cast': with 1, as ModelOpt's fp8_cast.
 KVCache = Literal['as_it_is', 'fp8', 'fp8_cast']
@@ -98,6 +98,11 @@ class QuantizeConfig:
             parse_size(self.max_shard_size)
         except ValueError as error:
             raise ConfigError(type(self).__name__, 'max_shard_size', self.max_shard_size, str(error)) from error
+        default = type(self)
+        if self.to != 'hf':
+            require(self, 'max_shard_size', self.max_shard_size == default.max_shard_size, "its default, or to='hf'")
+        if not self.auto.formats:
+            require(self, 'auto', self.auto == AutoConfig(), 'auto.formats, of which one is chosen, or all defaults')
         if self.stream:
             self._check_stream()
 
@@ -113,6 +118,8 @@ class QuantizeConfig:
             'calibration.percentile': (how.percentile, (default.percentile,)),
             'calibration.alpha': (how.alpha, (default.alpha,)),
         }
+        numbers = [pattern for pattern, _ in self.recipe if pattern.startswith(NUMBERED)]
+        require(self, 'recipe', not numbers, 'patterns without numbers of layers with stream=True')
         for field in dataclasses.fields(TextConfig):
             wanted[f'text.{field.name}'] = getattr(self.text, field.name), (field.default,)
         for name, (value, allowed) in wanted.items():

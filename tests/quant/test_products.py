@@ -115,8 +115,8 @@ def test_a_token_does_not_see_the_others():
 
 def test_remat_keeps_what_kernels_multiply_as_it_keeps_products():
     """The blocks of a product are a loop on CPU: forward, and once more where its result is not kept."""
-    for name in ('fp8_block', 'fp8_block_weights'):
-        kernel = quantize(W[0], FORMATS[name])
+    packed = [quantize(W[0], FORMATS[name]) for name in ('fp8_block', 'fp8_block_weights')]
+    for kernel in (*packed, FakeQuant(W[0], format=FORMATS['fp8_block'])):
 
         def loops(policy, kernel=kernel):
             layer = jax.checkpoint(lambda x: jnp.tanh(dot(x, kernel)), policy=policy)

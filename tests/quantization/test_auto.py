@@ -21,7 +21,7 @@ from jpt.quantization.by_layer import by_layer
 from jpt.quantization.calibrated import calibrated_params
 from jpt.quantization.inputs import weights_of
 from jpt.quantization.sensitivity import by_gradient, by_kl, groups_by_layer
-from jpt.quantization.settings import AutoConfig, CalibrationConfig
+from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig
 
 ALL = (('layers/**', 'int8'),)
 
@@ -104,7 +104,7 @@ def test_a_recipe_names_layers_by_their_numbers():
     changed = {(0, 'mlp/down'): 'nvfp4', (2, 'mlp/down'): 'nvfp4'} | {(1, f'attn/{n}'): None for n in 'qkv'}
     assert found == {key: FORMATS.get(changed.get(key, 'int8')) for key in found}
     assert by_layer(model, recipe_of('int8')) == (model, recipe_of('int8'))
-    with pytest.raises(ValueError, match=r"recipe.1: the pattern 'layers.3/\*\*' matches nothing"):
+    with pytest.raises(ValueError, match=r"recipe.1: 'layers.3/\\*\\*': there is no layer 3: expected numbers from 0 to 2"):
         by_layer(model, recipe_of([('layers/**', 'int8'), ('layers.3/**', 'nvfp4')]))
 
 
@@ -154,6 +154,18 @@ def test_what_cannot_be_is_an_error():
     auto, how = AutoConfig(('int4_weights', 'int8')), CalibrationConfig(weights='weighted_mse')
     with pytest.raises(ValueError, match='not finite'):
         automatic(dataclasses.replace(model, params=bad), ALL, batches, auto, how)
+    with pytest.raises(ValueError, match=r'auto.bits=40: expected less than the 32 bits that weights have as they are'):
+        automatic(model, ALL, batches, AutoConfig(('nvfp4', 'none'), 40))
+    bad = jax.tree.map(lambda leaf: leaf, model.params)
+    up = bad['layers'][0][0]['mlp']['up']
+    up['kernel'] = up['kernel'].at[1, 0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match='mlp/up/kernel: holds NaN'):
+        automatic(dataclasses.replace(model, params=bad), ALL, batches, AutoConfig(('nvfp4',)))
+    with pytest.raises(ValueError, match='there is no layer 31: expected numbers from 0 to'):
+        by_layer(model, recipe_of([('layers.{0,31}/mlp/down', 'int8')]))
+    for settings in ({'auto': AutoConfig(bits=5.0)}, {'max_shard_size': '1MB'}):
+        with pytest.raises(ConfigError, match='default'):
+            QuantizeConfig(**settings)
     for wrong in ({'formats': ('fp7',)}, {'formats': ('none',)}, {'formats': ('int8', 'int8')}, {'bits': 0.0}):
         with pytest.raises(ConfigError):
             AutoConfig(**wrong)

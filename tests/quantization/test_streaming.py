@@ -22,7 +22,7 @@ from jpt.quant.formats import FORMATS, Format
 from jpt.quant.recipes import chosen, recipe_of
 from jpt.quantization import streaming
 from jpt.quantization.calibrated import quantized_params
-from jpt.quantization.settings import CalibrationConfig, QuantizeConfig, TextConfig
+from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig, TextConfig
 from jpt.quantization.streaming import QuantizedSource
 from jpt.quantize import quantize_files
 
@@ -236,6 +236,9 @@ def test_weights_that_are_no_numbers_are_named(tmp_path):
         ({'calibration': CalibrationConfig(weights='weighted_mse')}, "expected 'max' or 'mse' with stream=True"),
         ({'text': TextConfig(rows=3)}, r'text\.rows=3: expected 128 with stream=True'),
         ({'max_shard_size': '9 parrots'}, r"max_shard_size='9 parrots'"),
+        ({'recipe': (('layers.0/**', 'int8'),)}, 'without numbers of layers'),
+        ({'kv_cache': 'fp8'}, "kv_cache='fp8': expected 'as_it_is' with stream"),
+        ({'auto': AutoConfig(('int8',))}, r'auto\.formats=.*with stream=True'),
     ],
 )
 def test_settings_without_effect_are_refused(changes, words):

@@ -116,7 +116,7 @@ class ModelOpt:
             found, cached = other, cache
             fault = fault or _cache_fault(f'{place}.kv_cache_scheme', cache, _CACHE)
         every, by_name = found
-        return Said(lambda module, tensors: by_name.get(module, every), cached is not None, fault)
+        return Said(lambda module, tensors: by_name.get(module, every), cached is not None, fault, frozenset(by_name))
 
     def scheme(self, matrix: Matrix) -> Scheme:
         """How a matrix lies in this layout; ValueError with the reason where it has no place."""

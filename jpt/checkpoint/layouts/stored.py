@@ -232,11 +232,13 @@ class Said(NamedTuple):
         is not.
     cache: whether keys and values are kept in E4M3.
     cache_fault: why they are kept in a way that jpt does not know, where they are.
+    named: modules that the config names as quantized, one by one.
     """
 
     scheme_of: Callable[[str, Mapping[str, TensorSpec]], Scheme | None]
     cache: bool
     cache_fault: str | None = None
+    named: frozenset[str] = frozenset()
 
 
 class Written(NamedTuple):
