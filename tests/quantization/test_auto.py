@@ -104,7 +104,7 @@ def test_a_recipe_names_layers_by_their_numbers():
     changed = {(0, 'mlp/down'): 'nvfp4', (2, 'mlp/down'): 'nvfp4'} | {(1, f'attn/{n}'): None for n in 'qkv'}
     assert found == {key: FORMATS.get(changed.get(key, 'int8')) for key in found}
     assert by_layer(model, recipe_of('int8')) == (model, recipe_of('int8'))
-    with pytest.raises(ValueError, match=r"recipe.1: 'layers.3/\\*\\*': there is no layer 3: expected numbers from 0 to 2"):
+    with pytest.raises(ValueError, match=r'recipe.1: .* there is no layer 3: expected numbers from 0 to 2'):
         by_layer(model, recipe_of([('layers/**', 'int8'), ('layers.3/**', 'nvfp4')]))
 
 
