@@ -90,6 +90,8 @@ def overview(job: Job) -> str:
     if config.quantize is not None:
         recipe = ', '.join(f'{pattern} {form}' for pattern, form in config.quantize.recipe)
         lines.append(f'rounded  {recipe}; gradients {config.quantize.gradients}; ends with {config.quantize.result}')
+        if config.quantize.gradients == 'tensor' and config.compute.xla_flags != 'fp8':
+            lines.append('         on Hopper its products are those of eight bits with compute.xla_flags=fp8 only')
     for (name, teacher), share in zip(config.named_teachers().items(), config.teacher_shares(), strict=True):
         if name not in job.models:  # what it said is recorded
             continue

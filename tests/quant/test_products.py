@@ -11,6 +11,7 @@ from jpt.quant.dot import dot, grouped_dot
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.products import round_inputs
 from jpt.quant.tensors import FakeQuant, QTensor, quantize
+from jpt.sharding.stages import keep_parts
 
 TOKENS, OUT, IN, EXPERTS = 5, 40, 160, 3
 SIZES = np.array([2, 0, 3], np.int32)  # rows of each expert
@@ -123,6 +124,23 @@ def test_remat_keeps_what_kernels_multiply_as_it_keeps_products():
             return str(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(X)).count('scan[')
 
         assert (loops(remat_policy('dots')), loops(remat_policy('full'))) == (1, 2)
+
+
+def test_nothing_that_is_made_of_a_rounded_weight_is_kept_for_the_backward_pass(capsys):
+    """By the policy of layers whose weights `fsdp` gathers, which keeps what has three axes: blocks of weights have."""
+    weight, x = jnp.ones((384, 256)), jnp.ones((2, 16, 256))
+    for name in ('fp8_block', 'nvfp4_weights'):
+
+        def product(weight, x, name=name):
+            return jnp.tanh(dot(2 * x, FakeQuant(1 * weight, format=FORMATS[name])))
+
+        jax.ad_checkpoint.print_saved_residuals(
+            jax.checkpoint(product, policy=keep_parts({'kernel': weight})), weight, x
+        )
+    kept = [line.split(']')[0] for line in capsys.readouterr().out.splitlines()]
+    activations = {'f32[2,16,256', 'f32[2,16,384'}
+    assert set(kept) == activations | {'f32[384,256'}
+    assert kept.count('f32[384,256') == 2  # the argument itself, of each format
 
 
 def test_inputs_without_calibration_are_refused():
