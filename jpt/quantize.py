@@ -12,12 +12,13 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 from rich.console import Console
 
@@ -31,6 +32,7 @@ from jpt.checkpoint.source import LeafSource, assembled, leaves_of
 from jpt.checkpoint.tree import name_of
 from jpt.config import from_config_dict
 from jpt.convert import bytes_written, peak_memory, progress, size_text
+from jpt.data.batch import Batch
 from jpt.evaluation.text import Text, batches_from
 from jpt.model import Model
 from jpt.models.names import get, leaves, put
@@ -44,6 +46,7 @@ from jpt.quantization.inputs import weights_of
 from jpt.quantization.run import Quantized, formats_of, quantize_model
 from jpt.quantization.settings import QuantizeConfig
 from jpt.quantization.streaming import QuantizedSource
+from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 
 
 def quantize(config: QuantizeConfig, output: str | Path, console: Console | None = None) -> Quantized:
@@ -54,7 +57,22 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     """
     console = console or Console(width=160)
     check_absent(output)
-    model = jpt.load(config.model, dtype=config.dtype)
+    mesh = None if config.mesh is None else make_mesh(config.mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        made = _measured(jpt.load(config.model, mesh=mesh, dtype=config.dtype), config, console)
+    report.show(made, console)
+    with _whole(output) as fresh:
+        if config.to == 'hf':
+            made.model.export(fresh, max_shard_size=config.max_shard_size)
+        else:
+            made.model.save(fresh)
+        report.write(made, fresh)
+    console.print(f'saved {output}, with {report.JSON_FILE} and {report.PLOT_FILE}')
+    return made
+
+
+def _measured(model: Model, config: QuantizeConfig, console: Console) -> Quantized:
+    """The quantized model with its report, where the model lies."""
     if not model.config.causal:
         raise ValueError(
             f'config.model={config.model}: {model.config.family} is an encoder: expected one that predicts text'
@@ -66,22 +84,23 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
         _check_candidates(model, config)
     text = config.text
     windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
-    calibration, held_out = batches_from(model, windows)
+    calibration, held_out = (_placed(model.mesh, batches) for batches in batches_from(model, windows))
     if config.auto.formats:
         auto = automatic(model, config.recipe, calibration, config.auto, config.calibration, console.print)
         model, recipe = _ready(model, auto.choices(), config)
     made = quantize_model(
         model, recipe, calibration, held_out, config.calibration, lambda line: console.print(line), config.kv_cache
-    )._replace(auto=auto)
-    report.show(made, console)
-    with _whole(output) as fresh:
-        if config.to == 'hf':
-            made.model.export(fresh, max_shard_size=config.max_shard_size)
-        else:
-            made.model.save(fresh)
-        report.write(made, fresh)
-    console.print(f'saved {output}, with {report.JSON_FILE} and {report.PLOT_FILE}')
-    return made
+    )
+    return made._replace(auto=auto)
+
+
+def _placed(mesh: Mesh | None, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches with their rows over a mesh."""
+    if mesh is None:
+        return list(batches)
+    rows, length = batches[0].tokens.shape
+    check_batch(mesh, rows, length, 1)
+    return [jax.device_put(batch, batch_shardings(mesh, batch)) for batch in batches]
 
 
 def quantize_files(config: QuantizeConfig, output: str | Path, console: Console | None = None) -> report.Streamed:

@@ -13,9 +13,11 @@ from jpt.model import Model
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
 from jpt.quant.formats import FORMATS
+from jpt.quant.paths import paths
 from jpt.quant.tensors import QTensor
 from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig, TextConfig
 from jpt.quantize import quantize
+from jpt.sharding.mesh import MeshConfig
 
 TEACHER = pathlib.Path(__file__).resolve().parents[1] / 'jpt' / 'assets' / 'quickstart_teacher'
 SMALL = {
@@ -118,6 +120,23 @@ def test_nothing_is_overwritten_and_nothing_is_quantized_twice(checkpoint, tmp_p
     quantize(given, tmp_path / 'one')
     with pytest.raises(ValueError, match='is a QTensor: expected weights as they are; ask for a dtype'):
         quantize(dataclasses.replace(given, model=str(tmp_path / 'one')), tmp_path / 'two')
+
+
+def test_on_a_mesh_it_is_what_it_is_on_one_device(checkpoint, tmp_path):
+    given = settings(checkpoint, tmp_path, recipe=(('layers/**', 'fp8_tensor'),), kv_cache='fp8')
+    alone = quantize(given, tmp_path / 'alone')
+    mesh = MeshConfig(pipe=2, data=2, tensor=2)
+    spread = quantize(dataclasses.replace(given, mesh=mesh), tmp_path / 'spread')
+    assert spread.models[1].loss == pytest.approx(alone.models[1].loss, rel=1e-3)
+    assert spread.models[1].bytes == alone.models[1].bytes
+    one, other = (jpt.load(tmp_path / name).params for name in ('alone', 'spread'))
+    for path, x, y in zip(paths(one), jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if path.endswith(('input_scale', 'k_scale', 'v_scale')):  # of sums in another order
+            np.testing.assert_allclose(x, y, rtol=1e-4)
+        else:
+            np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+    with pytest.raises(ValueError, match=r'batch size 2 is not a multiple of data=8'):
+        quantize(dataclasses.replace(given, mesh=MeshConfig()), tmp_path / 'out')
 
 
 def test_formats_by_layer_under_a_budget(checkpoint, tmp_path):

@@ -7,6 +7,7 @@ from jpt.checkpoint.shards import parse_size
 from jpt.config import ConfigError, require
 from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import EVERYTHING, KEEP, NUMBERED, Recipe, recipe_of
+from jpt.sharding.mesh import MeshConfig
 
 # 'fp8': E4M3 with a scale that takes the largest |x| of a layer to 448; 'fp8_cast': with 1, as ModelOpt's fp8_cast.
 KVCache = Literal['as_it_is', 'fp8', 'fp8_cast']
@@ -82,6 +83,8 @@ class QuantizeConfig:
     auto: AutoConfig = AutoConfig()
     # Of keys and values; where they are quantized, a recipe may leave all weights as they are.
     kv_cache: KVCache = 'as_it_is'
+    # Where the model lies: weights as in training, but `pipe` divides the vocabulary alone; None: on one device.
+    mesh: MeshConfig | None = None
     to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
     text: TextConfig = TextConfig()
     # From files to files, a piece of a weight in memory at a time: for a model larger than memory. No text is read and
@@ -112,6 +115,7 @@ class QuantizeConfig:
         wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
             'kv_cache': (self.kv_cache, ('as_it_is',)),
             'auto.formats': (self.auto.formats, ((),)),
+            'mesh': (self.mesh, (None,)),
             'calibration.factors': (how.factors, ('none',)),
             'calibration.inputs': (how.inputs, ('max',)),
             'calibration.weights': (how.weights, ('max', 'mse')),
