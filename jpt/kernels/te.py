@@ -8,6 +8,7 @@ it is said before a step is compiled.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -29,6 +30,17 @@ def require() -> None:
       ImportError: it is not there, or not for JAX, or one of NVIDIA's libraries is missing; says what to install.
     """
     _module('dense')
+    _without_meshes()
+
+
+@functools.cache
+def _without_meshes():
+    """Tells Transformer Engine once that no mesh is divided; it asks when it is traced and when it is lowered, so the
+    context that says so stays open until the process ends."""
+    sharding = _module('sharding')
+    context = sharding.global_shard_guard(sharding.MeshResource())
+    context.__enter__()
+    return context
 
 
 def tensor_dot(x, weight_OI):
@@ -44,6 +56,7 @@ def tensor_dot(x, weight_OI):
     sizes = mesh_axes(AxisType.Auto) | mesh_axes(AxisType.Manual)
     if sizes:
         raise ValueError(f"gradients='te' on a mesh {sizes}: expected one device, or gradients='tensor'")
+    _without_meshes()
     recipe = importlib.import_module('transformer_engine.common.recipe').Float8CurrentScaling()
     quantizers = _module('quantize').QuantizerFactory.create_set(fp8_recipe=recipe)
     contract = (x.ndim - 1,), (0,)

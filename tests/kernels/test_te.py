@@ -1,5 +1,6 @@
 """Transformer Engine as far as it goes without one: what is said where it is absent, and what it would be handed."""
 
+import contextlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -8,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpt.kernels.te import require
+from jpt.kernels.te import _without_meshes, require
 from jpt.quant.dot import dot, grouped_dot
 from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import in_training
 from jpt.quant.tensors import FakeQuant
 from jpt.training.settings import FakeQuantConfig
 
-MODULES = ('', '.common', '.common.recipe', '.jax', '.jax.dense', '.jax.quantize')
+MODULES = ('', '.common', '.common.recipe', '.jax', '.jax.dense', '.jax.quantize', '.jax.sharding')
 
 
 @pytest.fixture
@@ -52,9 +53,13 @@ def stand_in(monkeypatch):
     modules['.common.recipe'].Float8CurrentScaling = lambda: 'current'
     modules['.jax.dense'].dense = dense
     modules['.jax.quantize'].QuantizerFactory = SimpleNamespace(create_set=lambda fp8_recipe: fp8_recipe)
+    modules['.jax.sharding'].MeshResource = lambda: 'no mesh'
+    modules['.jax.sharding'].global_shard_guard = lambda resource: contextlib.nullcontext(calls.append(resource))
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, f'transformer_engine{name}', module)
-    return calls
+    _without_meshes.cache_clear()
+    yield calls
+    _without_meshes.cache_clear()
 
 
 def test_a_product_is_handed_over(stand_in):
@@ -65,7 +70,8 @@ def test_a_product_is_handed_over(stand_in):
     dfake = jax.grad(lambda fake: dot(jnp.asarray(x), fake).sum())(fake)
     np.testing.assert_allclose(dfake.weight, np.tile(x.sum((0, 1)), (5, 1)), rtol=1e-5, atol=1e-5)
     assert dot(jnp.asarray(x, jnp.bfloat16), fake).dtype == jnp.bfloat16
-    assert stand_in[0] == ((8, 5), jnp.float32, 'current')
+    assert stand_in[:2] == ['no mesh', ((8, 5), jnp.float32, 'current')]
+    assert stand_in.count('no mesh') == 1
     assert stand_in[-1] == ((8, 5), jnp.bfloat16, 'current')
 
 
