@@ -24,6 +24,17 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 SHARED = ROOT.parent / 'shared'
+MAPS = pathlib.Path('/proc/self/maps')
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope='module', autouse=True)
+def room_for_programs():
+    """Frees compiled programs between modules when there are many: each has several memory maps, of which Linux gives a
+    process 65,530; beyond them XLA crashes."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b'\n') > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope='session')
