@@ -80,8 +80,9 @@ def test_experts_and_meshes_are_refused(stand_in):
     with pytest.raises(ValueError, match="experts with gradients='te': expected 'tensor'"):
         grouped_dot(jnp.ones((3, 4)), fake, jnp.array([1, 2], jnp.int32))
     one = FakeQuant(jnp.ones((4, 4)), format=FORMATS['fp8_tensor'], gradients='te')
+    x, mesh = jnp.ones((3, 4)), jax.sharding.AbstractMesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     with (
-        jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ('data',))),
+        jax.sharding.use_abstract_mesh(mesh),
         pytest.raises(ValueError, match=r"on a mesh \{'data': 2\}: expected one device"),
     ):
-        jax.eval_shape(dot, jnp.ones((3, 4)), one)
+        jax.eval_shape(dot, x, one)
