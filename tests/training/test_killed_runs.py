@@ -40,7 +40,7 @@ def a_moment(chance, workdir):
 
     def writing():
         found = [path for path in workdir.glob('checkpoints/*tmp*') if int(path.name.split('.')[0]) >= later]
-        return bool(found) and sum(1 for _ in found[0].rglob('*')) >= files
+        return bool(found) and processes.entries(found[0]) >= files
 
     return f'{files} files of save {later}', lambda: writing() or (workdir / 'checkpoints' / str(later + 1)).exists()
 
