@@ -69,8 +69,7 @@ def mixture(
     Differentiable in x, weights and kernels.
 
     Args:
-      run: the experts: (kernels, Rows) -> [M, D], or another width and dtype, of the mixture then; 0 for rows that are
-        nobody's.
+      run: the experts: (kernels, Rows) -> [M, D], or another width and dtype, of all then; 0 for rows of nobody.
       ids_BTJ: int32, from 0 to count; `count` itself stands for no expert.
       weights_BTJ: in the dtype of x.
       kernels: by a name of SPECS, [E, out, in] or [E, out], a shard's own experts where `expert` is manual.

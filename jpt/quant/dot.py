@@ -18,7 +18,7 @@ from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.local_products import Pieces
 from jpt.quant.producers import Deferred, dense_of
 from jpt.quant.products import quantized, quantized_dot, quantized_grouped_dot
-from jpt.quant.tensors import FakeQuant, QTensor, dequantize
+from jpt.quant.tensors import FakeQuant, OverBase, QTensor, dequantize
 from jpt.quant.tried import Tried, tried_dot
 
 Array = jax.Array | np.ndarray
@@ -26,7 +26,7 @@ Array = jax.Array | np.ndarray
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraKernel:
+class LoraKernel(OverBase):
     """A weight and a low-rank addition to it: base + scale * b a (Hu et al. 2021, arXiv:2106.09685, equation 3).
 
     `base` [out, in] is itself any weight, `a` [rank, in], `b` [out, rank]; all may carry the same leading repeats axis.
@@ -36,18 +36,6 @@ class LoraKernel:
     a: Array
     b: Array
     scale: float = dataclasses.field(metadata={'static': True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.base.ndim
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
 
 
 @jax.tree_util.register_dataclass

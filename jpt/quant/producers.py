@@ -8,6 +8,7 @@ was made is kept with the producer, for the trace that it lives in.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -31,7 +32,7 @@ def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deferred:
+class Deferred(abc.ABC):
     """An input of linear layers [..., in]."""
 
     def __post_init__(self) -> None:
@@ -65,11 +66,13 @@ class Deferred:
         return rounded(partial(quantize_rows, scale=scale), (lax.stop_gradient(self.dense()),), where)
 
     @property
+    @abc.abstractmethod
     def _like(self) -> jax.Array:
-        raise NotImplementedError
+        """An array of the shape and dtype of `dense`."""
 
+    @abc.abstractmethod
     def _dense(self) -> jax.Array:
-        raise NotImplementedError
+        """What `dense` keeps."""
 
 
 @jax.tree_util.register_dataclass

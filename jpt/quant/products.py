@@ -134,11 +134,11 @@ def _forward(
         few = weight_only_product(x, jnp.asarray(weight.codes), jnp.asarray(weight.scale), where)
         return checkpoint_name(few, PRODUCT)
     if rounded is None:
-        return _plain(x, dequantize(weight).astype(x.dtype), sizes_E)
+        return plain_product(x, dequantize(weight).astype(x.dtype), sizes_E)
     if where:
         return _by_kernels(x, rounded, weight, sizes_E, where)
     if sizes_E is not None or weight.format.columns or weight.format.packed:
-        return _plain(_dense(rounded), numbers_of(weight), sizes_E).astype(x.dtype)
+        return plain_product(_dense(rounded), numbers_of(weight), sizes_E).astype(x.dtype)
     # One scale for all of `in` on both sides: codes are multiplied as they are, which tensor cores do.
     exact = jnp.int32 if weight.format.element == 'int8' else jnp.float32
     contract = ((rounded.ndim - 2,), (1,)), ((), ())
@@ -197,7 +197,7 @@ def _operand(codes: jax.Array) -> jax.Array:
     return codes.astype(jnp.float32) if codes.dtype == low.E4M3 and platform() == 'cpu' else codes
 
 
-def _plain(x: jax.Array, weight: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
+def plain_product(x: jax.Array, weight: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
     """The product of arrays of one dtype, in that dtype."""
     if sizes_E is not None:
         return grouped_matmul(x, weight, sizes_E)
@@ -242,7 +242,7 @@ def _backward(
     else:
         rounded = round_inputs(scaled, weight.format, _per_row(weight.input_scale, sizes_E, x), where)
         seen = scaled if rounded is None else _dense(rounded).astype(x.dtype)
-        _, pull = jax.vjp(lambda x, w: _plain(x, w, sizes_E), seen, dequantize(weight).astype(x.dtype))
+        _, pull = jax.vjp(lambda x, w: plain_product(x, w, sizes_E), seen, dequantize(weight).astype(x.dtype))
         dx, dweight = pull(dy)
     if weight.input_factor is not None:
         dx = _times_factor(dx, weight.input_factor, sizes_E)

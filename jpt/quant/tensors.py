@@ -135,6 +135,24 @@ def _ways(axes: Any, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(name, 1) for name in names)
 
 
+class OverBase:
+    """A weight type that has the shape and dtype of another weight, its `base`."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FakeQuant:

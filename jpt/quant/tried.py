@@ -12,16 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jpt.kernels.grouped_matmul import grouped_matmul
-from jpt.quant.products import quantized_dot, quantized_grouped_dot
-from jpt.quant.tensors import Array, QTensor
+from jpt.quant.products import plain_product, quantized_dot, quantized_grouped_dot
+from jpt.quant.tensors import Array, OverBase, QTensor
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tried:
+class Tried(OverBase):
     """A weight [..., out, in] and what is tried in its place.
 
     on: [] or [R] of a stack, bool: compute with `other`.
@@ -34,18 +32,6 @@ class Tried:
     on: Array
     score: Array
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.base.ndim
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
 
 def tried_dot(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> jax.Array:
     """x [..., in] times a kernel [out, in]; with `sizes_E` rows by group, see `dot.grouped_dot`."""
@@ -53,10 +39,7 @@ def tried_dot(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> 
 
 
 def _as_it_is(x: jax.Array, base: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
-    base = base.astype(x.dtype)
-    if sizes_E is not None:
-        return grouped_matmul(x, base, sizes_E)
-    return jax.lax.dot_general(x, base, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    return plain_product(x, base.astype(x.dtype), sizes_E)
 
 
 def _instead(x: jax.Array, other: QTensor, sizes_E: jax.Array | None) -> jax.Array:
