@@ -10,14 +10,14 @@ import numpy as np
 
 from jpt.data.batch import Batch
 from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment, StateSpace, runs_of
-from jpt.models.transformer import forward, init, unembed
+from jpt.models.transformer import Forward, forward, init, unembed
 from jpt.sharding.grads import loss_and_grads
 from jpt.sharding.layout import to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
 from jpt.sharding.plan import make_plan
 from jpt.sharding.rules import shardings
 from jpt.training.auxiliary import Auxiliary
-from jpt.training.freeze import partition
+from jpt.training.freeze import merge, partition
 from jpt.training.objective import language_modeling
 from jpt.training.settings import RouterConfig
 
@@ -118,17 +118,33 @@ def make_batch(vocab: int, dtype: Any = np.float64) -> Batch:
     return Batch(tokens, targets, mask, positions, segments)
 
 
+def whole_loss(cfg: ModelConfig, params: Any, batch: Batch, dtype: str = 'float64') -> tuple[jax.Array, Forward]:
+    """Cross-entropy from whole logits, without jpt.sharding, and the pass that it comes from."""
+    inputs = batch.tokens, batch.positions, batch.segment_ids
+    result = forward(cfg, params, *inputs, compute=Compute(dtype, attention='dense'))
+    logp = jax.nn.log_softmax(unembed(cfg, params, result.hidden_BTD))
+    chosen = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+    return -jnp.sum(chosen * batch.loss_mask) / jnp.sum(batch.loss_mask), result
+
+
+def whole_step(cfg: ModelConfig, params: Any, frozen: Any, dtype: str = 'float64') -> tuple[float, Any]:
+    """Cross-entropy and its gradients for `params` on one device, without jpt.sharding."""
+    batch = make_batch(cfg.vocab_size, dtype)
+
+    def loss(params):
+        return whole_loss(cfg, merge(params, frozen), batch, dtype)[0]
+
+    total, grads = jax.jit(jax.value_and_grad(loss))(params)
+    return float(total), jax.tree.map(np.asarray, grads)
+
+
 @functools.cache
 def reference(model: str) -> tuple[float, Any, float]:
     """Loss, gradients and cross-entropy in float64 from whole logits on one device, without jpt.sharding."""
     cfg, batch = MODELS[model], make_batch(MODELS[model].vocab_size)
-    compute = Compute('float64', attention='dense')
 
     def loss(params):
-        result = forward(cfg, params, batch.tokens, batch.positions, batch.segment_ids, compute=compute)
-        logp = jax.nn.log_softmax(unembed(cfg, params, result.hidden_BTD))
-        chosen = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        ce = -jnp.sum(chosen * batch.loss_mask) / jnp.sum(batch.loss_mask)
+        ce, result = whole_loss(cfg, params, batch)
         if cfg.experts is None:
             return ce, ce
         router, balance = ROUTERS[model], result.router.balance
@@ -168,23 +184,22 @@ def step_on(
     frozen: tuple[str, ...] = (),
 ) -> Step:
     """One training step on eight devices."""
-    cfg, devices = MODELS[model], make_mesh(mesh)
+    cfg = MODELS[model]
     objective = language_modeling(cfg, Compute(dtype, remat), Auxiliary(ROUTERS.get(model, RouterConfig())))
-    whole = jax.tree.map(lambda leaf: leaf.astype(dtype), canonical_params(model))
-    params, rest = partition(whole, frozen)
-    plan = make_plan(
-        devices,
-        {'model': cfg},
-        params,
-        {'model': rest},
-        num_microbatches=microbatches,
-        chunks=chunks,
-        schedule=schedule,
-        dtype=dtype,
-    )
+    params, rest = partition(jax.tree.map(lambda leaf: leaf.astype(dtype), canonical_params(model)), frozen)
+    pipeline = {'num_microbatches': microbatches, 'chunks': chunks, 'schedule': schedule}
+    return run_step(cfg, objective, params, rest, mesh, dtype, **pipeline)
+
+
+def run_step(
+    cfg: ModelConfig, objective: Any, params: Any, frozen: Any, mesh: MeshConfig, dtype: str, **pipeline: Any
+) -> Step:
+    """One step of canonical parameters on eight devices; `pipeline`: other arguments of make_plan."""
+    devices = make_mesh(mesh)
+    plan = make_plan(devices, {'model': cfg}, params, {'model': frozen}, dtype=dtype, **pipeline)
     place = functools.partial(to_device_layout, plan.layouts['model'])
     params = jax.device_put(place(params), shardings(devices, plan.specs))
-    kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}
+    kept = {'model': jax.device_put(place(frozen), shardings(devices, plan.frozen_specs['model']))}
     batch = make_batch(cfg.vocab_size, dtype)
     batch = jax.device_put(batch, batch_shardings(devices, batch))
     run = jax.jit(lambda params, kept, batch: loss_and_grads(objective, params, kept, batch, plan))

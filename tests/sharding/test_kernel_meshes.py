@@ -3,22 +3,17 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from sharded_steps import make_batch, worst_error
+from sharded_steps import make_batch, run_step, whole_step, worst_error
 
 from jpt.kernels import local_products
 from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import forward, init, unembed
 from jpt.quant.recipes import chosen, quantized_tree, recipe_of
 from jpt.quant.tensors import FakeQuant
-from jpt.sharding.grads import loss_and_grads
-from jpt.sharding.layout import to_canonical_layout, to_device_layout
-from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
-from jpt.sharding.plan import make_plan
-from jpt.sharding.rules import shardings
-from jpt.training.freeze import merge, partition
+from jpt.sharding.mesh import MeshConfig, make_mesh
+from jpt.training.freeze import partition
 from jpt.training.objective import language_modeling
 
 DENSE = LayerKind(Rope(), None, 256)
@@ -48,22 +43,6 @@ def quantized(model, fake):
     return jax.jit(lambda params: quantized_tree(params, formats))(params)
 
 
-def wanted(model, fake):
-    """Loss and gradients from whole logits on one device, without jpt.sharding, and the products that its trace had."""
-    cfg, batch = MODELS[model], make_batch(54, np.float32)
-    params, frozen = partition(quantized(model, fake), ())
-
-    def loss(params):
-        whole = merge(params, frozen)
-        inputs = batch.tokens, batch.positions, batch.segment_ids
-        hidden = forward(cfg, whole, *inputs, compute=Compute(attention='dense')).hidden_BTD
-        logp = jax.nn.log_softmax(unembed(cfg, whole, hidden))
-        picked = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        return -jnp.sum(picked * batch.loss_mask) / jnp.sum(batch.loss_mask)
-
-    return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
-
-
 @pytest.mark.parametrize(
     ('model', 'mesh', 'microbatches', 'fake'),
     [
@@ -79,30 +58,17 @@ def test_a_step_with_kernels_on_shards(model, mesh, microbatches, fake, monkeypa
     for name in ('block_matmul', 'grouped_block_matmul'):
         real = getattr(local_products, name)
         monkeypatch.setattr(local_products, name, lambda *given, real=real: used.append(given[2].shape) or real(*given))
-    loss, gradients = wanted(model, fake)
+    cfg, (params, frozen) = MODELS[model], partition(quantized(model, fake), ())
+    loss, gradients = whole_step(cfg, params, frozen, 'float32')
     used.clear()
-    total, found = on_mesh(model, mesh, microbatches, fake)
-    np.testing.assert_allclose(total, float(loss), rtol=1e-4)
-    assert worst_error(found, gradients) < 2e-3
+    objective = language_modeling(cfg, Compute())
+    step = run_step(cfg, objective, params, frozen, mesh, 'float32', num_microbatches=microbatches)
+    np.testing.assert_allclose(step.total, loss, rtol=1e-4)
+    assert worst_error(step.grads, gradients) < 2e-3
     # Every product is one of a shard's own part of a weight: half of its heads, of its MLP's width, of its experts.
     attention = {(256, 128), (128, 128), (128, 256)}
     mlp = {(128, 128)} if model == 'dense' else {(2, 128, 128)}
     assert set(used) == attention | mlp
-
-
-def on_mesh(model, mesh, microbatches, fake):
-    """Loss and gradients of one step on eight devices."""
-    cfg, devices = MODELS[model], make_mesh(mesh)
-    params, rest = partition(quantized(model, fake), ())
-    plan = make_plan(devices, {'model': cfg}, params, {'model': rest}, num_microbatches=microbatches, dtype='float32')
-    place = functools.partial(to_device_layout, plan.layouts['model'])
-    kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}
-    batch = make_batch(cfg.vocab_size, np.float32)
-    batch = jax.device_put(batch, batch_shardings(devices, batch))
-    objective = language_modeling(cfg, Compute())
-    run = jax.jit(lambda params, kept, batch: loss_and_grads(objective, params, kept, batch, plan))
-    total, grads, _ = run(jax.device_put(place(params), shardings(devices, plan.specs)), kept, batch)
-    return float(total), to_canonical_layout(plan.layouts['model'], jax.tree.map(np.asarray, grads))
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sharded_steps import MODELS, canonical_params, make_batch, worst_error
+from sharded_steps import MODELS, canonical_params, make_batch, run_step, whole_loss, whole_step, worst_error
 
 from jpt.model import Model
 from jpt.models.config import Compute
 from jpt.models.transformer import forward, unembed
-from jpt.sharding.grads import loss_and_grads
-from jpt.sharding.layout import make_layout, to_canonical_layout, to_device_layout
-from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
-from jpt.sharding.plan import make_plan
+from jpt.sharding.layout import make_layout, to_device_layout
+from jpt.sharding.mesh import MeshConfig, make_mesh
 from jpt.sharding.rules import Rules, param_specs, shardings, units_of
 from jpt.training.freeze import merge, partition
 from jpt.training.objective import language_modeling
@@ -40,22 +38,10 @@ def parameters():
 
 @functools.cache
 def wanted():
-    """Loss and gradients from whole logits on one device, without jpt.sharding."""
-    batch = make_batch(CFG.vocab_size)
-    params, frozen = parameters()
-
-    def loss(params, cfg):
-        inputs = batch.tokens, batch.positions, batch.segment_ids
-        whole = merge(params, frozen)
-        hidden = forward(cfg, whole, *inputs, compute=Compute('float64', attention='dense')).hidden_BTD
-        logp = jax.nn.log_softmax(unembed(cfg, whole, hidden))
-        picked = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        return -jnp.sum(picked * batch.loss_mask) / jnp.sum(batch.loss_mask)
-
+    """Loss and gradients of one device, without jpt.sharding; the loss where keys and values are not rounded."""
     with jax.enable_x64(True):
-        plain = jax.jit(lambda params: loss(params, MODELS['mixed']))(params)
-        found = jax.jit(jax.value_and_grad(lambda params: loss(params, CFG)))(params)
-        return jax.tree.map(np.asarray, (*found, plain))
+        plain = jax.jit(lambda params: whole_loss(MODELS['mixed'], params, make_batch(CFG.vocab_size))[0])
+        return *whole_step(CFG, *parameters()), float(plain(merge(*parameters())))
 
 
 @pytest.mark.parametrize(
@@ -66,22 +52,13 @@ def wanted():
 def test_loss_and_gradients(mesh, microbatches):
     loss, gradients, plain = wanted()
     assert abs(loss - plain) > 1e-4  # rounding does something
-    devices = make_mesh(mesh)
     params, rest = parameters()
     assert len(jax.tree.leaves(rest)) == 2 * len(CFG.segments[0].kinds) + 2  # the scales alone, of both segments
+    objective = language_modeling(CFG, Compute('float64'))
     with jax.enable_x64(True):
-        plan = make_plan(
-            devices, {'model': CFG}, params, {'model': rest}, num_microbatches=microbatches, dtype='float64'
-        )
-        place = functools.partial(to_device_layout, plan.layouts['model'])
-        kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}
-        batch = make_batch(CFG.vocab_size)
-        batch = jax.device_put(batch, batch_shardings(devices, batch))
-        objective = language_modeling(CFG, Compute('float64'))
-        run = jax.jit(lambda params, kept, batch: loss_and_grads(objective, params, kept, batch, plan))
-        total, grads, _ = run(jax.device_put(place(params), shardings(devices, plan.specs)), kept, batch)
-    np.testing.assert_allclose(float(total), float(loss), rtol=1e-7)
-    assert worst_error(to_canonical_layout(plan.layouts['model'], jax.tree.map(np.asarray, grads)), gradients) < 1e-5
+        step = run_step(CFG, objective, params, rest, mesh, 'float64', num_microbatches=microbatches)
+    np.testing.assert_allclose(step.total, loss, rtol=1e-7)
+    assert worst_error(step.grads, gradients) < 1e-5
 
 
 def test_a_divided_cache_gives_the_text_of_one_device():

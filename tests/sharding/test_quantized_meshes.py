@@ -6,21 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sharded_steps import MODELS, canonical_params, make_batch, worst_error
+from sharded_steps import MODELS, canonical_params, make_batch, run_step, whole_step, worst_error
 
 from jpt.models.config import Compute
-from jpt.models.transformer import forward, unembed
+from jpt.models.transformer import forward
 from jpt.quant.dot import is_weight
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.paths import map_with_path
 from jpt.quant.recipes import chosen, in_training, quantized_tree, recipe_of
 from jpt.quant.tensors import quantize
-from jpt.sharding.grads import loss_and_grads
-from jpt.sharding.layout import to_canonical_layout, to_device_layout
-from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
-from jpt.sharding.plan import make_plan
+from jpt.sharding.mesh import MeshConfig, make_mesh
 from jpt.sharding.rules import Rules, param_specs, shardings, units_of
-from jpt.training.freeze import merge, partition
+from jpt.training.freeze import partition
 from jpt.training.objective import language_modeling
 
 # Of 24 rows over two shards blocks of 8 are not whole, those of 4 columns are.
@@ -59,20 +56,9 @@ def in_float64(tree):
 
 @functools.cache
 def wanted(model, fake):
-    """Loss and gradients from whole logits on one device, without jpt.sharding."""
-    cfg, batch = MODELS[model], make_batch(MODELS[model].vocab_size)
-    params, frozen = partition(in_float64(quantized(model, fake)), ())
-
-    def loss(params):
-        whole = merge(params, frozen)
-        inputs = batch.tokens, batch.positions, batch.segment_ids
-        hidden = forward(cfg, whole, *inputs, compute=Compute('float64', attention='dense')).hidden_BTD
-        logp = jax.nn.log_softmax(unembed(cfg, whole, hidden))
-        picked = jnp.take_along_axis(logp, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
-        return -jnp.sum(picked * batch.loss_mask) / jnp.sum(batch.loss_mask)
-
+    """Loss and gradients of one device, without jpt.sharding."""
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(params))
+        return whole_step(MODELS[model], *partition(in_float64(quantized(model, fake)), ()))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +88,12 @@ def wanted(model, fake):
 )
 def test_loss_and_gradients(model, mesh, microbatches, fake):
     loss, gradients = wanted(model, fake)
+    cfg, (params, frozen) = MODELS[model], partition(in_float64(quantized(model, fake)), ())
+    objective = language_modeling(cfg, Compute('float64'))
     with jax.enable_x64(True):
-        total, found = on_mesh(model, mesh, microbatches, fake)
-    np.testing.assert_allclose(total, float(loss), rtol=1e-7)
+        step = run_step(cfg, objective, params, frozen, mesh, 'float64', num_microbatches=microbatches)
+    found = step.grads
+    np.testing.assert_allclose(step.total, loss, rtol=1e-7)
     if (model, fake) == ('experts', 'block'):  # other rows of a group share a scale where the exchange orders them so
         assert worst_error(only_experts(found, True), gradients) < 0.05
         found = only_experts(found, False)
@@ -114,21 +103,6 @@ def test_loss_and_gradients(model, mesh, microbatches, fake):
 def only_experts(tree, kept):
     """The tree without all leaves but those of experts, or without these."""
     return map_with_path(lambda path, leaf: leaf if ('/experts/' in path) == kept else None, tree)
-
-
-def on_mesh(model, mesh, microbatches, fake):
-    """Loss and gradients of one step on eight devices."""
-    cfg, devices = MODELS[model], make_mesh(mesh)
-    params, rest = partition(in_float64(quantized(model, fake)), ())
-    plan = make_plan(devices, {'model': cfg}, params, {'model': rest}, num_microbatches=microbatches, dtype='float64')
-    place = functools.partial(to_device_layout, plan.layouts['model'])
-    kept = {'model': jax.device_put(place(rest), shardings(devices, plan.frozen_specs['model']))}
-    batch = make_batch(cfg.vocab_size)
-    batch = jax.device_put(batch, batch_shardings(devices, batch))
-    objective = language_modeling(cfg, Compute('float64'))
-    run = jax.jit(lambda params, kept, batch: loss_and_grads(objective, params, kept, batch, plan))
-    total, grads, _ = run(jax.device_put(place(params), shardings(devices, plan.specs)), kept, batch)
-    return float(total), to_canonical_layout(plan.layouts['model'], jax.tree.map(np.asarray, grads))
 
 
 @pytest.mark.parametrize(
