@@ -21,58 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from synthetic import any_values, llama_config, write_checkpoint
 
-from jpt.checkpoint.hf_export import tensors_of
-from jpt.checkpoint.safetensors import TensorSpec
-from jpt.checkpoint.shards import ShardedReader, ShardedWriter, parse_size
+from jpt.checkpoint.shards import ShardedReader, parse_size
 from jpt.models.config import ModelConfig
-from jpt.models.families import config_from_hf
 from jpt.models.names import leaves
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-
-def llama_config(gigabytes: float) -> dict[str, Any]:
-    """A Llama of about so many bytes in bfloat16, in the proportions of a 3 B model."""
+def random_llama(directory: Path, gigabytes: float, shard: str) -> ModelConfig:
+    """Writes a Llama of about so many bytes, in the proportions of a 3 B model."""
     width, mlp, vocab = (2048, 8192, 65_536) if gigabytes >= 1 else (128, 512, 1024)
-    layer = 2 * (3 * width**2 + 3 * width * mlp)
-    layers = max(1, round((gigabytes * 1e9 - 4 * vocab * width) / layer))
-    return {
-        'model_type': 'llama',
-        'architectures': ['LlamaForCausalLM'],
-        'vocab_size': vocab,
-        'hidden_size': width,
-        'intermediate_size': mlp,
-        'num_hidden_layers': layers,
-        'num_attention_heads': 16,
-        'num_key_value_heads': 8,
-        'max_position_embeddings': 8192,
-        'rms_norm_eps': 1e-5,
-        'tie_word_embeddings': False,
-        'dtype': 'bfloat16',
-    }
-
-
-def write_checkpoint(directory: Path, config: dict[str, Any], shard: str) -> ModelConfig:
-    """Writes the config and random bits for every tensor."""
-    directory.mkdir(parents=True)
-    (directory / 'config.json').write_text(json.dumps(config))
-    cfg = config_from_hf(config)
-    specs = {}
-    for name, parts in tensors_of(cfg).items():
-        specs[name] = TensorSpec(BFLOAT16, parts[0].source.stored_shape(parts[0].shape))
-    random = np.random.default_rng(0)
-    pool = random.integers(0, 256, 64 * 2**20, np.uint8)
-    with ShardedWriter(directory, specs, shard) as writer:
-        for name, spec in specs.items():
-            start = 2 * int(random.integers(0, 2**20))
-            bits = np.resize(pool[start:], spec.nbytes)
-            writer.write(name, bits.view(BFLOAT16).reshape(spec.shape))
-    return cfg
+    return write_checkpoint(directory, llama_config(gigabytes, width, mlp, vocab, heads=16), any_values(), shard)
 
 
 PROGRAM = """
@@ -106,12 +68,12 @@ def same_bits(one: Path, other: Path) -> bool:
 
 def measure(gigabytes: float, shard: str, folder: Path) -> dict[str, Any]:
     """Runs the benchmark in `folder`, removing what is not needed any more."""
-    write_checkpoint(folder / 'tiny', llama_config(0.002), shard)
+    random_llama(folder / 'tiny', 0.002, shard)
     tiny = {
         'to jpt': run_convert(folder / 'tiny', folder / 'tiny_jpt', 'jpt', shard)['peak_bytes'],
         'to hf': run_convert(folder / 'tiny_jpt', folder / 'tiny_hf', 'hf', shard)['peak_bytes'],
     }
-    cfg = write_checkpoint(folder / 'hf', llama_config(gigabytes), shard)
+    cfg = random_llama(folder / 'hf', gigabytes, shard)
     reader = ShardedReader(folder / 'hf')
     total = sum(spec.nbytes for spec in reader.tensors.values())
     runs = {

@@ -11,8 +11,8 @@ chance: `float32, another seed`, with other weights and tokens at the start, sho
 
 import argparse
 import dataclasses
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,8 @@ KINDS: dict[str, FakeQuantConfig | None] = {
 
 def settings_of(quantize: FakeQuantConfig | None, options: argparse.Namespace) -> TrainConfig:
     """The teacher's settings with fewer steps, for one of the two models."""
-    spec = importlib.util.spec_from_file_location('quickstart_teacher', ROOT / 'configs' / 'quickstart_teacher.py')
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    base = from_config_dict(TrainConfig, module.get_config(), 'config')
+    given = runpy.run_path(str(ROOT / 'configs' / 'quickstart_teacher.py'))['get_config']()
+    base = from_config_dict(TrainConfig, given, 'config')
     assert base.eval.data is not None
     return dataclasses.replace(
         base,

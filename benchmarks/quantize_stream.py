@@ -4,88 +4,86 @@
 
 Writes a bfloat16 Llama of normal weights in shards, has `python -m jpt.quantize --config.stream=True` quantize it in a
 process of its own for each format and kind of output, and compares some matrices of what it wrote with
-`jpt.quant.tensors.quantize` of the whole matrix, bit by bit. The peer quantizes one matrix in memory, again and again,
-right after. Takes twice the size on disk, in a temporary directory that is removed.
+`jpt.quant.tensors.quantize` of the whole matrix, bit by bit. The peer right after: ModelOpt loads the same directory,
+quantizes its weights and exports it, in a process of its own too, with all of the model in memory; and it quantizes one
+matrix again and again. Takes twice the size on disk, in a temporary directory that is removed.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import platform
-import re
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from quantize_speed import theirs
+from synthetic import llama_config, normal_values, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SMALL = {'width': 512, 'mlp': 1792, 'vocab': 4096}
+PEER = """
+import sys, torch
+import modelopt.torch.quantization as mtq
+from modelopt.torch.export import export_hf_checkpoint
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+mtq.quantize(model, mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG)
+export_hf_checkpoint(model, export_dir=sys.argv[2])
+"""  # blocks of 128 x 128, weights alone: no text
 RUNS = (('fp8_block', 'hf'), ('fp8_block', 'jpt'), ('int8', 'hf'), ('nvfp4_weights', 'hf'))
 
 
-def llama_config(gigabytes: float) -> dict[str, Any]:
-    """A Llama of about so many bytes in bfloat16, with the layers of an 8 B model where they fit."""
-    width, mlp, vocab = (4096, 14336, 32_768) if gigabytes >= 1 else (512, 1792, 4096)
-    layer = 2 * (2 * width**2 + width**2 // 2 + 3 * width * mlp)
-    return {
-        'model_type': 'llama',
-        'architectures': ['LlamaForCausalLM'],
-        'vocab_size': vocab,
-        'hidden_size': width,
-        'intermediate_size': mlp,
-        'num_hidden_layers': max(1, round((gigabytes * 1e9 - 4 * vocab * width) / layer)),
-        'num_attention_heads': 32,
-        'num_key_value_heads': 8,
-        'max_position_embeddings': 8192,
-        'rms_norm_eps': 1e-5,
-        'tie_word_embeddings': False,
-        'dtype': 'bfloat16',
-    }
-
-
-def write_checkpoint(directory: Path, config: dict[str, Any], shard: str) -> None:
-    """Writes the config, and normal weights of spread 0.02 for every tensor."""
-    from jpt.checkpoint.hf_export import tensors_of
-    from jpt.checkpoint.safetensors import TensorSpec
-    from jpt.checkpoint.shards import ShardedWriter
-    from jpt.models.families import config_from_hf
-
-    directory.mkdir(parents=True)
-    (directory / 'config.json').write_text(json.dumps(config))
-    specs = {}
-    for name, parts in tensors_of(config_from_hf(config)).items():
-        specs[name] = TensorSpec(BFLOAT16, parts[0].source.stored_shape(parts[0].shape))
-    random = np.random.default_rng(0)
-    pool = (0.02 * random.standard_normal(2**24, np.float32)).astype(BFLOAT16)
-    with ShardedWriter(directory, specs, shard) as writer:
-        for name, spec in specs.items():
-            start = int(random.integers(0, 2**20))
-            writer.write(name, np.resize(pool[start:], spec.shape))
-
-
-def run_command(source: Path, target: Path, form: str, to: str) -> dict[str, float]:
-    """Quantizes in a process of its own: seconds, of the processors too, and what it says of itself."""
+def run_command(source: Path, target: Path, form: str, to: str) -> dict[str, Any]:
+    """Quantizes in a process of its own: what it took."""
     command = [sys.executable, '-m', 'jpt.quantize', f'--config={ROOT}/configs/quantize.py:{source},{form}']
-    command += ['--config.stream=True', f'--config.to={to}', '--config.max_shard_size=1GB', f'--output={target}']
+    command += ['--config.stream=True', f'--config.to={to}', f'--output={target}']
+    command += ['--config.max_shard_size=1GB'] if to == 'hf' else []
+    return measured(command, target)
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own: the largest memory of this one is what others begin with."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def write_normal(directory: Path, config: dict[str, Any], shard: str) -> None:
+    """Writes a checkpoint of normal weights."""
+    write_checkpoint(directory, config, normal_values(), shard)
+
+
+def measured(command: list[str], target: Path) -> dict[str, Any]:
+    """Seconds of all of a process, of the processors too, its largest memory, and the bytes that it wrote."""
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = re.search(r'([\d.]+) s, ([\d.]+) M weights/s, peak memory ([\d.]+) (MB|GB)', done.stdout)
-    assert found is not None, done.stdout
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=target.parent,  # not where this file lies, whose neighbours have names of packages
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f'{command}: exit code {process.returncode}: {said.decode()[-2000:]}')
     return {
-        'seconds': float(found[1]),
-        'processor_seconds': after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        'weights_per_second': 1e6 * float(found[2]),
-        'peak_bytes': float(found[3]) * (1e6 if found[4] == 'MB' else 1e9),
+        'seconds': time.perf_counter() - start,
+        'processor_seconds': used.ru_utime + used.ru_stime,
+        'peak_bytes': used.ru_maxrss * 1024,
         'bytes': sum(path.stat().st_size for path in target.rglob('*') if path.is_file()),
         'load': os.getloadavg()[0],
     }
@@ -124,17 +122,19 @@ def same_bits(source: Path, target: Path, form: str) -> bool:
 def measure(gigabytes: float, shard: str, folder: Path, peer: str | None, wanted: list[str]) -> dict[str, Any]:
     """Runs the benchmark in `folder`, removing what is not needed any more."""
     source = folder / 'model'
-    write_checkpoint(source, llama_config(gigabytes), shard)
-    runs = {}
+    sizes = {'width': 4096, 'mlp': 14336, 'vocab': 32_768} if gigabytes >= 1 else SMALL
+    apart(write_normal, source, llama_config(gigabytes, heads=32, **sizes), shard)
+    runs, target = {}, folder / 'out'
     for form, to in RUNS:
         if wanted and form not in wanted:
             continue
-        target = folder / 'out'
-        run: dict[str, Any] = run_command(source, target, form, to)
-        run['bit_exact'] = same_bits(source, target, form)
+        run = run_command(source, target, form, to)
+        run['bit_exact'] = apart(same_bits, source, target, form)
         runs[f'{form} to {to}'] = run
         shutil.rmtree(target)
         print(f'{form} to {to}: {run}', flush=True)
+    if peer is not None:
+        runs['ModelOpt, blocks of 128 x 128'] = measured([peer, '-c', PEER, str(source), str(target)], target)
     files = [path.stat().st_size for path in source.glob('*.safetensors')]
     return {
         'machine': f'{platform.machine()}, {os.cpu_count()} cores',
@@ -166,8 +166,10 @@ def print_table(result: dict[str, Any]) -> None:
     print(f'| {" | ".join(columns)} |\n| --- |{" ---: |" * 6} --- |')
     for name, run in result['runs'].items():
         times = f'{run["seconds"]:.1f} | {run["processor_seconds"]:.1f} | {run["load"]:.1f}'
-        sizes = f'{run["peak_bytes"] / 1e6:,.0f} | {run["bytes"] / 1e9:.2f} | {"yes" if run["bit_exact"] else "NO"}'
-        print(f'| {name} | {times} | {run["weights_per_second"] / 1e6:.0f} | {sizes} |')
+        speed = result['bytes'] / 2e6 / run['seconds']
+        sizes = f'{run["peak_bytes"] / 1e6:,.0f} | {run["bytes"] / 1e9:.2f}'
+        exact = {True: 'yes', False: 'NO', None: ''}[run.get('bit_exact')]
+        print(f'| {name} | {times} | {speed:.0f} | {sizes} | {exact} |')
     for name, speed in result['modelopt_in_memory'].items():
         print(f'ModelOpt, {name}, one matrix in memory: {speed / 1e6:.0f} M weights/s')
 
