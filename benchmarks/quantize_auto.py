@@ -23,7 +23,8 @@ from timing import machine
 
 import jpt
 from jpt.data.batch import Batch
-from jpt.evaluation.text import Text, batches_from
+from jpt.data.config import TextConfig
+from jpt.evaluation.text import batches_from
 from jpt.model import Model
 from jpt.models.splitting import places, restacked, split
 from jpt.quant.dot import is_weight
@@ -114,8 +115,8 @@ def main() -> None:
     parser.add_argument('--model', default='quickstart')
     parser.add_argument('--calibration', default='stdlib:train')
     parser.add_argument('--held_out', default='stdlib:held_out')
-    parser.add_argument('--rows', type=int, default=64, help='windows to calibrate on, and to measure on')
-    parser.add_argument('--length', type=int, default=0, help='tokens of a window; 0: as the model has')
+    parser.add_argument('--rows', type=int, default=64, help='to calibrate on, and to measure on')
+    parser.add_argument('--length', type=int, default=0, help='tokens of a row; 0: as the model has')
     parser.add_argument('--formats', nargs=2, default=['nvfp4', 'fp8_tensor'], help='the narrow and the wide one')
     parser.add_argument('--bits', nargs='+', type=float, default=[5.0, 6.0, 7.0])
     parser.add_argument('--scores', nargs='+', default=['gradient', 'kl'])
@@ -123,7 +124,9 @@ def main() -> None:
     parser.add_argument('--json', action='store_true')
     options = parser.parse_args()
     model = jpt.load(options.model, dtype='float32')
-    batches, held_out = batches_from(model, Text(options.calibration, options.held_out, options.rows, options.length))
+    sizes = {'rows': options.rows, 'length': options.length}
+    text = TextConfig.of_files(options.calibration, options.held_out, **sizes)
+    batches, held_out = batches_from(model, text)
     mixed = Mixed(model, options.formats, batches)
     rows: list[dict[str, Any]] = []
 

@@ -22,7 +22,8 @@ from timing import machine
 
 import jpt
 from jpt.data.batch import Batch
-from jpt.evaluation.text import Text, batches_from
+from jpt.data.config import TextConfig
+from jpt.evaluation.text import batches_from
 from jpt.model import Model
 from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import recipe_of
@@ -99,16 +100,18 @@ def main() -> None:
     parser.add_argument('--model', default='quickstart')
     parser.add_argument('--calibration', default='stdlib:train')
     parser.add_argument('--held_out', default='stdlib:held_out')
-    parser.add_argument('--rows', type=int, default=64, help='windows to calibrate on, and to measure on')
-    parser.add_argument('--length', type=int, default=0, help='tokens of a window; 0: as the model has')
+    parser.add_argument('--rows', type=int, default=64, help='to calibrate on, and to measure on')
+    parser.add_argument('--length', type=int, default=0, help='tokens of a row; 0: as the model has')
     parser.add_argument('--only', nargs='+', choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument('--json', action='store_true')
     options = parser.parse_args()
     model = jpt.load(options.model, dtype='float32')
-    batches = batches_from(model, Text(options.calibration, options.held_out, options.rows, options.length))
+    sizes = {'rows': options.rows, 'length': options.length}
+    text = TextConfig.of_files(options.calibration, options.held_out, **sizes)
+    batches = batches_from(model, text)
     found = measured(model, options.only, batches)
     console = Console(width=160)
-    console.print(f'{machine()}; {options.model}, {options.rows} windows')
+    console.print(f'{machine()}; {options.model}, {options.rows} rows of text')
     show(found, console)
     if options.json:
         print(json.dumps({'benchmark': 'quantize_recipes', 'machine': machine(), 'recipes': found}))

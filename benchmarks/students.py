@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import platform
+import runpy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from jpt.checkpoint.opening import model_directory
 from jpt.checkpoint.source import TreeSource
 from jpt.config import from_config_dict
 from jpt.data.batch import Batch
+from jpt.data.config import TextConfig
 from jpt.distill.settings import DistillConfig
-from jpt.evaluation.text import Text, batches_from
+from jpt.evaluation.text import batches_from
 from jpt.model import Model
 from jpt.models.calibration import calibrate
 from jpt.models.config import ModelConfig
@@ -65,8 +66,9 @@ def target_of(cfg: ModelConfig) -> Target:
 
 
 def importance_of(model: Model, options: argparse.Namespace, seed: int) -> Importance:
-    """What matters in a teacher, by windows of the training text that the seed draws."""
-    calibration, _ = batches_from(model, Text(options.train, rows=options.rows, length=LENGTH, seed=seed))
+    """What matters in a teacher, by rows of the training text that the seed draws."""
+    text = TextConfig.of_files(options.train, options.train, rows=options.rows, length=LENGTH, seed=seed)
+    calibration, _ = batches_from(model, text)
     return importance(model.config, calibrate(model.config, model.params, calibration))
 
 
@@ -80,12 +82,8 @@ def pruned(model: Model, scores: Importance, path: Path) -> Path:
 
 def quickstart() -> TrainConfig:
     """The settings of configs/quickstart.py, from full logits alone."""
-    spec = importlib.util.spec_from_file_location('quickstart', ROOT / 'configs' / 'quickstart.py')
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = from_config_dict(TrainConfig, module.get_config(), 'config')
+    given = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']()
+    config = from_config_dict(TrainConfig, given, 'config')
     return dataclasses.replace(config, distill=DistillConfig())
 
 
@@ -114,4 +112,5 @@ def trained(
 def held_out_of(options: argparse.Namespace) -> tuple[Model, list[Batch]]:
     """The teacher, and what losses are taken of: the same for all."""
     teacher = jpt.load(options.teacher, dtype='float32')
-    return teacher, batches_from(teacher, Text(options.held_out, rows=options.rows, length=LENGTH))[0]
+    text = TextConfig.of_files(options.held_out, options.held_out, rows=options.rows, length=LENGTH)
+    return teacher, batches_from(teacher, text)[0]

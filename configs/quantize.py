@@ -8,8 +8,8 @@ and none one per layer and group of weights, by what each costs (--config.auto.b
 MODEL,RECIPE,fp8_kv keeps keys and values in eight bits too, MODEL,fp8_kv nothing else (fp8_kv_cast: without scales).
 Some weights otherwise: --config.recipe="(('layers/**', 'nvfp4'), ('layers/**/down', 'fp8_block'))", where the last pair
 that covers a weight holds, and 'none' leaves weights as they are. Scales otherwise: --config.calibration.weights=mse
-and its like, see jpt/quantization/settings.py. Text of yours: --config.text.calibration=train.jsonl
---config.text.held_out=held_out.jsonl. See docs/quantize.md.
+and its like, see jpt/quantization/settings.py. Text of yours: --config.text.calibration.paths=train.jsonl
+--config.text.held_out.paths=held_out.jsonl, with all settings of config.data in training. See docs/quantize.md.
 """
 
 import dataclasses

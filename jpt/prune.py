@@ -20,9 +20,11 @@ from jpt.checkpoint.hf_export import write_hf
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.shards import parse_size
 from jpt.checkpoint.source import LeafSource, TreeSource, load_tree
+from jpt.config import ConfigError
 from jpt.convert import parse_layers
 from jpt.data.batch import Batch
-from jpt.evaluation.text import Text, batches_from, mean_loss
+from jpt.data.config import TextConfig
+from jpt.evaluation.text import batches_from, mean_loss
 from jpt.model import Model, load
 from jpt.models.calibration import calibrate
 from jpt.models.config import ModelConfig
@@ -39,7 +41,7 @@ def prune(
     input_dir: str | Path,
     output_dir: str | Path,
     target: Target,
-    text: Text,
+    text: TextConfig,
     *,
     layer_importance: str = 'similarity',
     max_shard_size: str | int = '5GB',
@@ -68,7 +70,7 @@ def prune(
     check_target(model.config, target)
     calibration, held_out = batches_from(model, text)
     whole = TreeSource(model.config, model.params)
-    say(f'calibrating on {_tokens(calibration):,} tokens of {text.data}')
+    say(f'calibrating on {_tokens(calibration):,} tokens of {", ".join(text.calibration.paths)}')
     scores = importance(model.config, calibrate(model.config, model.params, calibration, compute=model.compute))
     if layer_importance == 'loss':
         scores = dataclasses.replace(scores, layers_L=losses_without(whole, calibration, say))
@@ -140,10 +142,10 @@ def _define_flags() -> None:
     flags.DEFINE_integer('num_attention_heads', None, 'Query heads.')
     flags.DEFINE_integer('num_key_value_heads', None, 'Key and value heads.')
     flags.DEFINE_integer('hidden_size', None, 'Hidden dimensions.')
-    flags.DEFINE_integer('rows', 128, 'Windows drawn from each of the texts.')
-    flags.DEFINE_integer('length', 0, "Tokens of a window; 0: the model's own length, 1024 at most.")
-    flags.DEFINE_integer('batch_size', 8, 'Windows at a time.')
-    flags.DEFINE_integer('seed', 0, 'Which windows are drawn.')
+    flags.DEFINE_integer('rows', 128, 'Rows of tokens from each of the texts.')
+    flags.DEFINE_integer('length', 0, "Tokens of a row; 0: the model's own length, 1024 at most.")
+    flags.DEFINE_integer('batch_size', 8, 'Rows at a time.')
+    flags.DEFINE_integer('seed', 0, 'The order in which texts are read.')
     flags.DEFINE_string('max_shard_size', '5GB', 'Largest safetensors file, such as 5GB or 512MiB.')
     flags.mark_flags_as_required(['input', 'output', 'data'])
 
@@ -161,15 +163,25 @@ def main(argv: list[str]) -> None:
             args.input,
             args.output,
             Target(layers=layers, **sizes),
-            Text(**{name: getattr(args, name) for name in _names(Text)}),
+            _text_of(args),
             layer_importance=args.layer_importance,
             max_shard_size=args.max_shard_size,
             say=lambda line: print(line, flush=True),
         )
     except (OSError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {_named(error)}', file=sys.stderr)
         sys.exit(1)
     print(f'saved {args.output}: a Hugging Face directory, and {REPORT}, which says what was kept')
+
+
+def _text_of(args: Any) -> TextConfig:
+    settings = {name: getattr(args, name) for name in ('rows', 'length', 'batch_size', 'seed')}
+    return TextConfig.of_files(args.data, args.held_out or args.data, **settings)
+
+
+def _named(error: Exception) -> str:
+    """The message of an error, with the flag where it is one of a setting."""
+    return f'--{error.field}={error.value}: expected {error.expected}' if isinstance(error, ConfigError) else f'{error}'
 
 
 def _names(cls: Any) -> list[str]:

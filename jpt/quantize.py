@@ -33,7 +33,7 @@ from jpt.checkpoint.tree import name_of
 from jpt.config import from_config_dict
 from jpt.convert import bytes_written, peak_memory, progress, size_text
 from jpt.data.batch import Batch
-from jpt.evaluation.text import Text, batches_from
+from jpt.evaluation.text import batches_from
 from jpt.model import Model
 from jpt.models.names import get, leaves, put
 from jpt.quant.formats import Format
@@ -82,9 +82,7 @@ def _measured(model: Model, config: QuantizeConfig, console: Console) -> Quantiz
         model, recipe = _ready(model, config.choices(), config)
     elif config.to == 'hf':
         _check_candidates(model, config)
-    text = config.text
-    windows = Text(text.calibration, text.held_out, text.rows, text.length, text.batch_size, text.seed)
-    calibration, held_out = (_placed(model.mesh, batches) for batches in batches_from(model, windows))
+    calibration, held_out = (_placed(model.mesh, batches) for batches in batches_from(model, config.text))
     if config.auto.formats:
         auto = automatic(model, config.recipe, calibration, config.auto, config.calibration, console.print)
         model, recipe = _ready(model, auto.choices(), config)

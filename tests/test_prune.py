@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jpt
-from jpt.evaluation.text import Text, batches_from, mean_loss
+from jpt.data.config import TextConfig
+from jpt.evaluation.text import batches_from, mean_loss
 from jpt.prune import prune
 from jpt.pruning.target import Target
 
@@ -26,6 +27,11 @@ def corpus(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp('corpus') / 'texts.jsonl'
     path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     return path
+
+
+def of_corpus(corpus: Path, **settings: int) -> TextConfig:
+    """The corpus both to calibrate and to measure."""
+    return TextConfig.of_files(str(corpus), str(corpus), **settings)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -55,7 +61,7 @@ def test_depth_and_width_on_the_command_line(corpus: Path, tmp_path: Path) -> No
     assert {name: written[name] for name in sizes} == sizes
     assert (written['num_key_value_heads'], written['head_dim']) == (5, 32)
     assert model.tokenizer is not None
-    _, held_out = batches_from(model, Text(str(corpus), rows=6, length=32))
+    held_out, _ = batches_from(model, of_corpus(corpus, rows=6, length=32))
     np.testing.assert_allclose(mean_loss(model, held_out), report['losses'][-1]['loss'], rtol=1e-3)
 
     # what prune.json says was kept is what is there
@@ -73,7 +79,7 @@ def test_depth_and_width_on_the_command_line(corpus: Path, tmp_path: Path) -> No
 def test_layers_that_the_loss_needs_least_go(corpus: Path, tmp_path: Path) -> None:
     """Held-out losses without each layer alone are told, and decide."""
     lines: list[str] = []
-    text = Text(str(corpus), held_out=str(corpus), rows=4, length=16, batch_size=4)
+    text = of_corpus(corpus, rows=4, length=16, batch_size=4)
     target = Target(num_hidden_layers=3)
     report = prune('quickstart', tmp_path / 'small', target, text, layer_importance='loss', say=lines.append)
     scores = report['layer_scores']
@@ -98,7 +104,7 @@ def test_layers_that_the_loss_needs_least_go(corpus: Path, tmp_path: Path) -> No
 )
 def test_errors_of_python_calls(target, settings, message, corpus, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
-        prune('quickstart', tmp_path / 'out', target, Text(str(corpus), rows=2, length=8), **settings)
+        prune('quickstart', tmp_path / 'out', target, of_corpus(corpus, rows=2, length=8), **settings)
     assert not (tmp_path / 'out').exists()
 
 

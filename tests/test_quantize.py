@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import jpt
+from jpt.data.config import TextConfig
 from jpt.model import Model
 from jpt.models.families import config_from_hf
 from jpt.models.transformer import init
 from jpt.quant.formats import FORMATS
 from jpt.quant.paths import paths
 from jpt.quant.tensors import QTensor
-from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig, TextConfig
+from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig
 from jpt.quantize import quantize
 from jpt.sharding.mesh import MeshConfig
 
@@ -41,7 +42,8 @@ def checkpoint(tmp_path_factory):
 def settings(checkpoint, tmp_path, **changes):
     for name in ('train', 'held_out'):
         (tmp_path / f'{name}.txt').write_text(f'def {name}(x):\n    return x\n' * 9)
-    text = TextConfig(str(tmp_path / 'train.txt'), str(tmp_path / 'held_out.txt'), rows=4, length=32, batch_size=2)
+    train, held_out = (str(tmp_path / f'{name}.txt') for name in ('train', 'held_out'))
+    text = TextConfig.of_files(train, held_out, rows=4, length=32, batch_size=2)
     return dataclasses.replace(QuantizeConfig(model=checkpoint, text=text), **changes)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 
+from jpt.config import require
 from jpt.data.packing import PACKINGS
 from jpt.data.records import Fields
 
@@ -98,3 +99,29 @@ class DataConfig:
     def long_policy(self) -> str:
         """long_documents, with its default filled in."""
         return self.long_documents or ('error' if self.is_chat else 'split')
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """What calibrates a model and measures it, read as training reads its data. Raises ConfigError when constructed."""
+
+    calibration: DataConfig = DataConfig(paths=('stdlib:train',))
+    held_out: DataConfig = DataConfig(paths=('stdlib:held_out',))
+    """For the loss and what is computed beside it."""
+    rows: int = 128
+    """How many of each, or all where there are fewer."""
+    length: int = 0
+    """Tokens of a row; 0: the model's own length, 1024 at most."""
+    batch_size: int = 8
+    """Rows at a time."""
+    seed: int = 0
+    """Of the order of the records."""
+
+    def __post_init__(self) -> None:
+        for name, least in (('rows', 1), ('batch_size', 1), ('length', 0), ('seed', 0)):
+            require(self, name, getattr(self, name) >= least, f'{least} or more')
+
+    @classmethod
+    def of_files(cls, calibration: str, held_out: str, **settings: int) -> 'TextConfig':
+        """Texts of two files, or patterns; `settings`: the other fields."""
+        return cls(DataConfig(paths=(calibration,)), DataConfig(paths=(held_out,)), **settings)

@@ -1,47 +1,22 @@
-"""Windows of text that calibrate a model and measure its loss."""
+"""Batches that calibrate a model and measure it, and its loss on them."""
 
-import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from jpt.data.batch import Batch
-from jpt.data.sources import open_source
-from jpt.evaluation.samples import sampled_rows
+from jpt.data.batch import Batch, empty_batch
+from jpt.data.config import DataConfig, TextConfig
+from jpt.data.pipeline import make_pipeline
 from jpt.evaluation.score import score
-from jpt.evaluation.windows import batches_of
 from jpt.model import Model
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """What calibrates and measures.
-
-    Attributes:
-        data: a source of texts, as `jpt.data.sources.open_source` takes it.
-        held_out: likewise, for the losses; None: the calibration windows.
-        rows: windows drawn of each.
-        length: tokens of a window; 0: the model's own length, 1024 at most.
-    """
-
-    data: str
-    held_out: str | None = None
-    rows: int = 128
-    length: int = 0
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (('rows', 1), ('batch_size', 1), ('length', 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f'--{name}={getattr(self, name)}: expected {least} or more')
-
-
-def batches_from(model: Model, text: Text) -> tuple[list[Batch], list[Batch]]:
-    """Batches [B, T] of windows to calibrate with and to measure the loss on.
+def batches_from(model: Model, text: TextConfig) -> tuple[list[Batch], list[Batch]]:
+    """Batches [B, T] to calibrate with and to measure on, as the model reads them.
 
     Raises:
-        ValueError: no tokenizer, or a length that the model has no positions for.
+        ValueError: no tokenizer, a length that the model has no positions for; and what `make_pipeline` raises.
     """
     tokenizer, longest = model.tokenizer, model.config.max_length
     if tokenizer is None:
@@ -50,15 +25,28 @@ def batches_from(model: Model, text: Text) -> tuple[list[Batch], list[Batch]]:
     if model.config.learned_positions and length > longest:
         raise ValueError(f"length={length}: expected at most the model's {longest} positions")
 
-    def encode(string: str) -> Sequence[int]:
-        return tokenizer.encode(string, bos=tokenizer.adds_bos)
+    def drawn(data: DataConfig) -> list[Batch]:
+        size = min(text.batch_size, text.rows)
+        pipeline = make_pipeline(data, tokenizer, batch_size=size, seq_len=length, seed=text.seed, num_epochs=1)
+        try:
+            batches = list(itertools.islice(pipeline, -(-text.rows // size)))
+        finally:
+            pipeline.close()
+        if len(batches) * size > text.rows:
+            batches[-1] = _first_rows(batches[-1], size - (len(batches) * size - text.rows))
+        return batches
 
-    def drawn(path: str) -> list[Batch]:
-        rows = sampled_rows(open_source(path), encode, text.rows, length, text.seed)
-        return [batch for batch, _ in batches_of(rows, min(text.batch_size, len(rows)), length)]
+    calibration = drawn(text.calibration)
+    return calibration, calibration if text.held_out == text.calibration else drawn(text.held_out)
 
-    calibration = drawn(text.data)
-    return calibration, calibration if text.held_out is None else drawn(text.held_out)
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    """A batch without the rows after the first so many, which are empty instead."""
+    fresh = empty_batch(*batch.tokens.shape)
+    for old, new in ((getattr(batch, name), getattr(fresh, name)) for name in Batch._fields):
+        if new is not None:
+            new[:count] = old[:count]
+    return fresh
 
 
 def mean_loss(model: Model, batches: Sequence[Batch]) -> float:

@@ -1,10 +1,12 @@
 """What a quantization can be told: the dataclasses behind `python -m jpt.quantize --config=...`."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from jpt.checkpoint.shards import parse_size
 from jpt.config import ConfigError, require
+from jpt.data.config import TextConfig
 from jpt.quant.formats import FORMATS
 from jpt.quant.recipes import EVERYTHING, KEEP, NUMBERED, Recipe, recipe_of
 from jpt.sharding.mesh import MeshConfig
@@ -12,22 +14,6 @@ from jpt.sharding.mesh import MeshConfig
 # 'fp8': E4M3 with a scale that takes the largest |x| of a layer to 448; 'fp8_cast': with 1, as ModelOpt's fp8_cast.
 KVCache = Literal['as_it_is', 'fp8', 'fp8_cast']
 CACHES: dict[str, KVCache] = {'fp8_kv': 'fp8', 'fp8_kv_cast': 'fp8_cast'}  # as configs/quantize.py calls them
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """Windows of text that calibrate and measure."""
-
-    calibration: str = 'stdlib:train'  # a file, a pattern, or stdlib:train
-    held_out: str = 'stdlib:held_out'  # likewise, for perplexity and divergence
-    rows: int = 128  # windows drawn of each
-    length: int = 0  # tokens of a window; 0: the model's own, 1024 at most
-    batch_size: int = 8  # windows at a time
-    seed: int = 0  # which windows are drawn
-
-    def __post_init__(self) -> None:
-        for name, least in (('rows', 1), ('batch_size', 1), ('length', 0), ('seed', 0)):
-            require(self, name, getattr(self, name) >= least, f'{least} or more')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +72,7 @@ class QuantizeConfig:
     # Where the model lies: weights as in training, but `pipe` divides the vocabulary alone; None: on one device.
     mesh: MeshConfig | None = None
     to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
-    text: TextConfig = TextConfig()
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)  # what calibrates and measures
     # From files to files, a piece of a weight in memory at a time: for a model larger than memory. No text is read and
     # nothing is calibrated but scales of weights.
     stream: bool = False
@@ -124,8 +110,8 @@ class QuantizeConfig:
         }
         numbers = [pattern for pattern, _ in self.recipe if pattern.startswith(NUMBERED)]
         require(self, 'recipe', not numbers, 'patterns without numbers of layers with stream=True')
-        for field in dataclasses.fields(TextConfig):
-            wanted[f'text.{field.name}'] = getattr(self.text, field.name), (field.default,)
+        usual = dict(_leaves(TextConfig(), 'text'))
+        wanted |= {name: (value, (usual[name],)) for name, value in _leaves(self.text, 'text')}
         for name, (value, allowed) in wanted.items():
             if value not in allowed:
                 expected = f'{" or ".join(map(repr, allowed))} with stream=True, which reads no text'
@@ -134,3 +120,10 @@ class QuantizeConfig:
     def choices(self) -> Recipe:
         """The recipe."""
         return recipe_of([(pattern, None if name == KEEP else name) for pattern, name in self.recipe])
+
+
+def _leaves(config: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The settings of a dataclass and of those within it, by name."""
+    for field in dataclasses.fields(config):
+        name, value = f'{place}.{field.name}', getattr(config, field.name)
+        yield from _leaves(value, name) if dataclasses.is_dataclass(value) else ((name, value),)

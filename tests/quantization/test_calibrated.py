@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import jpt
 from jpt.config import ConfigError, from_config_dict
-from jpt.evaluation.text import Text, batches_from
+from jpt.data.config import TextConfig
+from jpt.evaluation.text import batches_from
 from jpt.models.calibration import calibrate
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.histogram import percentile_of
@@ -177,7 +178,7 @@ def test_the_config_takes_recipes_and_formats_by_name():
 def teacher():
     """The model that jpt ships, and a little of the standard library."""
     model = jpt.load('quickstart')
-    return model, *batches_from(model, Text('stdlib:train', 'stdlib:held_out', rows=4, length=128, batch_size=4))
+    return model, *batches_from(model, TextConfig(rows=8, length=128, batch_size=4))
 
 
 def test_smoothing_brings_the_teacher_nearer_to_itself(teacher, tmp_path):

@@ -13,7 +13,8 @@ from captured import CFG, small_model, texts
 
 import jpt
 from jpt.config import from_config_dict
-from jpt.evaluation.text import Text, batches_from
+from jpt.data.config import TextConfig
+from jpt.evaluation.text import batches_from
 from jpt.models.cache import init_cache
 from jpt.models.transformer import forward
 from jpt.quant.recipes import recipe_of
@@ -108,9 +109,7 @@ def test_the_teacher_with_weights_and_cache(tmp_path):
     """Weights in FP8 and the cache: hardly farther off than by the weights alone. Saved, exported, and generated from
     with no flag; what is rounded already is not measured."""
     teacher = jpt.load('quickstart')
-    calibration, held_out = batches_from(
-        teacher, Text('stdlib:train', 'stdlib:held_out', rows=4, length=128, batch_size=4)
-    )
+    calibration, held_out = batches_from(teacher, TextConfig(rows=4, length=128, batch_size=4))
     made = quantize_model(teacher, recipe_of('fp8_tensor'), calibration, held_out, kv_cache='fp8')
     assert 0 < made.models[1].kl < 0.02
     report.write(made, tmp_path)

@@ -17,12 +17,13 @@ from jpt.checkpoint.model_dir import write_model
 from jpt.checkpoint.opening import open_model
 from jpt.checkpoint.source import TreeSource, leaves_of, load_tree
 from jpt.config import ConfigError
+from jpt.data.config import TextConfig
 from jpt.models.names import get
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.recipes import chosen, recipe_of
 from jpt.quantization import streaming
 from jpt.quantization.calibrated import quantized_params
-from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig, TextConfig
+from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig
 from jpt.quantization.streaming import QuantizedSource
 from jpt.quantize import quantize_files
 
@@ -235,6 +236,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path):
         ({'calibration': CalibrationConfig(inputs='percentile')}, r"calibration\.inputs='percentile': expected 'max'"),
         ({'calibration': CalibrationConfig(weights='weighted_mse')}, "expected 'max' or 'mse' with stream=True"),
         ({'text': TextConfig(rows=3)}, r'text\.rows=3: expected 128 with stream=True'),
+        ({'text': TextConfig.of_files('a.txt', 'b.txt')}, r"text\.calibration\.paths=\('a.txt',\): expected"),
         ({'max_shard_size': '9 parrots'}, r"max_shard_size='9 parrots'"),
         ({'recipe': (('layers.0/**', 'int8'),)}, 'without numbers of layers'),
         ({'kv_cache': 'fp8'}, "kv_cache='fp8': expected 'as_it_is' with stream"),
