@@ -72,6 +72,7 @@ def tiny(
     microbatches: int = 1,
     rows: int = 16,
     architecture: dict[str, Any] = ARCHITECTURE,
+    quantize: dict[str, Any] | None = None,
     **compute: Any,
 ) -> Planned:
     """The compiled step of a tiny model on eight H100; rows of one microbatch."""
@@ -82,6 +83,7 @@ def tiny(
         'batch': {'size': rows * microbatches, 'length': LENGTH, 'microbatches': microbatches},
         'compute': {'dtype': 'bfloat16', 'remat': 'full', **compute},
         'mesh': {'data': 1, **mesh},
+        **({} if quantize is None else {'quantize': quantize}),
     }
     return plan_step(from_config_dict(TrainConfig, config_dict(TrainConfig, values), 'config'), topology_devices(8))
 

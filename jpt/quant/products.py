@@ -269,6 +269,8 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 def quantized(kernel: FakeQuant) -> QTensor:
     """The weight that a fake one computes as."""
+    if kernel.rounded is not None:
+        return dataclasses.replace(kernel.rounded, input_scale=kernel.input_scale)
     return quantize(kernel.weight, kernel.format, input_scale=kernel.input_scale, input_factor=kernel.input_factor)
 
 
@@ -309,7 +311,8 @@ def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tupl
         name: None if value is None else jnp.zeros_like(value)
         for name, value in (('input_scale', kernel.input_scale), ('input_factor', kernel.input_factor))
     }
-    return dx, dataclasses.replace(kernel, weight=dweight.astype(kernel.weight.dtype), **zeros), None, None
+    own = dataclasses.replace(kernel, weight=dweight.astype(kernel.weight.dtype), rounded=None, **zeros)
+    return dx, own, None, None
 
 
 _fake_product.defvjp(_fake_product_fwd, _fake_product_bwd)

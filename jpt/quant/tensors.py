@@ -162,6 +162,8 @@ class FakeQuant:
     gradients: 'as_they_are'; or what is multiplied for them is rounded to eight bits too, by 'block'
         (jpt/quant/gradients.py) or with one scale per array ('tensor', jpt/quant/current_scaling.py), which inputs then
         have forward, too; or by Transformer Engine ('te', jpt/kernels/te.py).
+    rounded: the quantized form, where it is there already: then `weight` has no numbers, and gradients go to it all the
+        same.
 
     Raises:
         ValueError: `gradients` that there is not, or that does not go with the format.
@@ -170,6 +172,7 @@ class FakeQuant:
     weight: Array
     input_scale: Array | None = None
     input_factor: Array | None = None
+    rounded: QTensor | None = None
     format: Format = dataclasses.field(metadata={'static': True}, kw_only=True)
     gradients: Gradients = dataclasses.field(default='as_they_are', metadata={'static': True}, kw_only=True)
 
@@ -207,6 +210,7 @@ class FakeQuant:
             'weight': spec,
             'input_scale': None if self.input_scale is None else P(*lead),
             'input_factor': None if self.input_factor is None else P(*lead, spec[-1]),
+            'rounded': None if self.rounded is None else self.rounded.part_specs(spec, sizes),
         }
         return dataclasses.replace(self, **parts)
 

@@ -1,4 +1,8 @@
-"""Weights divided over `fsdp`, gathered where they are used: in the compute dtype; gradients return in float32."""
+"""Weights divided over `fsdp`, gathered where they are used; gradients return in float32.
+
+Arrays travel in the compute dtype. Weights that are trained through rounding travel as what they are rounded to, where
+every part holds whole blocks: the codes are made once, of the parts, and are a quarter of float32's bytes.
+"""
 
 import dataclasses
 import functools
@@ -10,9 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jpt.kernels.local import auto_size, axis_size, local, manual
+from jpt.kernels.local import auto_size, axis_size, local, manual, pmax
+from jpt.quant.formats import Format
 from jpt.quant.packing import parts_of
-from jpt.quant.tensors import QTensor
+from jpt.quant.tensors import FakeQuant, QTensor, block_amax, quantize, scales_of
 from jpt.sharding.rules import MESH_AXES, REPLICABLE, Units, logical_axes, path_keys
 
 AXIS = 'fsdp'
@@ -37,7 +42,7 @@ def gather(tree: Any, dtype: DTypeLike | None, units: Units | None = None) -> An
     if not gathering():
         return tree
     each = functools.partial(_gather_leaf, dtype, units)
-    return jax.tree_util.tree_map_with_path(each, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return jax.tree_util.tree_map_with_path(each, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor | FakeQuant))
 
 
 def _gather_leaf(dtype: DTypeLike | None, units: Units | None, path: tuple[Any, ...], leaf: Any) -> Any:
@@ -51,6 +56,8 @@ def _gather_leaf(dtype: DTypeLike | None, units: Units | None, path: tuple[Any, 
     spec = P(*(INNER[0] if inner else None for inner in divided))
     if isinstance(leaf, QTensor):
         return _gather_quantized(leaf, dims[0], spec)
+    if isinstance(leaf, FakeQuant):
+        return _gather_fake(leaf, dims[0], spec)
     return _gather(leaf, dims[0], spec, leaf.dtype if dtype is None or keys[-1] not in CAST else jnp.dtype(dtype))
 
 
@@ -79,6 +86,39 @@ def _gather_quantized(weight: QTensor, dim: int, spec: P) -> QTensor:
     return dataclasses.replace(weight, **found)
 
 
+def _gather_fake(kernel: FakeQuant, dim: int, spec: P) -> FakeQuant:
+    """The whole of a weight that is trained through rounding: rounded, where the parts can be, and then gathered."""
+    block = {-2: kernel.format.rows, -1: kernel.format.columns}.get(dim - kernel.ndim, 1)
+    if kernel.gradients == 'te' or kernel.input_factor is not None or (block and kernel.shape[dim] % block):
+        return dataclasses.replace(kernel, weight=_gather(kernel.weight, dim, spec, kernel.dtype))
+    rounded = _gather_rounded(jax.lax.stop_gradient(kernel.weight), kernel.format, dim, spec)
+    return dataclasses.replace(kernel, weight=_no_numbers(kernel.weight, dim, spec), rounded=rounded)
+
+
+# A function of its own for the sake of remat: what lies between the part and the codes is not seen, and not kept.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_rounded(part: jax.Array, form: Format, dim: int, spec: P) -> QTensor:
+    """The whole of a weight, rounded, from its parts: what rounding the whole gives, bit by bit. It has no gradient."""
+    axis = dim - part.ndim
+    amax = block_amax(part.astype(jnp.float32), form)
+    if not {-2: form.rows, -1: form.columns}.get(axis, 1):
+        amax = pmax(amax, (AXIS,))
+    second = None
+    if form.has_second:
+        largest = jnp.max(amax, axis=(-2, -1), keepdims=True)
+        second = scales_of(largest if axis < -2 else pmax(largest, (AXIS,)), form)[1]
+    return _gather_quantized(quantize(part, form, amax=amax, scale_2=second), dim, spec)
+
+
+_gather_rounded.defvjp(lambda *given: (_gather_rounded(*given), None), lambda *_: (None,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _no_numbers(part: jax.Array, dim: int, spec: P) -> jax.Array:
+    """Zeros in the shape of the whole weight, whose gradient goes to the parts as that of a gathered one does."""
+    return jnp.zeros((*part.shape[:dim], axis_size((AXIS,)) * part.shape[dim], *part.shape[dim + 1 :]), part.dtype)
+
+
 # Both directions run on the shards of `tensor`: a hand-written collective over fsdp would have the compiler gather what
 # `tensor` divides first, and slice it again afterwards.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -102,6 +142,10 @@ def _gather_backward(dim: int, spec: P, dtype: jnp.dtype, empty: jax.Array, whol
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+_no_numbers.defvjp(
+    lambda part, dim, spec: (_no_numbers(part, dim, spec), jnp.zeros((0,), part.dtype)),
+    lambda dim, spec, empty, whole: _gather_backward(dim, spec, empty.dtype, empty, whole),
+)
 
 
 def keep_activations(parts: Any) -> Callable[..., bool]:

@@ -171,6 +171,25 @@ def test_experts_exchange_rows_and_nothing_is_gathered_over_their_axis():
 
 
 @needs_plugin
+def test_training_in_fp8_gathers_codes():
+    """A byte per weight and a float32 per block of them, for each pass; the tables [V, D] alone travel in bfloat16."""
+    width, mlp, layers, passes = 1024, 1280, 2, 2
+    sizes = {'hidden_size': width, 'intermediate_size': mlp, 'num_hidden_layers': layers, 'head_dim': 128}
+    blocks = {'recipe': (('layers/**', 'fp8_block'),), 'gradients': 'block'}
+    mesh = {'fsdp': 4, 'tensor': 2}
+    plan = plans.tiny(mesh, architecture=plans.ARCHITECTURE | sizes, quantize=blocks)
+    gathers = [item for item in plan.traffic if item.kind == GATHER and item.bytes > SMALL]
+    assert {item.group for item in gathers} == {mesh['fsdp']}
+    codes = [item for item in gathers if 'f8e4m3fn' in item.dtype]
+    weights = (4 * width * width + 3 * mlp * width) // mesh['tensor']  # of a layer, on a device
+    sent = layers * passes * (weights + 4 * weights // 128**2)
+    assert sum(item.times * item.bytes for item in codes) == sent
+    tables = [item for item in gathers if item not in codes]
+    assert {item.dtype for item in tables} == {'bf16'}
+    assert all(width in shape for item in tables for shape in item.shapes)
+
+
+@needs_plugin
 @pytest.mark.full
 @pytest.mark.parametrize('name', sizes.BY_NAME)
 def test_published_models_fit_as_the_table_says(name):

@@ -1,0 +1,107 @@
+"""Weights trained through rounding and divided over fsdp: their codes travel, and are those of the whole weight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jpt.quant.dot import dot
+from jpt.quant.formats import FORMATS, Format
+from jpt.quant.packing import parts_of
+from jpt.quant.products import quantized
+from jpt.quant.tensors import FakeQuant, quantize
+from jpt.sharding.fsdp import gather, keep_activations
+from jpt.sharding.mesh import MeshConfig, make_mesh
+
+OUT, IN, ROWS = 24, 64, 6
+# `down` is divided over its outputs, `up` over its inputs.
+DIVIDED = {'up': P(None, 'fsdp'), 'down': P('fsdp')}
+BLOCKS = Format('e4m3', 4, 4, inputs='block')
+WHOLE = {
+    'blocks': BLOCKS,
+    'tensor': Format('e4m3'),
+    'channel': FORMATS['fp8_weights'],
+    'mxfp8': FORMATS['mxfp8'],
+    'nvfp4': FORMATS['nvfp4_weights'],
+    'int4': Format('int4', 1, 32),
+}
+CUT = Format('e4m3', 5, 5)
+
+
+@functools.cache
+def given():
+    """A weight whose blocks are of all sizes, inputs, and a cotangent."""
+    random = np.random.default_rng(0)
+    size = np.exp(random.normal(size=(OUT, IN)))
+    drawn = size * random.normal(size=(OUT, IN)), random.normal(size=(ROWS, IN)), random.normal(size=(ROWS, OUT))
+    return [each.astype(np.float32) for each in drawn]
+
+
+def on_mesh(name, body):
+    """`body` of the weight's parts on two shards of fsdp and two of tensor."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spec = DIVIDED[name]
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=spec, out_specs=(P(), spec), axis_names={'fsdp', 'data'}, check_vma=False
+    )
+
+
+@pytest.mark.parametrize('name', DIVIDED)
+@pytest.mark.parametrize('form', [*WHOLE.values(), CUT], ids=(*WHOLE, 'cut'))
+def test_codes_scales_and_gradients_are_those_of_the_whole_weight(name, form):
+    weight, x, dy = given()
+
+    def body(part):
+        def product(part):
+            whole = gather({'mlp': {name: {'kernel': FakeQuant(part, format=form)}}}, 'float32')
+            kernel = whole['mlp'][name]['kernel']
+            return dot(jnp.asarray(x), kernel), parts_of(quantized(kernel))
+
+        y, pull, parts = jax.vjp(product, part, has_aux=True)
+        return (y, parts), pull(jnp.asarray(dy))[0]
+
+    (y, parts), gradient = jax.jit(on_mesh(name, body))(weight)
+    wanted, pull = jax.vjp(lambda weight: dot(jnp.asarray(x), FakeQuant(weight, format=form)), weight)
+    for part, values in parts_of(jax.jit(quantize, static_argnums=1)(weight, form)).items():
+        np.testing.assert_array_equal(np.asarray(values).view(np.uint8), np.asarray(parts[part]).view(np.uint8))
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, 2 * pull(jnp.asarray(dy))[0], rtol=1e-5, atol=1e-5)  # of two devices
+
+
+def equations(jaxpr):
+    """All equations of a program, inner programs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
+            inner = getattr(inner, 'jaxpr', inner)
+            if hasattr(inner, 'eqns'):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize('name', DIVIDED)
+def test_what_travels_and_what_is_kept(name):
+    """Codes and scales forward, in both passes; backward the part alone is kept."""
+    weight, x, dy = given()
+    kept = []
+
+    def body(part):
+        params = {'mlp': {name: {'kernel': FakeQuant(part, format=BLOCKS)}}}
+
+        def product(params):
+            return dot(jnp.asarray(x), gather(params, 'float32')['mlp'][name]['kernel'])
+
+        y, pull = jax.vjp(jax.checkpoint(product, policy=keep_activations(params)), params)
+        kept.extend(leaf.shape for leaf in jax.tree.leaves(pull))
+        return y, pull(jnp.asarray(dy))[0]['mlp'][name]['kernel'].weight
+
+    found = list(equations(jax.make_jaxpr(on_mesh(name, body))(weight).jaxpr))
+    avals = [eqn.outvars[0].aval for eqn in found if eqn.primitive.name == 'all_gather']
+    # tensor divides outputs of `up` and inputs of `down` inside.
+    codes, scales = ((12, 64), (3, 16)) if name == 'up' else ((24, 32), (6, 8))
+    gathered = sorted((str(aval.dtype), aval.shape) for aval in avals)
+    assert gathered == 2 * [('float32', scales)] + 2 * [('float8_e4m3fn', codes)]
+    shape = {'up': (OUT, IN // 2), 'down': (OUT // 2, IN)}[name]
+    assert [each for each in kept if len(each) == 2] == [shape, x.shape]
