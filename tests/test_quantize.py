@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import jpt
+from jpt.convert import convert
 from jpt.data.config import TextConfig
 from jpt.model import Model
 from jpt.models.families import config_from_hf
@@ -17,7 +18,7 @@ from jpt.quant.formats import FORMATS
 from jpt.quant.paths import paths
 from jpt.quant.tensors import QTensor
 from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig
-from jpt.quantize import quantize
+from jpt.quantize import quantize, quantize_files
 from jpt.sharding.mesh import MeshConfig
 
 TEACHER = pathlib.Path(__file__).resolve().parents[1] / 'jpt' / 'assets' / 'quickstart_teacher'
@@ -83,6 +84,38 @@ def test_a_hugging_face_directory(checkpoint, tmp_path):
     for one, other in zip(jax.tree.leaves(again.params), jax.tree.leaves(made.model.params), strict=True):
         np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
     assert isinstance(again.params['layers'][0][0]['attn']['q']['kernel'], QTensor)
+
+
+def test_layers_apart_with_a_cache_in_either_kind_of_directory(checkpoint, tmp_path):
+    """Each layer in its own format, keys and values rounded: the same numbers from both, whole or a part."""
+    recipe = (('layers.0/**', 'nvfp4'), ('layers.1/**', 'fp8_tensor'))
+    given = settings(checkpoint, tmp_path, recipe=recipe, kv_cache='fp8')
+    for to in ('hf', 'jpt'):
+        quantize(dataclasses.replace(given, to=to), tmp_path / to)
+        convert(tmp_path / to, tmp_path / f'{to}_small', 'hf', layers=(1,), dtype='float32')
+    for name in ('', '_small'):
+        one, other = (jpt.load(tmp_path / f'{to}{name}') for to in ('hf', 'jpt'))
+        assert one.config.kv_cache == other.config.kv_cache == 'fp8'
+        assert paths(one.params) == paths(other.params)
+        for left, right in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+            np.testing.assert_array_equal(np.asarray(left).view(np.uint8), np.asarray(right).view(np.uint8))
+    whole, small = jpt.load(tmp_path / 'hf'), jpt.load(tmp_path / 'hf_small')
+    assert (whole.config.num_layers, small.config.num_layers) == (2, 1)
+    assert small.params['layers'][0][0]['attn']['k_scale'] == whole.params['layers'][0][1]['attn']['k_scale']
+
+
+def test_files_of_a_model_with_a_cache_in_eight_bits(checkpoint, tmp_path):
+    """What is quantized from files to files keeps the scales of keys and values."""
+    first = settings(checkpoint, tmp_path, recipe=(('layers/**', 'none'),), kv_cache='fp8')
+    quantize(first, tmp_path / 'cache')
+    then = QuantizeConfig(model=str(tmp_path / 'cache'), recipe=(('layers/**', 'fp8_weights'),), stream=True, to='hf')
+    quantize_files(then, tmp_path / 'out')
+    before, after = (jpt.load(tmp_path / name) for name in ('cache', 'out'))
+    assert after.config == before.config
+    for name in ('k_scale', 'v_scale'):
+        wanted = before.params['layers'][0][0]['attn'][name]
+        np.testing.assert_array_equal(after.params['layers'][0][0]['attn'][name], wanted)
+        assert np.all(wanted != 1)
 
 
 @pytest.mark.parametrize(
