@@ -24,6 +24,7 @@ from jpt.models.config import ModelConfig
 from jpt.models.names import BESIDE, Leaf, leaves
 from jpt.quant.formats import Format
 from jpt.quant.packing import Packing
+from jpt.quant.tensors import STATIC
 
 PARAMS, FROZEN = 'params/', 'frozen/model/'
 STEPS = 'checkpoints'  # where a training run keeps its steps, under its workdir
@@ -90,7 +91,9 @@ class StoredSource:
             self._names |= {name.removeprefix(prefix): name for name in about.leaves if name.startswith(prefix)}
         self._names = {leaf: name for leaf, name in self._names.items() if not leaf.startswith(f'{BESIDE}/')}
         # A kernel that is trained through its rounding is the weight that is rounded.
-        self._names = {leaf.removesuffix('/weight'): name for leaf, name in self._names.items()}
+        rounded = [leaf.removesuffix('weight') for leaf in self._names if leaf.endswith('/weight')]
+        beside = {leaf + name for leaf in rounded for name in STATIC}
+        self._names = {leaf.removesuffix('/weight'): at for leaf, at in self._names.items() if leaf not in beside}
         self._specs, self._statics = about.leaves, about.statics
         self._packings = {leaf: self._packing(name) for leaf, name in self._quantized_names().items()}
         paths = {name_of(leaf.path): leaf.path for leaf in leaves(self.cfg)}

@@ -271,7 +271,8 @@ def quantized(kernel: FakeQuant) -> QTensor:
     """The weight that a fake one computes as."""
     if kernel.rounded is not None:
         return dataclasses.replace(kernel.rounded, input_scale=kernel.input_scale)
-    return quantize(kernel.weight, kernel.format, input_scale=kernel.input_scale, input_factor=kernel.input_factor)
+    beside = {name: getattr(kernel, name) for name in ('input_scale', 'input_factor', 'scale_2')}
+    return quantize(kernel.weight, kernel.format, **beside)
 
 
 def _quantized_for(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -> QTensor:
@@ -309,7 +310,7 @@ def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tupl
     dx, dweight = _backward(x, weight, sizes_E, where, dy, kernel.gradients)
     zeros = {
         name: None if value is None else jnp.zeros_like(value)
-        for name, value in (('input_scale', kernel.input_scale), ('input_factor', kernel.input_factor))
+        for name, value in ((name, getattr(kernel, name)) for name in ('input_scale', 'input_factor', 'scale_2'))
     }
     own = dataclasses.replace(kernel, weight=dweight.astype(kernel.weight.dtype), rounded=None, **zeros)
     return dx, own, None, None

@@ -98,8 +98,15 @@ def quantized_tree(
     return map_with_path(one, params, is_leaf=is_weight)
 
 
-def in_training(params: Any, formats: Mapping[str, Format], gradients: Gradients) -> Any:
+def in_training(
+    params: Any,
+    formats: Mapping[str, Format],
+    gradients: Gradients,
+    static: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
     """The tree in which every weight that has a format is trained through its rounding.
+
+    static: by path, scales of a FakeQuant that stay as they are, by name.
 
     Raises:
         ImportError: gradients='te' where Transformer Engine is not.
@@ -110,7 +117,11 @@ def in_training(params: Any, formats: Mapping[str, Format], gradients: Gradients
         experts = [path for path in formats if 'experts' in path.split('/')]
         if experts:
             raise ValueError(f"gradients='te': {experts[0]}: expected 'tensor', or a recipe that leaves experts out")
-    return quantized_tree(params, formats, lambda _, weight, form: FakeQuant(weight, format=form, gradients=gradients))
+
+    def kernel(path: str, weight: jax.Array, form: Format) -> FakeQuant:
+        return FakeQuant(weight, **(static or {}).get(path, {}), format=form, gradients=gradients)
+
+    return quantized_tree(params, formats, kernel)
 
 
 @jax.jit

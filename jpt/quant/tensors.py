@@ -24,6 +24,7 @@ from jpt.quant.formats import Format
 Array = jax.Array | np.ndarray
 Gradients = Literal['as_they_are', 'block', 'tensor', 'te']
 PARTS = ('codes', 'scale', 'scale_2', 'input_scale', 'input_factor')
+STATIC = ('input_scale', 'scale_2')  # what calibration may find for a weight that is trained
 CODES: dict[str, Any] = {'e4m3': low.E4M3, 'e2m1': jnp.uint8, 'int8': jnp.int8, 'int4': jnp.uint8}
 SCALES: dict[str, Any] = {
     'float32': jnp.float32,
@@ -157,7 +158,8 @@ class OverBase:
 @dataclasses.dataclass(frozen=True)
 class FakeQuant:
     """A weight [..., out, in] in training that computes what its quantized form does: rounded forward, straight through
-    backward (Bengio et al. 2013, arXiv:1308.3432). `input_scale` and `input_factor` as in QTensor.
+    backward (Bengio et al. 2013, arXiv:1308.3432). `input_scale`, `input_factor` and `scale_2` as in QTensor; where
+    `scale_2` is None it follows from the weight.
 
     gradients: 'as_they_are'; or what is multiplied for them is rounded to eight bits too, by 'block'
         (jpt/quant/gradients.py) or with one scale per array ('tensor', jpt/quant/current_scaling.py), which inputs then
@@ -172,6 +174,7 @@ class FakeQuant:
     weight: Array
     input_scale: Array | None = None
     input_factor: Array | None = None
+    scale_2: Array | None = None
     rounded: QTensor | None = None
     format: Format = dataclasses.field(metadata={'static': True}, kw_only=True)
     gradients: Gradients = dataclasses.field(default='as_they_are', metadata={'static': True}, kw_only=True)
@@ -210,6 +213,7 @@ class FakeQuant:
             'weight': spec,
             'input_scale': None if self.input_scale is None else P(*lead),
             'input_factor': None if self.input_factor is None else P(*lead, spec[-1]),
+            'scale_2': None if self.scale_2 is None else P(*lead, None, None),
             'rounded': None if self.rounded is None else self.rounded.part_specs(spec, sizes),
         }
         return dataclasses.replace(self, **parts)

@@ -91,26 +91,26 @@ def _gather_fake(kernel: FakeQuant, dim: int, spec: P) -> FakeQuant:
     block = {-2: kernel.format.rows, -1: kernel.format.columns}.get(dim - kernel.ndim, 1)
     if kernel.gradients == 'te' or kernel.input_factor is not None or (block and kernel.shape[dim] % block):
         return dataclasses.replace(kernel, weight=_gather(kernel.weight, dim, spec, kernel.dtype))
-    rounded = _gather_rounded(jax.lax.stop_gradient(kernel.weight), kernel.format, dim, spec)
+    given = jax.lax.stop_gradient((kernel.weight, kernel.scale_2))
+    rounded = _gather_rounded(*given, kernel.format, dim, spec)
     return dataclasses.replace(kernel, weight=_no_numbers(kernel.weight, dim, spec), rounded=rounded)
 
 
 # A function of its own for the sake of remat: what lies between the part and the codes is not seen, and not kept.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_rounded(part: jax.Array, form: Format, dim: int, spec: P) -> QTensor:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _gather_rounded(part: jax.Array, second: jax.Array | None, form: Format, dim: int, spec: P) -> QTensor:
     """The whole of a weight, rounded, from its parts: what rounding the whole gives, bit by bit. It has no gradient."""
     axis = dim - part.ndim
     amax = block_amax(part.astype(jnp.float32), form)
     if not {-2: form.rows, -1: form.columns}.get(axis, 1):
         amax = pmax(amax, (AXIS,))
-    second = None
-    if form.has_second:
+    if form.has_second and second is None:
         largest = jnp.max(amax, axis=(-2, -1), keepdims=True)
         second = scales_of(largest if axis < -2 else pmax(largest, (AXIS,)), form)[1]
     return _gather_quantized(quantize(part, form, amax=amax, scale_2=second), dim, spec)
 
 
-_gather_rounded.defvjp(lambda *given: (_gather_rounded(*given), None), lambda *_: (None,))
+_gather_rounded.defvjp(lambda *given: (_gather_rounded(*given), None), lambda *_: (None, None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -181,6 +181,10 @@ def _within_weight(axes: tuple[str | None, ...], attributes: Keys) -> tuple[str 
         return (None, axes[1])
     if attributes[-1:] == ('b',):
         return (axes[0], None)
+    if attributes[-1:] == ('input_scale',):  # of a FakeQuant, as the next
+        return axes[:-2]
+    if attributes[-1:] == ('scale_2',):
+        return (*axes[:-2], None, None)
     return axes
 
 

@@ -7,14 +7,15 @@ import jax
 
 from jpt.models.cache import CACHE_SCALES
 from jpt.quant.paths import map_with_path, paths, select
-from jpt.quant.tensors import QTensor
+from jpt.quant.tensors import STATIC, QTensor
 
 
 def partition(params: Any, frozen: Sequence[str], place: str = 'freeze') -> tuple[Any, Any]:
     """Splits params into (trainable, frozen) by path patterns (see jpt.quant.paths); `merge` puts them together again.
 
     A pattern that starts with '!' takes back what earlier ones froze: ('**', '!lm_head') trains the head alone. Codes
-    cannot be trained, so quantized weights are frozen whatever the patterns say, and so are the scales of a cache.
+    cannot be trained, so quantized weights are frozen whatever the patterns say, and so are scales that
+    calibration found, and those of a cache.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to train.
@@ -28,7 +29,7 @@ def partition(params: Any, frozen: Sequence[str], place: str = 'freeze') -> tupl
             chosen |= select([pattern], among, place)
     leaves = jax.tree.leaves(params, is_leaf=_is_quantized)
     chosen |= {path for path, leaf in zip(among, leaves, strict=True) if _is_quantized(leaf)}
-    chosen |= {path for path in among if path.split('/')[-1] in CACHE_SCALES}
+    chosen |= {path for path in among if path.split('/')[-1] in (*STATIC, *CACHE_SCALES)}
     if len(chosen) == len(among):
         raise ValueError(f'{place}={tuple(frozen)}: nothing is left to train')
     trainable = map_with_path(lambda path, leaf: None if path in chosen else leaf, params, is_leaf=_is_quantized)

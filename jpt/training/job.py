@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +11,9 @@ from jax.sharding import Mesh
 
 from jpt.checkpoint.adapted import is_adapter
 from jpt.checkpoint.fingerprint import fingerprint_of
-from jpt.checkpoint.hf_quantized import Described, check_held
 from jpt.checkpoint.opening import model_directory, open_model
 from jpt.checkpoint.selected import SelectedLayers
 from jpt.checkpoint.source import LeafSource, load_tree
-from jpt.checkpoint.tree import name_of
 from jpt.data.alignment import SecondReader
 from jpt.data.batch import Batch, empty_batch
 from jpt.data.recorded import RecordedTargets
@@ -29,12 +26,10 @@ from jpt.kernels.distillation_loss import Teacher
 from jpt.kernels.sparse_target import no_words
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.families import config_from_hf
-from jpt.models.names import BESIDE, TreePath, get, leaves, put
+from jpt.models.names import BESIDE, get, put
 from jpt.models.transformer import init
-from jpt.quant.formats import Format
 from jpt.quant.lora import FREEZE_ALL_BUT_LORA, add_lora, merge_lora
-from jpt.quant.packing import Packing
-from jpt.quant.recipes import RESULTS, chosen, in_training
+from jpt.quant.recipes import RESULTS
 from jpt.sharding.layout import laid_out, to_canonical_layout, to_device_layout
 from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
 from jpt.sharding.plan import Plan, make_plan
@@ -45,6 +40,7 @@ from jpt.training.ema import init_ema
 from jpt.training.freeze import merge, partition
 from jpt.training.objective import Objective, language_modeling
 from jpt.training.optimizer import Optimizer, make_optimizer
+from jpt.training.rounding import Rounding, calibrated_rounding, check_export, rounded_model
 from jpt.training.router import make_correction
 from jpt.training.schedule import make_schedule
 from jpt.training.settings import ModelSource, TrainConfig, teacher_alone
@@ -59,6 +55,7 @@ class Weights(NamedTuple):
     cfg: ModelConfig
     source: LeafSource | None
     origin: Path | None = None  # the directory with the card of these weights
+    calibrated: Rounding | None = None  # of config.quantize.calibrated
 
 
 class Job(NamedTuple):
@@ -108,6 +105,9 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
         )
     # Codes cannot be trained, but adapters beside them can.
     models = {'model': open_weights(config.model, config.compute.param_dtype, codes=config.lora is not None)}
+    if config.quantize is not None and config.quantize.calibrated is not None:
+        rounding = calibrated_rounding(config.quantize.calibrated, models['model'].cfg)
+        models['model'] = models['model']._replace(calibrated=rounding)
     for name, teacher in config.teachers_beside().items():
         models[name] = open_weights(dataclasses.replace(teacher, mtp=False), teacher_dtype(config), codes=True)
     compute = Compute(
@@ -127,7 +127,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
         )
     source = models['model'].source
     if config.checkpoint.export and source is not None and source.quantized:
-        _check_held(config, source.cfg, source.quantized)
+        check_export('config.model.path', source.cfg, source.quantized)
     targets = _targets(config, models)
     second = _second(config, mesh)
     apart = _apart(config, theirs)
@@ -312,33 +312,13 @@ def _extended(
             place='config.lora.targets',
         )
     if config.quantize is not None:
-        formats = chosen(model, config.quantize.choices(), 'config.quantize.recipe')
-        _check_export(config, weights['model'].cfg, model, formats)
-        model = in_training(model, formats, config.quantize.gradients)
+        model = rounded_model(config, weights['model'].cfg, model, weights['model'].calibrated)
     if config.task == 'distill':
         pairs, own_key, dtype = config.distill.pairs, jax.random.fold_in(key, 1), config.compute.param_dtype
         teachers = {name: weights[name].cfg for name in config.named_teachers() if name in weights}
         drawn = new_projections(pairs, weights['model'].cfg, teachers, own_key, dtype)
         model = model | {BESIDE: drawn} if drawn else model
     return models | {'model': model}
-
-
-def _check_export(config: TrainConfig, cfg: ModelConfig, model: Any, formats: Mapping[str, Format]) -> None:
-    """Raises ValueError where the run would end with weights that no Hugging Face directory holds."""
-    if config.checkpoint.export and config.quantize is not None and config.quantize.result == 'quantized':
-        named = {leaf.path: name_of(leaf.path) for leaf in leaves(cfg) if name_of(leaf.path) in formats}
-        _check_held(config, cfg, {path: Packing(formats[name], 'float32') for path, name in named.items()})
-
-
-def _check_held(config: TrainConfig, cfg: ModelConfig, quantized: Mapping[TreePath, Packing]) -> None:
-    try:
-        check_held(Described(cfg, quantized))
-    except ValueError as error:
-        given = f'config.quantize.recipe={config.quantize.recipe}' if config.quantize else 'config.model.path'
-        raise ValueError(
-            f'{given}: what the run ends with cannot be exported; expected other formats (such as nvfp4_weights), or '
-            f'config.checkpoint.export=False; python -m jpt.quantize of the run calibrates inputs:\n{error}'
-        ) from error
 
 
 def _trees(config: TrainConfig, models: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

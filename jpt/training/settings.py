@@ -114,6 +114,8 @@ class FakeQuantConfig:
 
     # Pairs of a pattern over weights and a format (jpt/quant/formats.py) or 'none'; the last one that covers holds.
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4_weights'),)
+    # In place of a recipe: a quantized model (python -m jpt.quantize), whose formats and static scales of inputs it is.
+    calibrated: str | None = None
     # 'block' (with fp8_block), 'tensor' or 'te' (with fp8_tensor): by products in FP8 too, see docs/fp8_training.md.
     gradients: Gradients = 'as_they_are'
     result: Literal['quantized', 'weights'] = 'quantized'  # what the run ends with and exports: codes, or the masters
@@ -123,10 +125,15 @@ class FakeQuantConfig:
             found = self.choices()
         except ValueError as error:
             raise ConfigError(type(self).__name__, 'recipe', self.recipe, str(error)) from error
+        if self.calibrated is not None:
+            require(self, 'recipe', self.recipe == type(self).recipe, 'its default where calibrated is given')
+            require(self, 'gradients', self.gradients == 'as_they_are', "'as_they_are' where calibrated is given")
+            return
         formats = [choice.format for choice in found if choice.format is not None]
         current = self.gradients in ('tensor', 'te')
         static = not current and any(form.inputs == 'tensor' for form in formats)
-        require(self, 'recipe', not static, "formats whose inputs need no calibration (fp8_tensor: gradients='tensor')")
+        ways = "formats whose inputs need no calibration (fp8_tensor: gradients='tensor'), or calibrated in its place"
+        require(self, 'recipe', not static, ways)
         refused = next(filter(None, (refused_gradients(self.gradients, form) for form in formats)), None)
         require(self, 'gradients', refused is None, f"'as_they_are', or another recipe: {refused}")
         ends = not current or self.result == 'weights'

@@ -12,7 +12,7 @@ from jpt.models.config import Compute
 from jpt.models.transformer import forward
 from jpt.quant.dot import is_weight
 from jpt.quant.formats import FORMATS, Format
-from jpt.quant.paths import map_with_path
+from jpt.quant.paths import map_with_path, paths
 from jpt.quant.recipes import chosen, in_training, quantized_tree, recipe_of
 from jpt.quant.tensors import quantize
 from jpt.sharding.mesh import MeshConfig, make_mesh
@@ -24,6 +24,10 @@ from jpt.training.objective import language_modeling
 BLOCKS, SMALL = Format('e4m3', 8, 4, inputs='block'), Format('e4m3', 2, 2, inputs='block')
 RAGGED = Format('e4m3', 10, 10)
 SQUARES = {'mixed': Format('e4m3', 4, 4, inputs='block'), 'experts': SMALL}  # for training in FP8
+STATIC = {  # as calibration leaves it
+    'mixed': [('layers/**', FORMATS['fp8_tensor']), ('**/mlp/up', FORMATS['nvfp4'])],
+    'experts': [('layers/**', FORMATS['fp8_tensor'])],
+}
 RECIPES = {
     'mixed': [('layers/**', BLOCKS), ('**/mlp/up', FORMATS['nvfp4']), ('**/attn/v', FORMATS['int8_weights'])],
     'experts': [('layers/**', SMALL), ('**/attn/{q,k}', Format('int4', 1, 4))],
@@ -33,16 +37,31 @@ RECIPES = {
 @functools.cache
 def quantized(model, fake=False):
     """The model's parameters, float32 where they are arrays, on one device; `fake`: to be trained through rounding,
-    with gradients by 'block' too if that is said.
+    with gradients by 'block' or with scales that stay as they are, if that is said.
     """
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), canonical_params(model))
     if fake == 'block':
         formats = chosen(params, recipe_of([('layers/**', SQUARES[model])]))
         return in_training(params, formats, 'block')
+    if fake == 'static':
+        formats = chosen(params, recipe_of(STATIC[model]))
+        return in_training(params, formats, 'as_they_are', static_scales(params, formats))
     formats = chosen(params, recipe_of(RECIPES[model]))
     if fake:
         return in_training(params, formats, 'as_they_are')
     return jax.jit(lambda params: quantized_tree(params, formats))(params)
+
+
+def static_scales(params, formats):
+    """Scales for every layer and expert, the second ones of weights a little too small for them."""
+    drawn, found = np.random.default_rng(5), {}
+    for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):
+        if path in formats:
+            lead = leaf.shape[:-2]
+            found[path] = {'input_scale': drawn.uniform(0.01, 0.02, lead).astype(np.float32)}
+            if formats[path].has_second:
+                found[path]['scale_2'] = drawn.uniform(3e-4, 4e-4, (*lead, 1, 1)).astype(np.float32)
+    return found
 
 
 def in_float64(tree):
@@ -73,6 +92,8 @@ def wanted(model, fake):
         ('mixed', MeshConfig(fsdp=2, tensor=2, context=2), 2, 'block'),
         ('mixed', MeshConfig(pipe=2, data=2, tensor=2), 2, 'block'),
         ('experts', MeshConfig(expert=4, fsdp=2), 1, 'block'),
+        ('mixed', MeshConfig(pipe=2, fsdp=2, tensor=2), 2, 'static'),
+        ('experts', MeshConfig(expert=4, fsdp=2), 1, 'static'),
     ],
     ids=(
         'sharded',
@@ -84,6 +105,8 @@ def wanted(model, fake):
         'in FP8',
         'in FP8 pipelined',
         'experts in FP8',
+        'calibrated',
+        'experts calibrated',
     ),
 )
 def test_loss_and_gradients(model, mesh, microbatches, fake):

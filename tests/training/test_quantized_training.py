@@ -12,10 +12,14 @@ import jpt
 from jpt.checkpoint.model_dir import StoredSource
 from jpt.checkpoint.source import load_tree
 from jpt.config import ConfigError
+from jpt.data.config import TextConfig
 from jpt.quant.dot import is_weight
 from jpt.quant.formats import FORMATS
+from jpt.quant.paths import paths
 from jpt.quant.recipes import chosen, packed, quantized_tree, recipe_of
 from jpt.quant.tensors import FakeQuant, QTensor, quantize
+from jpt.quantization.settings import QuantizeConfig
+from jpt.quantize import quantize as quantize_checkpoint
 from jpt.training.job import make_job
 from jpt.training.overview import overview
 from jpt.training.run import run_job
@@ -119,6 +123,91 @@ def test_a_quantized_teacher_and_a_student_that_is_it(tmp_path):
         run_job(config, tmp_path / recipe)
         rows = [json.loads(line) for line in (tmp_path / recipe / 'metrics.jsonl').read_text().splitlines()]
         assert holds(next(row['kl'] for row in rows if 'kl' in row)), recipe
+
+
+STATIC = (('layers/**', 'nvfp4'), ('**/mlp/down', 'fp8_tensor'), ('**/attn/out', 'int8_weights'))
+
+
+@pytest.fixture(scope='module')
+def calibrated(tmp_path_factory):
+    """The teacher that jpt ships with static scales of inputs."""
+    folder = tmp_path_factory.mktemp('calibrated') / 'model'
+    text = TextConfig(rows=4, length=64, batch_size=4)
+    quantize_checkpoint(QuantizeConfig(model='quickstart', recipe=STATIC, text=text, dtype='float32'), folder)
+    return folder
+
+
+def test_a_calibrated_model_is_trained_with_its_scales(calibrated, tmp_path):
+    """Before it is trained it is that model; after, its inputs have the same scales, and it is exported with them."""
+    config = settings(
+        tmp_path,
+        task='distill',
+        model={'path': 'quickstart'},
+        teacher=dataclasses.asdict(ModelSource(str(calibrated))),
+        tokenizer=None,
+        quantize={'calibrated': str(calibrated)},
+        steps=2,
+        schedule={'lr': 1e-3, 'warmup': 0},
+        checkpoint={'every': 1, 'export': True},
+        log={'every': 1},
+    )
+    assert f'rounded  as {calibrated}' in overview(make_job(config))
+    model = run_job(config, tmp_path / 'run')
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    first, second = (row['kl'] for row in rows if 'kl' in row)
+    assert abs(first) < 1e-6
+    assert second > 1e-5
+    before, exported = jpt.load(calibrated), jpt.load(tmp_path / 'run' / 'model')
+    assert paths(before.params) == paths(model.params) == paths(exported.params)
+    moved = 0
+    for path, old, ours, theirs in zip(
+        paths(before.params), *map(jax.tree.leaves, (before.params, model.params, exported.params)), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(ours).view(np.uint8), np.asarray(theirs).view(np.uint8))
+        if path.endswith('/input_scale'):
+            np.testing.assert_array_equal(old, ours)
+        moved += path.endswith('/codes') and bool((np.asarray(old) != np.asarray(ours)).any())
+    assert moved == 7
+    # A run is opened as a model of the weights that are rounded, and goes on.
+    assert not StoredSource(tmp_path / 'run').quantized
+    run_job(dataclasses.replace(config, steps=3), tmp_path / 'run')
+
+
+@pytest.mark.parametrize(
+    ('given', 'words'),
+    [
+        ('plain', r'config\.quantize\.calibrated=.*plain: its weights are not quantized: expected what python'),
+        ('factors', r'layers/0\.0/attn/q/kernel has an input_factor'),
+        ('other', r'layers/0\.0/attn/q/kernel is \(.*\); config\.model has \('),
+        ('cache', r"has kv_cache='fp8', and config.model 'as_computed': expected the same"),
+        ('nowhere', r'nowhere: no such directory'),
+    ],
+)
+def test_what_is_no_calibrated_model_of_these_weights(given, words, tmp_path):
+    teacher = jpt.load('quickstart', dtype='float32')
+    if given == 'plain':
+        teacher.save(tmp_path / given)
+    elif given == 'factors':
+        formats = chosen(teacher.params, recipe_of('int4_weights'))
+        params = quantized_tree(
+            teacher.params,
+            formats,
+            lambda path, w, form: quantize(w, form, input_factor=np.ones((*w.shape[:-2], w.shape[-1]), np.float32)),
+        )
+        dataclasses.replace(teacher, params=params).save(tmp_path / given)
+    elif given == 'cache':
+        text = TextConfig(rows=2, length=16, batch_size=2)
+        recipe = (('layers/**', 'fp8_block'),)
+        quantize_checkpoint(
+            QuantizeConfig(model='quickstart', recipe=recipe, kv_cache='fp8', text=text), tmp_path / given
+        )
+    elif given == 'other':
+        quantized_checkpoint(tmp_path, 'int8')
+        (tmp_path / 'int8').rename(tmp_path / given)
+    model = {} if given == 'other' else {'path': 'quickstart'}
+    config = settings(tmp_path, quantize={'calibrated': str(tmp_path / given)}, **({'model': model} if model else {}))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        make_job(config)
 
 
 def test_a_teacher_on_its_own_mesh_is_not_rounded(tmp_path):
