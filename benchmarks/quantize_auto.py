@@ -147,7 +147,7 @@ def main() -> None:
         for name, choice in choices(mixed, found, bits, options.random).items():
             add(bits, name, choice, found[name].sensitivity if name in found else None, seconds.get(name))
     console = Console(width=160)
-    console.print(f'{machine()}; {options.model}, {options.rows} windows')
+    console.print(f'{machine()}; {options.model}, {options.rows} rows of text')
     show(rows, console)
     if options.json:
         print(json.dumps({'benchmark': 'quantize_auto', 'machine': machine(), 'rows': rows}))
