@@ -89,7 +89,7 @@ def _measured(model: Model, config: QuantizeConfig, console: Console) -> Quantiz
     made = quantize_model(
         model, recipe, calibration, held_out, config.calibration, lambda line: console.print(line), config.kv_cache
     )
-    return made._replace(auto=auto)
+    return made._replace(auto=auto, text=config.text)
 
 
 def _placed(mesh: Mesh | None, batches: Sequence[Batch]) -> list[Batch]:

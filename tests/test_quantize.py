@@ -55,6 +55,7 @@ def test_what_is_written_and_reported(checkpoint, tmp_path):
     assert {row['path'].split('/', 2)[2].removesuffix('/kernel') for row in report['layers']} == PARTS - {'attn/out'}
     assert len(report['layers']) == 2 * 6  # two layers
     assert report['not_quantized'] == ['embed/embedding', 'layers/0.0/attn/out/kernel']
+    assert report['text']['calibration']['paths'] == [str(tmp_path / 'train.txt')]
     original, quantized = report['models']
     assert original['kl'] == pytest.approx(0, abs=1e-6)
     assert quantized['kl'] > 0

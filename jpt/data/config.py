@@ -120,6 +120,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         for name, least in (('rows', 1), ('batch_size', 1), ('length', 0), ('seed', 0)):
             require(self, name, getattr(self, name) >= least, f'{least} or more')
+        for name in ('calibration', 'held_out'):
+            require(self, name, not getattr(self, name).route_key, 'no route_key, since no teacher is asked')
 
     @classmethod
     def of_files(cls, calibration: str, held_out: str, **settings: int) -> 'TextConfig':

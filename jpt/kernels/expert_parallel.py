@@ -256,11 +256,14 @@ def _late_round_backward(run: Run, exchange: Exchange, given, d_MD):
 
     def again(d_MD):
         _, pull = jax.vjp(lambda rows, own: _round(run, exchange, rows, own, counts, turn), rows_MD, kernels)
-        return pull(d_MD)
+        return jax.tree.map(lambda d: None if d.dtype == jax.dtypes.float0 else d, pull(d_MD))
+
+    def zero(x):  # codes in integers have no gradient
+        return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
 
     with jax.named_scope(LATE):
         more = turn < exchange.needed(counts.load_SR)
-        d_inputs = lax.cond(more, again, lambda _: jax.tree.map(jnp.zeros_like, (rows_MD, kernels)), d_MD)
+        d_inputs = lax.cond(more, again, lambda _: jax.tree.map(zero, (rows_MD, kernels)), d_MD)
     return (d_MD, *d_inputs, None, None)
 
 

@@ -203,7 +203,8 @@ class FakeQuant:
         """
         _check_whole(self.format, self.shape, spec, sizes, name, self.input_scale is None)
         for at, block in ((-2, self.format.rows), (-1, self.format.columns)):
-            if _ways(spec[at], sizes) > 1 and (not block or self.format.has_second):
+            apart = not block or (self.format.has_second and self.scale_2 is None)
+            if self.rounded is None and apart and _ways(spec[at], sizes) > 1:
                 raise ValueError(
                     f'{name} {self.shape}: a scale of all of its axis {at}, which lies on {_ways(spec[at], sizes)} '
                     'shards: expected a format in blocks, or tensor=1'

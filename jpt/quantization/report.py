@@ -103,6 +103,7 @@ def to_json(made: Quantized) -> dict[str, Any]:
         'calibration_tokens': made.tokens,
         'experts_without_tokens': {str(layer): experts for layer, experts in made.unseen.items()},
         'calibration': dataclasses.asdict(made.how),
+        'text': None if made.text is None else dataclasses.asdict(made.text),
         'layers': [_row(row) for row in made.layers],
         'not_quantized': made.kept,
         'kv_cache': None if made.cache is None else _cache_row(made.cache),

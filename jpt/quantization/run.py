@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpt.data.batch import Batch
+from jpt.data.config import TextConfig
 from jpt.evaluation.score import Reference, score
 from jpt.model import Model
 from jpt.models.calibration import Calibration, calibrate
@@ -70,6 +71,7 @@ class Quantized(NamedTuple):
     unseen: dict[int, list[int]]  # experts, by the number of their layer, that no token of calibration went to
     cache: CacheReport | None = None  # of keys and values, where they were quantized
     auto: Automatic | None = None  # what chose the recipe
+    text: TextConfig | None = None  # what was read, where a config said so
 
 
 def quantize_model(

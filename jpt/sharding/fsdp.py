@@ -1,7 +1,7 @@
 """Weights divided over `fsdp`, gathered where they are used; gradients return in float32.
 
 Arrays travel in the compute dtype. Weights that are trained through rounding travel as what they are rounded to, where
-every part holds whole blocks: the codes are made once, of the parts, and are a quarter of float32's bytes.
+every part holds whole blocks: codes are made once, of the parts, and they and their scales are 0.5 to 1.03 bytes each.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def _gather_quantized(weight: QTensor, dim: int, spec: P) -> QTensor:
 def _gather_fake(kernel: FakeQuant, dim: int, spec: P) -> FakeQuant:
     """The whole of a weight that is trained through rounding: rounded, where the parts can be, and then gathered."""
     block = {-2: kernel.format.rows, -1: kernel.format.columns}.get(dim - kernel.ndim, 1)
-    if kernel.gradients == 'te' or kernel.input_factor is not None or (block and kernel.shape[dim] % block):
+    if kernel.gradients == 'te' or (block and kernel.shape[dim] % block):
         return dataclasses.replace(kernel, weight=_gather(kernel.weight, dim, spec, kernel.dtype))
     given = jax.lax.stop_gradient((kernel.weight, kernel.scale_2))
     rounded = _gather_rounded(*given, kernel.format, dim, spec)

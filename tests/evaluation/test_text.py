@@ -79,6 +79,8 @@ def test_what_cannot_be_read(model, files):
         batches_from(model, short)
     with pytest.raises(ValueError, match='no tokenizer'):
         batches_from(Model(model.config, model.params), TextConfig())
+    with pytest.raises(ValueError, match='no route_key'):
+        TextConfig(DataConfig(('a.jsonl',), route_key='teacher'))
     for name, least in (('rows', 1), ('batch_size', 1), ('length', 0), ('seed', 0)):
         with pytest.raises(ValueError, match=rf'TextConfig\.{name}={least - 1}: expected {least} or more'):
             TextConfig(**{name: least - 1})

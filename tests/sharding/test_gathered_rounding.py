@@ -27,8 +27,10 @@ WHOLE = {
     'mxfp8': FORMATS['mxfp8'],
     'nvfp4': FORMATS['nvfp4_weights'],
     'int4': Format('int4', 1, 32),
+    'int8': FORMATS['int8_weights'],
 }
 CUT = Format('e4m3', 5, 5)
+GRID = Format('int4', 1, 32, 'e4m3_grid', inputs='tensor')
 
 
 @functools.cache
@@ -105,3 +107,23 @@ def test_what_travels_and_what_is_kept(name):
     assert gathered == 2 * [('float32', scales)] + 2 * [('float8_e4m3fn', codes)]
     shape = {'up': (OUT, IN // 2), 'down': (OUT // 2, IN)}[name]
     assert [each for each in kept if len(each) == 2] == [shape, x.shape]
+
+
+@pytest.mark.parametrize('name', DIVIDED)
+@pytest.mark.parametrize('form', [*WHOLE.values(), CUT, GRID], ids=(*WHOLE, 'cut', 'grid'))
+def test_experts_in_bfloat16(name, form):
+    """Stacked [E, out, in]: the bits of each expert's whole weight."""
+    weight = jnp.stack([given()[0], 3 * given()[0]]).astype(jnp.bfloat16)
+    spec = P(None, *DIVIDED[name])
+
+    def body(part):
+        whole = gather({'mlp': {'experts': {name: {'kernel': FakeQuant(part, format=form)}}}}, 'float32')
+        return parts_of(quantized(whole['mlp']['experts'][name]['kernel']))
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    axes = {'fsdp', 'data'}
+    parts = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=P(), axis_names=axes, check_vma=False))(
+        weight
+    )
+    for part, values in parts_of(jax.jit(quantize, static_argnums=1)(weight, form)).items():
+        np.testing.assert_array_equal(np.asarray(values).view(np.uint8), np.asarray(parts[part]).view(np.uint8))

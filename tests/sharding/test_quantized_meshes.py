@@ -24,6 +24,11 @@ from jpt.training.objective import language_modeling
 BLOCKS, SMALL = Format('e4m3', 8, 4, inputs='block'), Format('e4m3', 2, 2, inputs='block')
 RAGGED = Format('e4m3', 10, 10)
 SQUARES = {'mixed': Format('e4m3', 4, 4, inputs='block'), 'experts': SMALL}  # for training in FP8
+INTEGERS = [  # of experts, in codes or scales that have no gradient
+    ('**/experts/up', Format('int4', 1, 4)),
+    ('**/experts/gate', FORMATS['mxfp8']),
+    ('**/experts/down', FORMATS['nvfp4']),
+]
 STATIC = {  # as calibration leaves it
     'mixed': [('layers/**', FORMATS['fp8_tensor']), ('**/mlp/up', FORMATS['nvfp4'])],
     'experts': [('layers/**', FORMATS['fp8_tensor'])],
@@ -31,6 +36,7 @@ STATIC = {  # as calibration leaves it
 RECIPES = {
     'mixed': [('layers/**', BLOCKS), ('**/mlp/up', FORMATS['nvfp4']), ('**/attn/v', FORMATS['int8_weights'])],
     'experts': [('layers/**', SMALL), ('**/attn/{q,k}', Format('int4', 1, 4))],
+    'integers': INTEGERS,
 }
 
 
@@ -43,10 +49,13 @@ def quantized(model, fake=False):
     if fake == 'block':
         formats = chosen(params, recipe_of([('layers/**', SQUARES[model])]))
         return in_training(params, formats, 'block')
+    if fake == 'whole':  # which fsdp has found before tensor would divide it
+        formats = chosen(params, recipe_of([('**/experts', Format('e4m3'))]))
+        return in_training(params, formats, 'as_they_are')
     if fake == 'static':
         formats = chosen(params, recipe_of(STATIC[model]))
         return in_training(params, formats, 'as_they_are', static_scales(params, formats))
-    formats = chosen(params, recipe_of(RECIPES[model]))
+    formats = chosen(params, recipe_of(RECIPES['integers' if fake == 'integers' else model]))
     if fake:
         return in_training(params, formats, 'as_they_are')
     return jax.jit(lambda params: quantized_tree(params, formats))(params)
@@ -92,6 +101,8 @@ def wanted(model, fake):
         ('mixed', MeshConfig(fsdp=2, tensor=2, context=2), 2, 'block'),
         ('mixed', MeshConfig(pipe=2, data=2, tensor=2), 2, 'block'),
         ('experts', MeshConfig(expert=4, fsdp=2), 1, 'block'),
+        ('experts', MeshConfig(expert=4, fsdp=2), 1, 'integers'),
+        ('experts', MeshConfig(expert=2, tensor=2, fsdp=2), 1, 'whole'),
         ('mixed', MeshConfig(pipe=2, fsdp=2, tensor=2), 2, 'static'),
         ('experts', MeshConfig(expert=4, fsdp=2), 1, 'static'),
     ],
@@ -105,6 +116,8 @@ def wanted(model, fake):
         'in FP8',
         'in FP8 pipelined',
         'experts in FP8',
+        'experts in integers',
+        'experts with a scale of all',
         'calibrated',
         'experts calibrated',
     ),
