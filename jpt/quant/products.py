@@ -289,6 +289,14 @@ def _quantized_for(x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None) -
     return with_current_scale(weight, _times_factor(x, weight.input_factor, sizes_E), sizes_E)
 
 
+def _beyond(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None) -> jax.Array:
+    """Which inputs are larger than the largest number with the weight's static scale of inputs."""
+    own = inputs_format(weight.format)
+    largest = own.largest * (low.E4M3_MAX if own.scale == 'e4m3' else 1.0)
+    limit = largest * jnp.broadcast_to(_per_row(weight.input_scale, sizes_E, x), x.shape[:-1])
+    return jnp.abs(x.astype(jnp.float32)) > limit[..., None]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fake_product(
     x: jax.Array, kernel: FakeQuant, sizes_E: jax.Array | None, rounded: QTensor | None, where: Lies | None
@@ -308,6 +316,8 @@ def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tupl
     x, kernel, sizes_E = residuals
     weight = _quantized_for(x, kernel, sizes_E)
     dx, dweight = _backward(x, weight, sizes_E, where, dy, kernel.gradients)
+    if kernel.clipped and weight.input_scale is not None:
+        dx = jnp.where(_beyond(_times_factor(x, weight.input_factor, sizes_E), weight, sizes_E), 0, dx)
     zeros = {
         name: None if value is None else jnp.zeros_like(value)
         for name, value in ((name, getattr(kernel, name)) for name in ('input_scale', 'input_factor', 'scale_2'))

@@ -103,10 +103,11 @@ def in_training(
     formats: Mapping[str, Format],
     gradients: Gradients,
     static: Mapping[str, Mapping[str, Any]] | None = None,
+    clipped: bool = False,
 ) -> Any:
     """The tree in which every weight that has a format is trained through its rounding.
 
-    static: by path, scales of a FakeQuant that stay as they are, by name.
+    static: by path, scales of a FakeQuant that stay as they are, by name. clipped: as in FakeQuant.
 
     Raises:
         ImportError: gradients='te' where Transformer Engine is not.
@@ -119,7 +120,7 @@ def in_training(
             raise ValueError(f"gradients='te': {experts[0]}: expected 'tensor', or a recipe that leaves experts out")
 
     def kernel(path: str, weight: jax.Array, form: Format) -> FakeQuant:
-        return FakeQuant(weight, **(static or {}).get(path, {}), format=form, gradients=gradients)
+        return FakeQuant(weight, **(static or {}).get(path, {}), format=form, gradients=gradients, clipped=clipped)
 
     return quantized_tree(params, formats, kernel)
 

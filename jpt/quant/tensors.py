@@ -164,6 +164,7 @@ class FakeQuant:
     gradients: 'as_they_are'; or what is multiplied for them is rounded to eight bits too, by 'block'
         (jpt/quant/gradients.py) or with one scale per array ('tensor', jpt/quant/current_scaling.py), which inputs then
         have forward, too; or by Transformer Engine ('te', jpt/kernels/te.py).
+    clipped: inputs that are beyond what `input_scale` has room for, which saturate, pass no gradient.
     rounded: the quantized form, where it is there already: then `weight` has no numbers, and gradients go to it all the
         same.
 
@@ -178,6 +179,7 @@ class FakeQuant:
     rounded: QTensor | None = None
     format: Format = dataclasses.field(metadata={'static': True}, kw_only=True)
     gradients: Gradients = dataclasses.field(default='as_they_are', metadata={'static': True}, kw_only=True)
+    clipped: bool = dataclasses.field(default=False, metadata={'static': True}, kw_only=True)
 
     def __post_init__(self) -> None:
         if refused := refused_gradients(self.gradients, self.format):

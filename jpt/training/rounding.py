@@ -79,7 +79,7 @@ def rounded_model(config: TrainConfig, cfg: ModelConfig, model: Any, calibrated:
                 if name in rounding.formats
             },
         )
-    return in_training(model, rounding.formats, given.gradients, rounding.static)
+    return in_training(model, rounding.formats, given.gradients, rounding.static, given.clipped)
 
 
 def said(config: FakeQuantConfig) -> str:

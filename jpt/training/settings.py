@@ -116,6 +116,7 @@ class FakeQuantConfig:
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4_weights'),)
     # In place of a recipe: a quantized model (python -m jpt.quantize), whose formats and static scales of inputs it is.
     calibrated: str | None = None
+    clipped: bool = False  # with calibrated: inputs beyond their static scale pass no gradient, else all do
     # 'block' (with fp8_block), 'tensor' or 'te' (with fp8_tensor): by products in FP8 too, see docs/fp8_training.md.
     gradients: Gradients = 'as_they_are'
     result: Literal['quantized', 'weights'] = 'quantized'  # what the run ends with and exports: codes, or the masters
@@ -129,6 +130,7 @@ class FakeQuantConfig:
             require(self, 'recipe', self.recipe == type(self).recipe, 'its default where calibrated is given')
             require(self, 'gradients', self.gradients == 'as_they_are', "'as_they_are' where calibrated is given")
             return
+        require(self, 'clipped', not self.clipped, 'False without calibrated: no input is beyond a scale of its own')
         formats = [choice.format for choice in found if choice.format is not None]
         current = self.gradients in ('tensor', 'te')
         static = not current and any(form.inputs == 'tensor' for form in formats)

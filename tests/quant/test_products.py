@@ -1,5 +1,7 @@
 """Products with quantized weights against float64 products of what numpy's formulas say codes and scales stand for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,26 @@ def test_factors_of_inputs():
     assert error(pull(DY)[0].weight, wanted) < 1e-6
     one = jax.tree.map(lambda leaf: leaf[1], quantize(W, form, input_factor=jnp.asarray(factor)))
     assert error(dot(X, one), (X * factor[1]) @ numbers[1].T) < 1e-6
+
+
+@pytest.mark.parametrize(('name', 'limit'), [('fp8_tensor', 448), ('int8_tensor', 127), ('nvfp4', 6 * 448)])
+def test_inputs_beyond_their_scale_pass_no_gradient_if_that_is_asked(name, limit):
+    """Each expert has a scale of its own; those that saturate are told apart from those that are rounded."""
+    scales, groups = np.array([0.5, 1.0, 2.0], np.float32) / limit, np.repeat(np.arange(EXPERTS), SIZES)
+    beyond = np.abs(X) > limit * scales[groups][:, None]
+    assert 0.1 < beyond.mean() < 0.9
+    plain = FakeQuant(jnp.asarray(W), jnp.asarray(scales), format=FORMATS[name])
+
+    def gradients(kernels):
+        return jax.vjp(lambda x, w: grouped_dot(x, w, jnp.asarray(SIZES)), jnp.asarray(X), kernels)[1](DY)
+
+    dx, dw = gradients(plain)
+    clipped_dx, clipped_dw = gradients(dataclasses.replace(plain, clipped=True))
+    np.testing.assert_array_equal(clipped_dx, np.where(beyond, 0, dx))
+    np.testing.assert_array_equal(clipped_dw.weight, dw.weight)
+    one = FakeQuant(jnp.asarray(W[0]), jnp.asarray(scales[0]), format=FORMATS[name], clipped=True)
+    alone = jax.vjp(lambda x: dot(x, one), jnp.asarray(X))[1](DY)[0]
+    np.testing.assert_array_equal(np.asarray(alone) == 0, np.abs(X) > 0.5)
 
 
 def test_a_token_does_not_see_the_others():

@@ -35,7 +35,7 @@ STATIC = {  # as calibration leaves it
 }
 RECIPES = {
     'mixed': [('layers/**', BLOCKS), ('**/mlp/up', FORMATS['nvfp4']), ('**/attn/v', FORMATS['int8_weights'])],
-    'experts': [('layers/**', SMALL), ('**/attn/{q,k}', Format('int4', 1, 4))],
+    'experts': [('layers/**', SMALL), ('**/attn/{q,k}', Format('int4', 1, 4)), ('**/experts/up', Format('int4', 1, 4))],
     'integers': INTEGERS,
 }
 

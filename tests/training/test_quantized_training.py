@@ -145,13 +145,13 @@ def test_a_calibrated_model_is_trained_with_its_scales(calibrated, tmp_path):
         model={'path': 'quickstart'},
         teacher=dataclasses.asdict(ModelSource(str(calibrated))),
         tokenizer=None,
-        quantize={'calibrated': str(calibrated)},
+        quantize={'calibrated': str(calibrated), 'clipped': True},
         steps=2,
         schedule={'lr': 1e-3, 'warmup': 0},
         checkpoint={'every': 1, 'export': True},
         log={'every': 1},
     )
-    assert f'rounded  as {calibrated}' in overview(make_job(config))
+    assert f'rounded  as {calibrated}, gradients of inputs clipped;' in overview(make_job(config))
     model = run_job(config, tmp_path / 'run')
     rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     first, second = (row['kl'] for row in rows if 'kl' in row)
@@ -259,6 +259,11 @@ def test_training_in_fp8_ends_with_the_weights_it_trained(tmp_path):
 
 
 def test_settings_that_do_not_hold():
+    for name, value in (('gradients', 'block'), ('recipe', (('layers/**', 'int8'),))):
+        with pytest.raises(ConfigError, match=f'{name}=.*: expected .* where calibrated is given'):
+            FakeQuantConfig(**{'calibrated': 'out/small', name: value})
+    with pytest.raises(ConfigError, match='clipped=True: expected False without calibrated'):
+        FakeQuantConfig(clipped=True)
     with pytest.raises(ConfigError, match='need no calibration'):
         FakeQuantConfig((('layers/**', 'fp8_tensor'),))
     with pytest.raises(ConfigError, match='expected one of fp8_tensor'):
