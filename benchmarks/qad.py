@@ -2,8 +2,8 @@
 
     python benchmarks/qad.py --formats nvfp4 int4_weights --steps=100 --json
 
-The quickstart's teacher is quantized as it is, and after some steps of training through its rounding: by the forward KL
-to itself unquantized, or by cross-entropy. Measured is held-out text: loss, and KL(original || this). `recovered` is
+The quickstart's teacher is calibrated and quantized, and then trained through its rounding for some steps: by the
+forward KL to itself unquantized, or by cross-entropy. Measured is held-out text: loss, and KL(original || this). `recovered` is
 the share of what quantizing added that training took away again.
 """
 
@@ -16,19 +16,21 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from students import add_options, held_out_of, machine, on_cpu, quickstart
+from students import LENGTH, add_options, held_out_of, machine, on_cpu, quickstart
 
 from jpt.data.batch import Batch
+from jpt.data.config import TextConfig
+from jpt.evaluation.text import batches_from
 from jpt.model import Model
-from jpt.quant.recipes import EVERYTHING, chosen, quantized_tree, recipe_of
-from jpt.quantization.run import ModelReport, measured
+from jpt.quant.recipes import recipe_of
+from jpt.quantization.run import ModelReport, measured, quantize_model
 from jpt.training.run import run_job
 from jpt.training.settings import EvalConfig, FakeQuantConfig, ModelSource, TrainConfig
 
 KINDS = ('QAD', 'QAT')
 
 
-def settings_of(kind: str, form: str, options: argparse.Namespace) -> TrainConfig:
+def settings_of(kind: str, calibrated: Path, options: argparse.Namespace) -> TrainConfig:
     """The job: the quickstart's data and batch, AdamW at a small rate, the model as its own teacher or none."""
     base = quickstart()
     return dataclasses.replace(
@@ -38,7 +40,7 @@ def settings_of(kind: str, form: str, options: argparse.Namespace) -> TrainConfi
         teacher=ModelSource(options.teacher) if kind == 'QAD' else None,
         tokenizer=None,
         data=dataclasses.replace(base.data, paths=(options.train,)),
-        quantize=FakeQuantConfig(((EVERYTHING, form),)),
+        quantize=FakeQuantConfig(calibrated=str(calibrated)),
         steps=options.steps,
         compare=None,
         eval=EvalConfig(),
@@ -50,11 +52,15 @@ def settings_of(kind: str, form: str, options: argparse.Namespace) -> TrainConfi
 
 def rows_of(form: str, original: Model, held_out: list[Batch], options: argparse.Namespace) -> list[ModelReport]:
     """The model quantized as it is, and after training."""
-    formats = chosen(original.params, recipe_of(form))
-    plain = dataclasses.replace(original, params=quantized_tree(original.params, formats))
-    rows = [measured(form, plain, original, held_out)]
+    text = TextConfig.of_files(options.train, options.held_out, rows=options.rows, length=LENGTH)
+    calibration, _ = batches_from(original, text)
+    calibrated = options.workdir / f'calibrated_{form}'
+    made = quantize_model(original, recipe_of(form), calibration, held_out)
+    if not calibrated.exists():
+        made.model.save(calibrated)
+    rows = [measured(form, made.model, original, held_out)]
     for kind in options.kinds:
-        trained = run_job(settings_of(kind, form, options), options.workdir / f'{kind}_{form}_{options.steps}')
+        trained = run_job(settings_of(kind, calibrated, options), options.workdir / f'{kind}_{form}_{options.steps}')
         rows.append(measured(f'{form}, {kind}', trained, original, held_out))
     return rows
 
