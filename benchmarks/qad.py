@@ -3,8 +3,8 @@
     python benchmarks/qad.py --formats nvfp4 int4_weights --steps=100 --json
 
 The quickstart's teacher is calibrated and quantized, and then trained through its rounding for some steps: by the
-forward KL to itself unquantized, or by cross-entropy. Measured is held-out text: loss, and KL(original || this). `recovered` is
-the share of what quantizing added that training took away again.
+forward KL to itself unquantized, or by cross-entropy. Measured is held-out text: loss, and KL(original || this).
+`recovered` is the share of what quantizing added that training took away again.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from jpt.quant.paths import paths
 from jpt.quant.tensors import QTensor
 from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig
 from jpt.quantize import quantize, quantize_files
-from jpt.sharding.mesh import MeshConfig
+from jpt.sharding.mesh import MeshConfig, make_mesh
 
 TEACHER = pathlib.Path(__file__).resolve().parents[1] / 'jpt' / 'assets' / 'quickstart_teacher'
 SMALL = {
@@ -159,7 +159,8 @@ def test_nothing_is_overwritten_and_nothing_is_quantized_twice(checkpoint, tmp_p
 
 
 def test_on_a_mesh_it_is_what_it_is_on_one_device(checkpoint, tmp_path):
-    given = settings(checkpoint, tmp_path, recipe=(('layers/**', 'fp8_tensor'),), kv_cache='fp8')
+    recipe = (('layers/**', 'fp8_tensor'), ('**/mlp/{up,gate}', 'nvfp4'), ('**/attn/q', 'int8_weights'))
+    given = settings(checkpoint, tmp_path, recipe=recipe, kv_cache='fp8')
     alone = quantize(given, tmp_path / 'alone')
     mesh = MeshConfig(pipe=2, data=2, tensor=2)
     spread = quantize(dataclasses.replace(given, mesh=mesh), tmp_path / 'spread')
@@ -171,6 +172,13 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(checkpoint, tmp_path):
             np.testing.assert_allclose(x, y, rtol=1e-4)
         else:
             np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+    # Restored on another mesh, exported from there and read again: the same bits.
+    moved = jpt.load(tmp_path / 'spread', mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    moved.export(tmp_path / 'hf')
+    again = jpt.load(tmp_path / 'hf').params
+    assert paths(again) == paths(other)
+    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
     with pytest.raises(ValueError, match=r'batch size 2 is not a multiple of data=8'):
         quantize(dataclasses.replace(given, mesh=MeshConfig()), tmp_path / 'out')
 

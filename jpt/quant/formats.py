@@ -35,8 +35,9 @@ class Format:
         'float32', and what code * scale gives is rounded once more, to E4M3 times a second, float32 scale of the whole
         weight, its amax / 448: 4-bit integers that are multiplied in eight bits (W4A8).
     inputs: what a linear layer makes of its input before the product: nothing; rounded with one scale known beforehand
-        ('tensor'); with one scale per token; or with one per token and `columns` of them, in the weight's element, or
-        in E4M3 with 'e4m3_grid'.
+        ('tensor'); with one scale per token ('token'), or per token and `input_columns` of them ('block'): in the
+        weight's element, or in E4M3 with 'e4m3_grid'.
+    input_columns: with inputs='block'; 0: as many as `columns`.
 
     Raises:
         ValueError: an unknown name, or fields that do not go together.
@@ -47,12 +48,13 @@ class Format:
     columns: int = 0
     scale: Scale = 'float32'
     inputs: Inputs = 'as_they_are'
+    input_columns: int = 0
 
     def __post_init__(self) -> None:
         for name, kind in (('element', Element), ('scale', Scale), ('inputs', Inputs)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f'format: {name}={getattr(self, name)!r}: expected one of {", ".join(get_args(kind))}')
-        for name in ('rows', 'columns'):
+        for name in ('rows', 'columns', 'input_columns'):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ValueError(f'format: {name}={getattr(self, name)!r}: expected a number of at least 0 (0: all)')
         if self.scale == 'e4m3' and self.element != 'e2m1':
@@ -62,12 +64,27 @@ class Format:
             raise ValueError(f"format: scale='e4m3_grid' with element={self.element!r}: expected element='int4'")
         if self.scale != 'float32' and self.element in ('int8', 'int4') and not grid:
             raise ValueError(f"format: scale={self.scale!r} with element={self.element!r}: expected scale='float32'")
-        if self.inputs == 'block' and not self.columns:
-            raise ValueError("format: inputs='block' with columns=0: expected the number of inputs that share a scale")
+        self._check_input_columns()
         if self.inputs != 'as_they_are' and self.element == 'int4' and not grid:
             raise ValueError(f"format: inputs={self.inputs!r} with element='int4': expected 'as_they_are'")
         if grid and self.inputs not in ('tensor', 'token'):
             raise ValueError(f"format: inputs={self.inputs!r} with scale='e4m3_grid': expected 'tensor' or 'token'")
+
+    def _check_input_columns(self) -> None:
+        if self.inputs == 'block' and not self.input_block:
+            raise ValueError("format: inputs='block' with columns=0: expected the number of inputs that share a scale")
+        if self.input_columns == self.columns:
+            object.__setattr__(self, 'input_columns', 0)  # one way to say it
+        if self.input_columns and (self.inputs != 'block' or self.scale not in ('float32', 'power_of_two')):
+            raise ValueError(
+                f'format: input_columns={self.input_columns} with inputs={self.inputs!r} and scale={self.scale!r}: '
+                "expected inputs='block', and the scale 'float32' or 'power_of_two'"
+            )
+
+    @property
+    def input_block(self) -> int:
+        """How many inputs of a token share a scale with inputs='block'."""
+        return self.input_columns or self.columns
 
     @property
     def largest(self) -> float:

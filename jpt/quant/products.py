@@ -117,7 +117,7 @@ def round_inputs(
 
 def inputs_format(form: Format) -> Format:
     """The format of a token [1, in] at the input of a weight of this format."""
-    columns = form.columns if form.inputs == 'block' else 0
+    columns = form.input_block if form.inputs == 'block' else 0
     scale = form.scale if form.inputs == 'block' or form.scale == 'power_of_two' else 'float32'
     return Format(form.operand, 1, columns, scale)
 
@@ -137,7 +137,7 @@ def _forward(
         return plain_product(x, dequantize(weight).astype(x.dtype), sizes_E)
     if where:
         return _by_kernels(x, rounded, weight, sizes_E, where)
-    if sizes_E is not None or weight.format.columns or weight.format.packed:
+    if sizes_E is not None or weight.format.columns or weight.format.packed or weight.format.input_columns:
         return plain_product(_dense(rounded), numbers_of(weight), sizes_E).astype(x.dtype)
     # One scale for all of `in` on both sides: codes are multiplied as they are, which tensor cores do.
     exact = jnp.int32 if weight.format.element == 'int8' else jnp.float32
@@ -170,7 +170,8 @@ def _has_kernels(weight: QTensor, where: Lies | None) -> bool:
     if where is None:
         return False
     form = weight.format
-    blocks = (form.element, form.rows, form.columns) == ('e4m3', BLOCK, BLOCK) and form.scale in SCALES
+    blocks = (form.element, form.rows, form.columns, form.input_block) == ('e4m3', BLOCK, BLOCK, BLOCK)
+    blocks = blocks and form.scale in SCALES
     return blocks and form.inputs in ('block', 'as_they_are') and cut(where, *weight.shape[-2:]) is None
 
 

@@ -227,7 +227,7 @@ def refused_gradients(gradients: Gradients, form: Format) -> str | None:
     if gradients not in get_args(Gradients):
         return f'gradients={gradients!r}: expected one of {", ".join(get_args(Gradients))}'
     square = form.element == 'e4m3' and form.rows == form.columns > 0 and form.scale in ('float32', 'power_of_two')
-    if gradients == 'block' and not (square and form.inputs == 'block'):
+    if gradients == 'block' and not (square and form.inputs == 'block' and not form.input_columns):
         return f"gradients='block' with {form}: expected fp8_block, fp8_block_ue8m0, or other squares of E4M3"
     whole = form == Format('e4m3', inputs='tensor')
     if gradients in ('tensor', 'te') and not whole:

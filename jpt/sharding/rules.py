@@ -254,10 +254,10 @@ def _check_inputs(name: str, weight: QTensor, spec: P, rules: Rules) -> None:
     """Inputs that lie in shards are rounded in blocks where they lie: no block may straddle two of them."""
     form, inner = weight.format, spec[-1] or ()
     shards = rules.sizes.get('tensor', 1) if 'tensor' in ((inner,) if isinstance(inner, str) else inner) else 1
-    if shards > 1 and form.inputs == 'block' and weight.shape[-1] % (shards * form.columns):
+    if shards > 1 and form.inputs == 'block' and weight.shape[-1] % (shards * form.input_block):
         raise ValueError(
             f'parameter {name} {weight.shape}: its inputs lie on tensor={shards} shards and are rounded in blocks of '
-            f'{form.columns}: expected a multiple of {shards * form.columns} inputs, or another format for it'
+            f'{form.input_block}: expected a multiple of {shards * form.input_block} inputs, or another format for it'
         )
 
 

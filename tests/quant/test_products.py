@@ -33,7 +33,7 @@ def rounded(x, form):
         codes = np.clip(x / SCALE, -largest, largest)
         codes = codes.astype(jnp.float8_e4m3fn) if largest == 448 else np.rint(codes)
         return codes.astype(np.float64) * SCALE
-    own = Format(form.element, 1, form.columns if form.inputs == 'block' else 0, form.scale)
+    own = Format(form.element, 1, (form.input_columns or form.columns) if form.inputs == 'block' else 0, form.scale)
     return np.concatenate([expected(row[None], own)[-1] for row in x]).astype(np.float64)
 
 
@@ -49,9 +49,19 @@ def error(found, wanted):
     return np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize('name', [*FORMATS, 'int8 in blocks'])
+OTHERS = {
+    'int8 in blocks': Format('int8', 1, 32, inputs='block'),
+    'rows, inputs in blocks': Format('e4m3', 1, inputs='block', input_columns=64),
+    'tensor, inputs in blocks': Format('e4m3', inputs='block', input_columns=64),
+    'blocks, inputs in others': Format('e4m3', 16, 16, inputs='block', input_columns=64),
+    'blocks, one scale of inputs': Format('e4m3', 16, 16, inputs='tensor'),
+    'blocks, a scale per token': Format('e4m3', 16, 16, inputs='token'),
+}
+
+
+@pytest.mark.parametrize('name', [*FORMATS, *OTHERS])
 def test_product_and_gradients(name):
-    form = FORMATS.get(name, Format('int8', 1, 32, inputs='block'))
+    form = FORMATS.get(name) or OTHERS[name]
     seen, numbers = rounded(X, form), expected(W[0], form)[-1].astype(np.float64)
 
     @jax.jit
@@ -114,6 +124,7 @@ def test_inputs_beyond_their_scale_pass_no_gradient_if_that_is_asked(name, limit
     assert 0.1 < beyond.mean() < 0.9
     plain = FakeQuant(jnp.asarray(W), jnp.asarray(scales), format=FORMATS[name])
 
+    @jax.jit
     def gradients(kernels):
         return jax.vjp(lambda x, w: grouped_dot(x, w, jnp.asarray(SIZES)), jnp.asarray(X), kernels)[1](DY)
 
@@ -122,7 +133,7 @@ def test_inputs_beyond_their_scale_pass_no_gradient_if_that_is_asked(name, limit
     np.testing.assert_array_equal(clipped_dx, np.where(beyond, 0, dx))
     np.testing.assert_array_equal(clipped_dw.weight, dw.weight)
     one = FakeQuant(jnp.asarray(W[0]), jnp.asarray(scales[0]), format=FORMATS[name], clipped=True)
-    alone = jax.vjp(lambda x: dot(x, one), jnp.asarray(X))[1](DY)[0]
+    alone = jax.jit(lambda x: jax.vjp(lambda x: dot(x, one), x)[1](DY)[0])(X)
     np.testing.assert_array_equal(np.asarray(alone) == 0, np.abs(X) > 0.5)
 
 

@@ -23,6 +23,8 @@ ODD_BLOCKS = {
     'ue8m0 in blocks of 16 x 48': Format('e4m3', 16, 48, 'e8m0'),
 }
 ALL = FORMATS | ODD_BLOCKS
+NAMES = 'fp8_block', 'fp8_tensor', 'mxfp8', 'nvfp4', 'int8', 'int4_weights', 'w4a8'
+ANY_SIZE = [*map(FORMATS.get, NAMES), Format('e4m3', 8, 12, scale='power_of_two')]
 
 
 @jax.jit(static_argnums=1)
@@ -66,15 +68,20 @@ def test_codes_and_scales_are_those_of_the_formulas(name):
     assert_formulas(weights, ALL[name])
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), size=st.integers(-80, 80), spread=st.floats(0, 12))
-def test_any_size_of_weights(seed, size, spread):
-    weight = drawn((34, 48), np.float64, seed, spread) * 2.0**size
-    weight = np.clip(weight, -3e38, 3e38).astype(np.float32)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.integers(-120, 80),
+    spread=st.floats(0, 12),
+    shape=st.sampled_from([(34, 48), (1, 18)]),
+    dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16]),
+)
+def test_any_size_of_weights(seed, size, spread, shape, dtype):
+    weight = np.clip(drawn(shape, np.float64, seed, spread) * 2.0**size, -3e38, 3e38)
     # What is below the least normal number, and scales below it, count as zero in XLA on CPU: none of these.
-    weight = np.where(np.abs(weight) < 2.0**-100, 0, weight).astype(np.float32)
-    for name in ('fp8_block', 'mxfp8', 'nvfp4', 'int4_weights', 'int8'):
-        assert_formulas([weight], FORMATS[name])
+    weight = np.where(np.abs(weight) < 2.0**-100, 0, weight).astype(dtype)
+    for form in ANY_SIZE:
+        assert_formulas([weight], form)
 
 
 @pytest.mark.parametrize('name', FORMATS)
@@ -147,6 +154,11 @@ def test_bits_count_the_scales():
         ({'element': 'e4m3', 'scale': 'e4m3_grid'}, "element='int4'"),
         ({'element': 'int4', 'columns': 128, 'scale': 'e4m3_grid', 'inputs': 'block'}, "'tensor' or 'token'"),
         ({'element': 'e4m3', 'rows': -1}, 'rows=-1'),
+        ({'element': 'e4m3', 'input_columns': 64}, "input_columns=64 with inputs='as_they_are'"),
+        (
+            {'element': 'e2m1', 'columns': 16, 'scale': 'e4m3', 'inputs': 'block', 'input_columns': 32},
+            'input_columns=32',
+        ),
         ({'element': 'e4m3', 'width': 3}, 'width'),
         ('fp9', 'fp9'),
     ],

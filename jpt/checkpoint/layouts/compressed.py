@@ -85,6 +85,8 @@ class CompressedTensors:
     def scheme(self, matrix: Matrix) -> Scheme:
         """How a matrix lies in this layout; ValueError with the reason where it has no place."""
         form, inner = matrix.packing.form, matrix.shape[-1]
+        if form.input_columns:
+            raise ValueError('holds inputs in the blocks of their weight')
         scheme = _scheme(form)
         if form.columns and inner % form.columns:
             raise ValueError(f'takes multiples of {form.columns} inputs, not {inner}')

@@ -42,7 +42,7 @@ class Fp8:
     def scheme(self, matrix: Matrix) -> Scheme:
         """How a matrix lies in this layout; ValueError with the reason where it has no place."""
         form = matrix.packing.form
-        if form.element != 'e4m3' or not form.rows or not form.columns or form.inputs != 'block':
+        if form.element != 'e4m3' or not form.rows or not form.columns or form.inputs != 'block' or form.input_columns:
             raise ValueError('holds blocks of E4M3 whose inputs are rounded alike')
         scheme = _scheme(form.rows, form.columns, form.scale)
         lacking = scheme.lacks(matrix.packing)
