@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from jpt.data.batch import Batch, empty_batch
@@ -33,7 +34,7 @@ def batches_from(model: Model, text: TextConfig) -> tuple[list[Batch], list[Batc
         finally:
             pipeline.close()
         if len(batches) * size > text.rows:
-            batches[-1] = _first_rows(batches[-1], size - (len(batches) * size - text.rows))
+            batches[-1] = _first_rows(batches[-1], text.rows % size)
         return batches
 
     calibration = drawn(text.calibration)
@@ -43,9 +44,8 @@ def batches_from(model: Model, text: TextConfig) -> tuple[list[Batch], list[Batc
 def _first_rows(batch: Batch, count: int) -> Batch:
     """A batch without the rows after the first so many, which are empty instead."""
     fresh = empty_batch(*batch.tokens.shape)
-    for old, new in ((getattr(batch, name), getattr(fresh, name)) for name in Batch._fields):
-        if new is not None:
-            new[:count] = old[:count]
+    for old, new in zip(jax.tree.leaves(batch), jax.tree.leaves(fresh), strict=True):
+        new[:count] = old[:count]
     return fresh
 
 

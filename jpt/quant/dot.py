@@ -16,9 +16,10 @@ import numpy as np
 
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.local_products import Pieces
+from jpt.quant.alike import Alike
 from jpt.quant.producers import Deferred, dense_of
 from jpt.quant.products import quantized, quantized_dot, quantized_grouped_dot
-from jpt.quant.tensors import FakeQuant, OverBase, QTensor, dequantize
+from jpt.quant.tensors import FakeQuant, QTensor, dequantize
 from jpt.quant.tried import Tried, tried_dot
 
 Array = jax.Array | np.ndarray
@@ -26,7 +27,7 @@ Array = jax.Array | np.ndarray
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraKernel(OverBase):
+class LoraKernel(Alike):
     """A weight and a low-rank addition to it: base + scale * b a (Hu et al. 2021, arXiv:2106.09685, equation 3).
 
     `base` [out, in] is itself any weight, `a` [rank, in], `b` [out, rank]; all may carry the same leading repeats axis.
@@ -36,6 +37,10 @@ class LoraKernel(OverBase):
     a: Array
     b: Array
     scale: float = dataclasses.field(metadata={'static': True})
+
+    @property
+    def _like(self) -> Any:
+        return self.base
 
 
 @jax.tree_util.register_dataclass

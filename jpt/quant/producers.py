@@ -20,6 +20,7 @@ from jax import lax
 
 from jpt.kernels.block_quantize import DTYPES, quantize_gated, quantize_normed, quantize_rows, silu_gated
 from jpt.kernels.local_products import Lies, rounded
+from jpt.quant.alike import Alike
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -32,23 +33,11 @@ def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deferred(abc.ABC):
+class Deferred(Alike):
     """An input of linear layers [..., in]."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, '_made', {})  # no field: it stays behind where a transformation takes this apart
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._like.shape
-
-    @property
-    def ndim(self) -> int:
-        return self._like.ndim
-
-    @property
-    def dtype(self) -> Any:
-        return self._like.dtype
 
     def dense(self) -> jax.Array:
         """The array itself; gradients go through it."""
@@ -64,11 +53,6 @@ class Deferred(abc.ABC):
     def codes(self, scale: str, where: Lies) -> tuple[jax.Array, jax.Array]:
         """Codes and scales per 128 of `in`, as `quantize_rows` gives them of the array; no gradient goes through."""
         return rounded(partial(quantize_rows, scale=scale), (lax.stop_gradient(self.dense()),), where)
-
-    @property
-    @abc.abstractmethod
-    def _like(self) -> jax.Array:
-        """An array of the shape and dtype of `dense`."""
 
     @abc.abstractmethod
     def _dense(self) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jpt.kernels import low_precision as low
 from jpt.kernels.te import NO_BLOCKS
+from jpt.quant.alike import Alike
 from jpt.quant.formats import Format
 
 Array = jax.Array | np.ndarray
@@ -136,27 +137,9 @@ def _ways(axes: Any, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(name, 1) for name in names)
 
 
-class OverBase:
-    """A weight type that has the shape and dtype of another weight, its `base`."""
-
-    base: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.base.ndim
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FakeQuant:
+class FakeQuant(Alike):
     """A weight [..., out, in] in training that computes what its quantized form does: rounded forward, straight through
     backward (Bengio et al. 2013, arXiv:1308.3432). `input_scale`, `input_factor` and `scale_2` as in QTensor; where
     `scale_2` is None it follows from the weight.
@@ -186,16 +169,8 @@ class FakeQuant:
             raise ValueError(f'FakeQuant: {refused}')
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.weight.dtype
+    def _like(self) -> Any:
+        return self.weight
 
     def local_specs(self, spec: P, sizes: Mapping[str, int], name: str) -> FakeQuant:
         """How it lies for a product on shards alone; see `QTensor.local_specs`.

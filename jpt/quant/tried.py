@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jpt.quant.alike import Alike
 from jpt.quant.products import plain_product, quantized_dot, quantized_grouped_dot
-from jpt.quant.tensors import Array, OverBase, QTensor
+from jpt.quant.tensors import Array, QTensor
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tried(OverBase):
+class Tried(Alike):
     """A weight [..., out, in] and what is tried in its place.
 
     on: [] or [R] of a stack, bool: compute with `other`.
@@ -31,6 +32,10 @@ class Tried(OverBase):
     other: QTensor
     on: Array
     score: Array
+
+    @property
+    def _like(self) -> Any:
+        return self.base
 
 
 def tried_dot(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> jax.Array:

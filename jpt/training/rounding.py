@@ -71,7 +71,7 @@ def rounded_model(config: TrainConfig, cfg: ModelConfig, model: Any, calibrated:
     if config.checkpoint.export and given.result == 'quantized':
         paths: dict[TreePath, str] = {leaf.path: name_of(leaf.path) for leaf in leaves(cfg)}
         check_export(
-            f'config.quantize.{said(given)}',
+            f'config.quantize.{_said(given)}',
             cfg,
             {
                 path: Packing(rounding.formats[name], 'float32', 'input_scale' in rounding.static.get(name, {}))
@@ -82,7 +82,7 @@ def rounded_model(config: TrainConfig, cfg: ModelConfig, model: Any, calibrated:
     return in_training(model, rounding.formats, given.gradients, rounding.static, given.clipped)
 
 
-def said(config: FakeQuantConfig) -> str:
+def _said(config: FakeQuantConfig) -> str:
     """The setting that names formats, and its value."""
     return f'recipe={config.recipe}' if config.calibrated is None else f'calibrated={config.calibrated}'
 
