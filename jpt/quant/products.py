@@ -37,7 +37,7 @@ from jpt.quant.current_scaling import tensor_gradients, with_current_scale
 from jpt.quant.formats import Format
 from jpt.quant.gradients import block_gradients
 from jpt.quant.producers import Deferred, Given, dense_of
-from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize
+from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize, within
 
 # How gradients are multiplied, by FakeQuant.gradients, where not as autodiff has it.
 IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
@@ -323,7 +323,8 @@ def _fake_product_bwd(where: Lies | None, residuals: Any, dy: jax.Array) -> tupl
         name: None if value is None else jnp.zeros_like(value)
         for name, value in ((name, getattr(kernel, name)) for name in ('input_scale', 'input_factor', 'scale_2'))
     }
-    own = dataclasses.replace(kernel, weight=dweight.astype(kernel.weight.dtype), rounded=None, **zeros)
+    dweight = within(kernel, dweight.astype(kernel.weight.dtype))
+    own = dataclasses.replace(kernel, weight=dweight, rounded=None, **zeros)
     return dx, own, None, None
 
 

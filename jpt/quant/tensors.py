@@ -147,7 +147,7 @@ class FakeQuant(Alike):
     gradients: 'as_they_are'; or what is multiplied for them is rounded to eight bits too, by 'block'
         (jpt/quant/gradients.py) or with one scale per array ('tensor', jpt/quant/current_scaling.py), which inputs then
         have forward, too; or by Transformer Engine ('te', jpt/kernels/te.py).
-    clipped: inputs that are beyond what `input_scale` has room for, which saturate, pass no gradient.
+    clipped: inputs beyond `input_scale` and weights beyond a given `scale_2`, which saturate, pass no gradient.
     rounded: the quantized form, where it is there already: then `weight` has no numbers, and gradients go to it all the
         same.
 
@@ -195,6 +195,14 @@ class FakeQuant(Alike):
             'rounded': None if self.rounded is None else self.rounded.part_specs(spec, sizes),
         }
         return dataclasses.replace(self, **parts)
+
+
+def within(kernel: FakeQuant, gradient: jax.Array) -> jax.Array:
+    """A gradient of the weight, 0 where the weight is beyond what its given second scale has room for, if asked."""
+    if not kernel.clipped or kernel.scale_2 is None:
+        return gradient
+    largest = low.E4M3_MAX * (kernel.format.largest if kernel.format.scale == 'e4m3' else 1.0)
+    return jnp.where(jnp.abs(jnp.asarray(kernel.weight)) > largest * jnp.asarray(kernel.scale_2), 0, gradient)
 
 
 def refused_gradients(gradients: Gradients, form: Format) -> str | None:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jpt.kernels.local import auto_size, axis_size, local, manual, pmax
 from jpt.quant.formats import Format
 from jpt.quant.packing import parts_of
-from jpt.quant.tensors import FakeQuant, QTensor, block_amax, quantize, scales_of
+from jpt.quant.tensors import FakeQuant, QTensor, block_amax, quantize, scales_of, within
 from jpt.sharding.rules import MESH_AXES, REPLICABLE, Units, logical_axes, path_keys
 
 AXIS = 'fsdp'
@@ -93,7 +93,7 @@ def _gather_fake(kernel: FakeQuant, dim: int, spec: P) -> FakeQuant:
         return dataclasses.replace(kernel, weight=_gather(kernel.weight, dim, spec, kernel.dtype))
     given = jax.lax.stop_gradient((kernel.weight, kernel.scale_2))
     rounded = _gather_rounded(*given, kernel.format, dim, spec)
-    return dataclasses.replace(kernel, weight=_no_numbers(kernel.weight, dim, spec), rounded=rounded)
+    return dataclasses.replace(kernel, weight=_no_numbers(kernel, dim, spec), rounded=rounded)
 
 
 # A function of its own for the sake of remat: what lies between the part and the codes is not seen, and not kept.
@@ -114,9 +114,19 @@ _gather_rounded.defvjp(lambda *given: (_gather_rounded(*given), None), lambda *_
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _no_numbers(part: jax.Array, dim: int, spec: P) -> jax.Array:
+def _no_numbers(kernel: FakeQuant, dim: int, spec: P) -> jax.Array:
     """Zeros in the shape of the whole weight, whose gradient goes to the parts as that of a gathered one does."""
+    part = kernel.weight
     return jnp.zeros((*part.shape[:dim], axis_size((AXIS,)) * part.shape[dim], *part.shape[dim + 1 :]), part.dtype)
+
+
+def _no_numbers_backward(dim: int, spec: P, kernel: FakeQuant, whole: jax.Array) -> tuple[FakeQuant]:
+    (part,) = _gather_backward(dim, spec, kernel.dtype, jnp.zeros((0,), kernel.dtype), whole)
+    zeros = jax.tree.map(jnp.zeros_like, kernel)
+    return (dataclasses.replace(zeros, weight=within(kernel, part)),)
+
+
+_no_numbers.defvjp(lambda kernel, dim, spec: (_no_numbers(kernel, dim, spec), kernel), _no_numbers_backward)
 
 
 # Both directions run on the shards of `tensor`: a hand-written collective over fsdp would have the compiler gather what
@@ -142,10 +152,6 @@ def _gather_backward(dim: int, spec: P, dtype: jnp.dtype, empty: jax.Array, whol
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
-_no_numbers.defvjp(
-    lambda part, dim, spec: (_no_numbers(part, dim, spec), jnp.zeros((0,), part.dtype)),
-    lambda dim, spec, empty, whole: _gather_backward(dim, spec, empty.dtype, empty, whole),
-)
 
 
 def keep_activations(parts: Any) -> Callable[..., bool]:

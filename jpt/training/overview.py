@@ -91,7 +91,7 @@ def overview(job: Job) -> str:
         calibrated = config.quantize.calibrated
         pairs = ', '.join(f'{pattern} {form}' for pattern, form in config.quantize.recipe)
         recipe = pairs if calibrated is None else f'as {calibrated}'
-        recipe += ', gradients of inputs clipped' if config.quantize.clipped else ''
+        recipe += ', gradients clipped' if config.quantize.clipped else ''
         lines.append(f'rounded  {recipe}; gradients {config.quantize.gradients}; ends with {config.quantize.result}')
         if config.quantize.gradients == 'tensor' and config.compute.xla_flags != 'fp8':
             lines.append('         on Hopper its products are those of eight bits with compute.xla_flags=fp8 only')

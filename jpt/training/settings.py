@@ -116,7 +116,7 @@ class FakeQuantConfig:
     recipe: tuple[tuple[str, str], ...] = ((EVERYTHING, 'nvfp4_weights'),)
     # In place of a recipe: a quantized model (python -m jpt.quantize), whose formats and static scales of inputs it is.
     calibrated: str | None = None
-    clipped: bool = False  # with calibrated: inputs beyond their static scale pass no gradient, else all do
+    clipped: bool = False  # with calibrated: what is beyond a static scale passes no gradient, else all does
     # 'block' (with fp8_block), 'tensor' or 'te' (with fp8_tensor): by products in FP8 too, see docs/fp8_training.md.
     gradients: Gradients = 'as_they_are'
     result: Literal['quantized', 'weights'] = 'quantized'  # what the run ends with and exports: codes, or the masters

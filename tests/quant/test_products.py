@@ -137,6 +137,20 @@ def test_inputs_beyond_their_scale_pass_no_gradient_if_that_is_asked(name, limit
     np.testing.assert_array_equal(np.asarray(alone) == 0, np.abs(X) > 0.5)
 
 
+@pytest.mark.parametrize(('name', 'limit'), [('nvfp4', 6 * 448), ('w4a8', 448)])
+def test_weights_beyond_their_second_scale_have_no_gradient_if_that_is_asked(name, limit):
+    scale, beyond = np.float32([[1.5 / limit]]), np.abs(W[0]) > 1.5
+    assert 0.1 < beyond.mean() < 0.9
+    plain = FakeQuant(jnp.asarray(W[0]), jnp.asarray(SCALE), scale_2=jnp.asarray(scale), format=FORMATS[name])
+
+    @jax.jit
+    def gradient(kernel):
+        return jax.vjp(lambda w: dot(X, w), kernel)[1](DY)[0].weight
+
+    clipped = gradient(dataclasses.replace(plain, clipped=True))
+    np.testing.assert_array_equal(clipped, np.where(beyond, 0, gradient(plain)))
+
+
 def test_a_token_does_not_see_the_others():
     x = jnp.asarray(np.stack([X, X[::-1] * 100]))
     for name in ('fp8_channel_token', 'fp8_block', 'nvfp4', 'mxfp8'):

@@ -73,6 +73,29 @@ def test_codes_scales_and_gradients_are_those_of_the_whole_weight(name, form):
     np.testing.assert_allclose(gradient, 2 * pull(jnp.asarray(dy))[0], rtol=1e-5, atol=1e-5)  # of two devices
 
 
+def test_gradients_are_clipped_where_the_parts_lie():
+    """Weights beyond a second scale that is given: as on one device, of which there are two."""
+    weight, x, dy = given()
+    second = np.float32([[0.5 / 2688]])
+
+    def kernel(weight):
+        return FakeQuant(weight, scale_2=jnp.asarray(second), format=FORMATS['nvfp4_weights'], clipped=True)
+
+    def body(part):
+        def product(part):
+            return dot(
+                jnp.asarray(x), gather({'mlp': {'up': {'kernel': kernel(part)}}}, 'float32')['mlp']['up']['kernel']
+            )
+
+        y, pull = jax.vjp(product, part)
+        return y, pull(jnp.asarray(dy))[0]
+
+    _, gradient = jax.jit(on_mesh('up', body))(weight)
+    wanted = jax.vjp(lambda weight: dot(jnp.asarray(x), kernel(weight)), weight)[1](jnp.asarray(dy))[0]
+    np.testing.assert_allclose(gradient, 2 * wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(gradient) == 0, np.abs(weight) > 0.5)
+
+
 def equations(jaxpr):
     """All equations of a program, inner programs included."""
     for eqn in jaxpr.eqns:

@@ -151,7 +151,7 @@ def test_a_calibrated_model_is_trained_with_its_scales(calibrated, tmp_path):
         checkpoint={'every': 1, 'export': True},
         log={'every': 1},
     )
-    assert f'rounded  as {calibrated}, gradients of inputs clipped;' in overview(make_job(config))
+    assert f'rounded  as {calibrated}, gradients clipped;' in overview(make_job(config))
     model = run_job(config, tmp_path / 'run')
     rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     first, second = (row['kl'] for row in rows if 'kl' in row)
