@@ -4,10 +4,11 @@
 
 Four operations: quantized rows, blockwise products, the same of grouped rows, weight-only products. Beside each: what
 XLA makes of the same formula, XLA's product in bfloat16, XLA's product after dequantizing, torch's blockwise product
-(cuBLASLt) where torch has CUDA, and the roofline of an H100: the longer of the operations at their peak (8 bits: twice
-that of bfloat16) and the bytes that must be read and written once, both from its data sheet. A time is that of one call
-among many in one program, each with operands of its own, the start of the program taken out. Before it is timed, a
-kernel's result is compared with the reference's: what differs is printed. Without a GPU only the references run.
+(cuBLASLt; of groups one after the other) where torch has CUDA, and the roofline of an H100: the longer of the
+operations at their peak (8 bits: twice that of bfloat16) and the bytes that must be read and written once, both from
+its data sheet. A time is that of one call among many in one program, each with operands of its own, the start of the
+program taken out. Before it is timed, a kernel's result is compared with the reference's: what differs is printed.
+Without a GPU only the references run.
 """
 
 import argparse
@@ -24,8 +25,9 @@ import jax.numpy as jnp
 from timing import in_turn, machine
 from torch_blocks import block_product_ms
 
-from jpt.kernels.block_matmul import BLOCK, block_matmul
+from jpt.kernels.block_matmul import block_matmul
 from jpt.kernels.block_quantize import quantize_gated, quantize_normed, quantize_rows
+from jpt.kernels.block_tiles import BLOCK, TILES
 from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.low_precision import E4M3
@@ -36,7 +38,7 @@ QUANTIZE = [(8192, 8192), (4096, 7168)]
 PRODUCTS = [(4096, 7168, 16384), (4096, 4096, 7168), (4096, 24576, 4096), (4096, 4096, 12288), (64, 7168, 16384)]
 GROUPED = [(32768, 4096, 7168, 8), (32768, 768, 2048, 128), (512, 768, 2048, 128)]
 WEIGHT_ONLY = [(rows, *sides) for sides in [(14336, 4096), (4096, 14336), (24576, 4096)] for rows in (1, 16)]
-RAGGED_BYTES = 2**31  # of the dense operand that lax.ragged_dot makes: larger ones are left out
+RAGGED_BYTES = 2**32  # of the dense operand that lax.ragged_dot makes: larger ones are left out
 Operands = tuple[jax.Array, ...]
 
 
@@ -51,6 +53,7 @@ class Case(NamedTuple):
     moved: float  # bytes
     peak: float = 2 * H100.bfloat16  # operations per second
     torch_shape: tuple[int, int, int] | None = None
+    groups: int = 1
 
 
 def codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -127,6 +130,9 @@ def grouped_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
     def ragged(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(a, b.swapaxes(1, 2), sizes)
 
+    def xla(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(wide(a, a_scale, 1), wide(b, b_scale, BLOCK).swapaxes(1, 2), sizes)
+
     for M, N, K, E in shapes:
 
         def draw(key: jax.Array, M: int = M, N: int = N, K: int = K, E: int = E) -> Operands:
@@ -137,10 +143,11 @@ def grouped_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
 
         runs: dict[str, Callable[..., Any]] = {'jpt': grouped_block_matmul, 'jpt bfloat16': bfloat16}
         if 2 * M * K * E <= RAGGED_BYTES:
-            runs['lax.ragged_dot bfloat16'] = ragged
+            runs.update({'XLA dequantized': xla, 'lax.ragged_dot bfloat16': ragged})
         reference = partial(grouped_block_matmul, implementation='reference')
         moved = M * K + min(E, M) * N * K + 2 * M * N + 4 * blocks(K) * (M + E * blocks(N))
-        yield Case(f'grouped {(M, N, K, E)}', draw, runs, reference, 2 * M * N * K, moved)
+        name, operations = f'grouped {(M, N, K, E)}', 2 * M * N * K
+        yield Case(name, draw, runs, reference, operations, moved, torch_shape=(M, N, K), groups=E)
 
 
 def weight_only_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
@@ -171,7 +178,7 @@ def weight_only_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
 
 def with_tiles(case: Case) -> Case:
     """A blockwise product by every tile of the table, instead of by its peers."""
-    from jpt.kernels.mosaic_block_matmul import TILES, product
+    from jpt.kernels.mosaic_block_matmul import product
 
     runs = {str(tuple(tile)): partial(product, dtype=jnp.bfloat16, tile=tile) for tile in TILES}
     return case._replace(runs={'jpt': case.runs['jpt'], **runs})
@@ -210,7 +217,7 @@ def measure(case: Case, sets: int, repeats: int) -> dict[str, Any]:
             times[name] = f'failed: {str(error).splitlines()[0]}'
     if case.torch_shape is not None:
         del drawn, given
-        times['torch scaled_mm'] = block_product_ms(*case.torch_shape, sets, repeats)
+        times['torch scaled_mm'] = block_product_ms(*case.torch_shape, sets, repeats, case.groups)
     bound = 1e3 * max(case.operations / case.peak, case.moved / H100.bandwidth)
     row = {'name': case.name, 'ms': times, 'difference': apart, 'operations': case.operations, 'moved': case.moved}
     return {**row, 'roofline_ms': bound if jax.default_backend() == 'gpu' else None}

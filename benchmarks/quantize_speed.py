@@ -22,16 +22,30 @@ FORMATS = ('fp8_block', 'fp8_tensor', 'fp8_channel_token', 'mxfp8', 'nvfp4', 'in
 PEER = """
 import json, sys, time, torch
 from modelopt.torch.export.quant_utils import to_quantized_weight
+from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
 torch.set_num_threads(int(sys.argv[1]))
 w = torch.randn(14336, 4096).to(torch.bfloat16)
-def block():
+def fp8_block():
     blocks = w.reshape(112, 128, 32, 128)
     scale = (blocks.abs().amax(dim=(1, 3), keepdim=True).float() / 448)
     return to_quantized_weight(w, scale, 'fp8_pb_wo', block_size=128)
-def tensor():
+def fp8_tensor():
     return to_quantized_weight(w, w.abs().max().float() / 448, 'fp8')
+def fp8_channel_token():
+    return to_quantized_weight(w, w.abs().amax(dim=1).float() / 448, 'fp8_pc_pt')
+def mxfp8():
+    return to_quantized_weight(w, MXFP8QTensor.get_weights_scaling_factor(w), 'mxfp8')
+def nvfp4():
+    second = w.abs().max().float() / (6 * 448)
+    scale, _ = NVFP4QTensor.get_weights_scaling_factor(w, 16, second)
+    return to_quantized_weight(w, scale, 'nvfp4', second, 16)
+def int8():
+    return to_quantized_weight(w, w.abs().amax(dim=1).float() / 127, 'int8_sq')
+def int4_weights():
+    return to_quantized_weight(w, w.reshape(14336, 32, 128).abs().amax(dim=2).float() / 7, 'int4_awq', None, 128)
 found = {}
-for name, run in (('fp8_block', block), ('fp8_tensor', tensor)):
+for name in sys.argv[3:]:
+    run = globals()[name]
     run()
     best = 1e9
     for _ in range(int(sys.argv[2])):
@@ -73,7 +87,7 @@ def theirs(python: str | None, times: int) -> dict[str, float]:
     """The same of ModelOpt, where an interpreter with it is given."""
     if python is None:
         return {}
-    command = [python, '-c', PEER, str(os.cpu_count()), str(times)]
+    command = [python, '-c', PEER, str(os.cpu_count()), str(times), *FORMATS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

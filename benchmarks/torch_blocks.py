@@ -3,9 +3,10 @@
 from typing import Any
 
 
-def block_product_ms(M: int, N: int, K: int, sets: int, repeats: int) -> float | str:
+def block_product_ms(M: int, N: int, K: int, sets: int, repeats: int, groups: int = 1) -> float | str:
     """Milliseconds of a product [M, K] x [N, K] with scales of 1 x 128 and 128 x 128, the best of `repeats` means over
-    `sets` operands; or why there are none.
+    `sets` operands; or why there are none. With `groups` a product for each of them, M / groups rows long, one after
+    the other: torch has none of groups with scales of blocks.
     """
     try:
         import torch
@@ -22,11 +23,11 @@ def block_product_ms(M: int, N: int, K: int, sets: int, repeats: int) -> float |
         return torch.randn(rows, K, device='cuda').clamp(-4, 4).to(torch.float8_e4m3fn)
 
     def operands() -> tuple[Any, ...]:
-        a_scale = torch.rand(blocks, M, device='cuda').t()  # rows are neighbours in memory
+        a_scale = torch.rand(blocks, M // groups, device='cuda').t()  # rows are neighbours in memory
         b_scale = torch.rand(-(-N // 128), whole, device='cuda').t()
-        return drawn(M), drawn(N).t(), a_scale, b_scale
+        return drawn(M // groups), drawn(N).t(), a_scale, b_scale
 
-    every = [operands() for _ in range(sets)]
+    every = [operands() for _ in range(sets * groups)]
 
     def run() -> None:
         for a, b, a_scale, b_scale in every:

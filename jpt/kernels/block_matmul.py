@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jpt.kernels.block_tiles import BLOCK
 from jpt.kernels.hopper import reason_not_hopper, swizzle_of
 from jpt.kernels.local import platform
 from jpt.kernels.low_precision import E4M3
 
 IMPLEMENTATIONS = ('auto', 'reference', 'mosaic')
-BLOCK = 128
 OUTPUTS = ('bfloat16', 'float16', 'float32')
 
 

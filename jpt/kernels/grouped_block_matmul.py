@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpt.kernels.block_matmul import BLOCK, check_codes, check_scales, chosen, in_blocks
+from jpt.kernels.block_matmul import check_codes, check_scales, chosen, in_blocks
 from jpt.kernels.block_matmul import refusal as refusal_of_one
+from jpt.kernels.block_tiles import BLOCK
 from jpt.kernels.grouped_matmul import grouped_matmul
 
 

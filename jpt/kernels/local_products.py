@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jpt.kernels.block_matmul import BLOCK, block_matmul
+from jpt.kernels.block_matmul import block_matmul
+from jpt.kernels.block_tiles import BLOCK
 from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.local import auto, auto_size, local, mesh_axes, psum
 from jpt.kernels.parallel_attention import ROWS, SEQUENCE

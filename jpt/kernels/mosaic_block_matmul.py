@@ -9,9 +9,10 @@ as those of a are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,50 +20,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jpt.kernels.block_matmul import BLOCK, by_rows
+from jpt.kernels.block_matmul import by_rows
+from jpt.kernels.block_tiles import BLOCK, Tile, choose_tile, fitting
 from jpt.kernels.hopper import multiprocessors, swizzled
 from jpt.kernels.low_precision import E4M3
 
 WARPGROUPS = 2  # that multiply; a third one loads
 LOADING, MULTIPLYING = 72, 216  # registers of a thread: as many together as the three have at the start
 RASTER = 8  # columns of tiles that blocks work on side by side, so that they share what they load
-
-
-class Tile(NamedTuple):
-    """The part of the result that a block works on at a time, and how many steps of K are in flight."""
-
-    rows: int
-    columns: int
-    steps: int
-
-
-# Chosen by what they load and hold, not by measurements: benchmarks/kernels.py --tiles compares them on a GPU. The last
-# one is for results of 16 bits: with float32 some registers are spilled.
-FEW_ROWS = Tile(64, 128, 6)
-MANY_ROWS = Tile(128, 128, 4)
-TILES = (FEW_ROWS, MANY_ROWS, Tile(128, 64, 6), Tile(256, 128, 3))
 HEIGHT = 64  # rows of one instruction of the tensor cores
-
-
-def choose_tile(M: int) -> Tile:
-    """The tile for M rows."""
-    return FEW_ROWS if M <= HEIGHT else MANY_ROWS
 
 
 def product(a_MK, a_scale, b_NK, b_scale, dtype: Any, *, tile: Tile | None = None, interpret: Any = None):
     """As `block_matmul.block_matmul`, with the tile that is given; interpret: as `plgpu.kernel` takes it."""
     (M, K), N = a_MK.shape, b_NK.shape[0]
-    tile = tile or choose_tile(M)
+    each, blocks = by_rows(b_NK, b_scale), multiprocessors(interpret)
+    tile = tile or choose_tile(M, N, blocks, fitting(dtype, plain=not each))
     rows = pl.cdiv(M, tile.rows)
     a_MK = jnp.pad(a_MK, ((0, -M % 8), (0, 0))) if M % 8 else a_MK
     scale_KM = jnp.pad(a_scale.T, ((0, 0), (0, rows * tile.rows - M)))
     columns = pl.cdiv(N, tile.columns)
-    each = by_rows(b_NK, b_scale)
     b_scale = jnp.pad(b_scale.T, ((0, 0), (0, columns * tile.columns - N))) if each else b_scale
     kernel = plgpu.kernel(
         partial(_body, tile, each),
         out_type=jax.ShapeDtypeStruct((a_MK.shape[0], N), dtype),
-        grid=(min(rows * columns, multiprocessors(interpret)),),
+        grid=(min(rows * columns, blocks),),
         grid_names=('block',),
         num_threads=WARPGROUPS + 1,
         thread_name='wg',
@@ -95,10 +77,9 @@ def part_of(tile: Tile) -> tuple[int, int]:
 
 def out_buffer(tile: Tile, N: int, dtype: Any) -> Any:
     """Shared memory for what a warpgroup sends away: its part, or in float32 half of its columns."""
-    rows, columns = part_of(tile)
-    return plgpu.SMEM(
-        (WARPGROUPS, rows, columns * 2 // jnp.dtype(dtype).itemsize), dtype, transforms=swizzled(N, dtype)
-    )
+    (rows, columns), size = part_of(tile), jnp.dtype(dtype).itemsize
+    piece = columns * 2 // size
+    return plgpu.SMEM((WARPGROUPS, rows, piece), dtype, transforms=swizzled(math.gcd(N, piece), dtype))
 
 
 def _body(tile: Tile, each: bool, a, a_scale, b, b_scale, y, *scratch):

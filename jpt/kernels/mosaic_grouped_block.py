@@ -6,6 +6,7 @@ multiplied once for each of them, and every group stores its own rows (mosaic_gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,15 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jpt.kernels.block_matmul import BLOCK
+from jpt.kernels.block_tiles import BLOCK, Tile, choose_tile, fitting
 from jpt.kernels.hopper import multiprocessors, swizzled
 from jpt.kernels.mosaic_block_matmul import (
-    FEW_ROWS,
     HEIGHT,
-    MANY_ROWS,
     RASTER,
     WARPGROUPS,
-    Tile,
     add_up,
     buffers,
     load_steps,
@@ -36,30 +34,26 @@ from jpt.kernels.mosaic_grouped import store_rows, walk
 PIECE = 64  # columns that leave at a time
 
 
-def choose_tile(M: int, E: int) -> Tile:
-    """The tile for M rows of E groups."""
-    return MANY_ROWS if M > HEIGHT * E else FEW_ROWS
-
-
 def product(a_MK, a_scale, b_ENK, b_scale, sizes_E, dtype: Any, *, tile: Tile | None = None, interpret: Any = None):
-    """As `grouped_block_matmul`, with the tile that is given (64 or 128 rows); interpret: as for `plgpu.kernel`."""
+    """As `grouped_block_matmul`, with the tile that is given; interpret: as for `plgpu.kernel`."""
     (M, K), (E, N) = a_MK.shape, b_ENK.shape[:2]
-    tile = tile or choose_tile(M, E)
+    blocks = multiprocessors(interpret)
+    tile = tile or choose_tile(M, N, blocks, fitting(dtype, plain=False), groups=E)
     whole = -M % 8
     a_MK = jnp.pad(a_MK, ((0, whole), (0, 0))) if whole else a_MK
     scale_KM = jnp.pad(a_scale.T, ((0, 0), (0, -M % tile.rows)))
-    height, piece = part_of(tile)[0], PIECE * 2 // jnp.dtype(dtype).itemsize
+    piece = min(part_of(tile)[1], PIECE * 2 // jnp.dtype(dtype).itemsize)
     kernel = plgpu.kernel(
         partial(_body, tile),
         out_type=jax.ShapeDtypeStruct((M + whole, N), dtype),
-        grid=(multiprocessors(interpret),),
+        grid=(blocks,),
         grid_names=('block',),
         num_threads=WARPGROUPS + 1,
         thread_name='wg',
         scratch_types=[
             *buffers(tile, K),
-            plgpu.SMEM((WARPGROUPS, height, piece), dtype, transforms=swizzled(N, dtype)),
-            plgpu.SMEM((WARPGROUPS, height, piece), dtype),
+            plgpu.SMEM((WARPGROUPS, HEIGHT, piece), dtype, transforms=swizzled(math.gcd(N, piece), dtype)),
+            plgpu.SMEM((WARPGROUPS, HEIGHT, piece), dtype),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
@@ -88,19 +82,22 @@ def _body(tile: Tile, total, group, run, start, size, a, a_scale, b, b_scale, y,
     def multiply(index, column, step):
         own, block = group[index], lax.div(column * tile.columns, BLOCK)
         sums, step = add_up(tile, ring, pl.cdiv(a.shape[1], BLOCK), lambda k: b_scale[own, block, k], step)
-        store(index, column, sums[0])
+        store(index, column, sums)
         return step
 
-    def store(index, column, result):
-        """This warpgroup's rows of the run that are the group's, some columns after others."""
+    def store(index, column, sums):
+        """This warpgroup's rows of the run that are the group's, 64 after 64 and some columns after others."""
         (height, width), side, piece = part_of(tile), lax.axis_index('wg'), whole.shape[-1]
-        above = side * height if tile.rows > height else 0
+        top = side * height if tile.rows > height else 0
         left = column * tile.columns + (side * width if tile.columns > width else 0)
-        first = jnp.clip(start[index] - above, 0, height)
-        count = jnp.clip(start[index] + size[index] - above, 0, height) - first
-        for begin in range(0, width, piece):
-            target = y.at[:, pl.ds(left + begin, piece)]
+        for at, result in enumerate(sums):
+            above = top + at * HEIGHT
+            first = jnp.clip(start[index] - above, 0, HEIGHT)
+            count = jnp.clip(start[index] + size[index] - above, 0, HEIGHT) - first
             rows = run[index] * tile.rows + above, first, count
-            store_rows(result[:, begin : begin + piece].astype(y.dtype), whole.at[side], ragged.at[side], target, *rows)
+            for begin in range(0, width, piece):
+                target = y.at[:, pl.ds(left + begin, piece)]
+                part = result[:, begin : begin + piece].astype(y.dtype)
+                store_rows(part, whole.at[side], ragged.at[side], target, *rows)
 
     warpgroups(tile, ring, partial(every_tile, load), partial(every_tile, multiply))

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jpt.kernels.block_matmul import BLOCK
+from jpt.kernels.block_tiles import BLOCK
 from jpt.kernels.hopper import multiprocessors, swizzled
 from jpt.kernels.low_precision import E4M3
 from jpt.kernels.mosaic_block_matmul import HEIGHT, WARPGROUPS

@@ -14,7 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jpt.kernels.block_matmul import BLOCK, check_scales, chosen, in_blocks
+from jpt.kernels.block_matmul import check_scales, chosen, in_blocks
+from jpt.kernels.block_tiles import BLOCK
 from jpt.kernels.hopper import reason_not_hopper, swizzle_of
 from jpt.kernels.low_precision import E4M3
 

@@ -21,8 +21,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jpt.kernels.block_matmul import BLOCK, block_matmul
+from jpt.kernels.block_matmul import block_matmul
 from jpt.kernels.block_quantize import quantize_rows
+from jpt.kernels.block_tiles import BLOCK
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.hopper import reason_not_hopper
 from jpt.kernels.local import local, platform, psum

@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from jpt.kernels import low_precision as low
-from jpt.kernels.block_matmul import BLOCK
 from jpt.kernels.block_quantize import SCALES, rounded_to
+from jpt.kernels.block_tiles import BLOCK
 from jpt.kernels.grouped_matmul import PRODUCT, grouped_matmul
 from jpt.kernels.local import mesh_axes, platform
 from jpt.kernels.local_products import (

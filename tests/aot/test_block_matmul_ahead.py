@@ -10,7 +10,8 @@ from ahead import Dump, compiled, opcodes
 
 from jpt.kernels.block_matmul import block_matmul
 from jpt.kernels.block_quantize import quantize_rows
-from jpt.kernels.mosaic_block_matmul import TILES, product
+from jpt.kernels.block_tiles import TILES, fitting
+from jpt.kernels.mosaic_block_matmul import product
 from jpt.sharding.topology import PLUGINS
 
 if not any(importlib.util.find_spec(name) for name in PLUGINS) and 'JPT_AOT' not in os.environ:
@@ -39,11 +40,17 @@ def test_one_kernel_on_fp8_tensor_cores(shape, tmp_path, monkeypatch):
     assert {'wgmma.wait_group.sync.aligned', 'fma.rn.f32'} <= opcodes(code)
 
 
-@pytest.mark.parametrize('tile', TILES)
-def test_every_tile_of_the_table_compiles(tile, tmp_path, monkeypatch):
-    """Shared memory beyond the limit is an error of the compiler."""
+@pytest.mark.parametrize(
+    ('tile', 'each'),
+    [*((tile, False) for tile in TILES), *((tile, True) for tile in fitting(jnp.float32, plain=False))],
+)
+def test_every_tile_of_the_table_compiles(tile, each, tmp_path, monkeypatch):
+    """Shared memory beyond the limit is an error of the compiler; results of gradients are float32."""
     dump = Dump(tmp_path, monkeypatch)
-    compiled(partial(product, dtype=jnp.bfloat16, tile=tile), *shapes(4096, 4096, 7168))
+    a, a_scale, b, b_scale = shapes(4096, 4096, 7168)
+    if each:
+        b_scale = ((4096, 56), jnp.float32)
+    compiled(partial(product, dtype=jnp.float32 if each else jnp.bfloat16, tile=tile), a, a_scale, b, b_scale)
     (code,) = dump.code()
     assert fp8_products(code)
 

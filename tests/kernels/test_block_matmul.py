@@ -9,6 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from numpy_blocks import assert_close, operands, product
 
 from jpt.kernels.block_matmul import block_matmul, refusal
+from jpt.kernels.block_tiles import TILES, Tile, fitting
 
 
 @pytest.mark.parametrize('shape', [(5, 300, 200), (130, 128, 512), (1, 7, 1)])
@@ -69,26 +70,25 @@ def test_mosaic_serves_hopper_and_whole_lines():
 SHAPES = [(203, 304, 352), (5, 288, 512), (300, 384, 128)]
 
 
-@pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize(
-    ('tile', 'each'),
+    ('tile', 'shape', 'each'),
     [
-        *(((tile), False) for tile in ((64, 128, 6), (128, 128, 4), (128, 64, 2), (256, 128, 3))),
-        ((64, 128, 6), True),
-        ((128, 128, 4), True),
+        *((tile, shape, False) for tile, shape in zip(TILES, SHAPES * 3, strict=False)),
+        *((tile, shape, False) for tile in ((128, 128, 4), (64, 128, 6)) for shape in SHAPES),
+        *((tile, shape, True) for tile in ((64, 128, 6), (128, 128, 4), (256, 64, 4)) for shape in SHAPES),
     ],
 )
-def test_mosaic(tile, each, shape):
+def test_mosaic(tile, shape, each):
     """Every tile of the table in the interpreter, with races looked for; `each` row of b with a scale."""
     plgpu = pytest.importorskip('jax.experimental.pallas.mosaic_gpu')
     if not hasattr(plgpu, 'InterpretGPUParams'):
         pytest.skip(f'the GPU interpreter of jax {jax.__version__} knows no transposed views and layouts: 0.11 does')
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
-    from jpt.kernels.mosaic_block_matmul import Tile
     from jpt.kernels.mosaic_block_matmul import product as mosaic
 
-    arrays, dtype = operands(*shape, each=each), ml_dtypes.bfloat16 if tile[0] == 256 else np.float32
+    arrays = operands(*shape, each=each)
+    dtype = ml_dtypes.bfloat16 if Tile(*tile) not in fitting(np.float32) else np.float32
     options = {'tile': Tile(*tile), 'interpret': plgpu.InterpretGPUParams(detect_races=True)}
     found = mosaic(*map(jnp.asarray, arrays), dtype, **options)
     assert not get_races().races_found

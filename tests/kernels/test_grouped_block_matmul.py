@@ -50,19 +50,27 @@ def test_what_is_refused_is_named():
 @pytest.mark.parametrize(
     ('sizes', 'shape'), [([70, 0, 1, 200, 0, 20], (303, 304, 352)), ([0, 5, 0, 9], (20, 288, 256))]
 )
-@pytest.mark.parametrize(('rows', 'dtype'), [(64, np.float32), (128, ml_dtypes.bfloat16)])
-def test_mosaic(sizes, shape, rows, dtype):
+@pytest.mark.parametrize(
+    ('tile', 'dtype'),
+    [
+        ((64, 128, 3), np.float32),
+        ((128, 128, 3), ml_dtypes.bfloat16),
+        ((256, 64, 3), np.float32),
+        ((64, 32, 3), ml_dtypes.bfloat16),
+    ],
+)
+def test_mosaic(sizes, shape, tile, dtype):
     """The kernel in the interpreter, with races looked for."""
     plgpu = pytest.importorskip('jax.experimental.pallas.mosaic_gpu')
     if not hasattr(plgpu, 'InterpretGPUParams'):
         pytest.skip(f'the GPU interpreter of jax {jax.__version__} knows no transposed views and layouts: 0.11 does')
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
-    from jpt.kernels.mosaic_block_matmul import Tile
+    from jpt.kernels.block_tiles import Tile
     from jpt.kernels.mosaic_grouped_block import product as mosaic
 
     arrays, y, size = given(sizes, *shape)
-    options = {'tile': Tile(rows, 128, 3), 'interpret': plgpu.InterpretGPUParams(detect_races=True)}
+    options = {'tile': Tile(*tile), 'interpret': plgpu.InterpretGPUParams(detect_races=True)}
     found = mosaic(*map(jnp.asarray, arrays), dtype, **options)
     assert not get_races().races_found
     assert_close(found, y, size, dtype)

@@ -1,0 +1,135 @@
+"""Which tiles of blockwise FP8 products compile for an H100 without spills: a sweep that needs no GPU.
+
+    pip install -e '.[aot]' && python benchmarks/tiles.py [--json]
+
+Every tile of 64 to 256 rows and 32 to 128 columns (not 256 x 32, which loads too much) is compiled with as many steps
+in flight as fit in shared memory, at most 8: for results of 16 and of 32 bits, with a scale for every row of b, and for
+grouped rows. Printed is what the assembler says of it, and whether it is in the table (jpt/kernels/block_tiles.py);
+then which tile of the table each shape of kernels.py gets, and the share of an H100's peak at which it would multiply
+if nothing but what the choice reckons with cost time. Nothing is timed. (That no nvdisasm is there does not matter.)
+"""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from kernels import GROUPED, PRODUCTS, blocks
+
+from jpt.kernels import mosaic_block_matmul, mosaic_grouped_block
+from jpt.kernels.block_tiles import BLOCK, MULTIPLIED, Tile, choose_tile, fitting, rounds
+from jpt.kernels.low_precision import E4M3
+from jpt.sharding.topology import topology_devices
+
+M, N, K, E = 4096, 4096, 7168, 8
+MOST_STEPS = 8
+MULTIPROCESSORS = 132
+
+
+class Form(NamedTuple):
+    """One way of multiplying: which kernel, of which operands."""
+
+    name: str
+    run: Callable[..., Any]
+    operands: tuple[tuple[tuple[int, ...], Any], ...]
+    tiles: tuple[Tile, ...]  # those that the table has for it
+
+
+def forms() -> Iterator[Form]:
+    """All that the table is asked for."""
+    a, a_scale, b = ((M, K), E4M3), ((M, blocks(K)), jnp.float32), ((N, K), E4M3)
+    one, each = (((rows, blocks(K)), jnp.float32) for rows in (blocks(N), N))
+    many, many_scales = ((E, N, K), E4M3), ((E, blocks(N), blocks(K)), jnp.float32)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        plain = partial(mosaic_block_matmul.product, dtype=dtype)
+        grouped = partial(mosaic_grouped_block.product, dtype=dtype)
+        said = jnp.dtype(dtype).name
+        yield Form(said, plain, (a, a_scale, b, one), fitting(dtype))
+        yield Form(f'{said}, scales of rows', plain, (a, a_scale, b, each), fitting(dtype, plain=False))
+        operands = a, a_scale, many, many_scales, ((E,), jnp.int32)
+        yield Form(f'{said}, grouped', grouped, operands, fitting(dtype, plain=False))
+
+
+def compiled(run: Callable[..., Any], operands: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+    """What the assembler says of the program's kernel.
+
+    Raises:
+      ValueError: it does not compile: too much shared memory.
+    """
+    mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,), devices=topology_devices(1))
+    given = [jax.ShapeDtypeStruct(*one, sharding=NamedSharding(mesh, P())) for one in operands]
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        os.environ.update(MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTXAS='1')
+        jax.jit(run).trace(*given).lower().compile()
+        return ''.join(path.read_text() for path in Path(folder).glob('*.ptxas'))
+
+
+def deepest(form: Form, rows: int, columns: int) -> dict[str, Any] | None:
+    """The tile of these sides with the most steps that fit, and what the assembler says of it."""
+    for steps in range(MOST_STEPS, 1, -1):
+        tile = Tile(rows, columns, steps)
+        try:
+            report = compiled(partial(form.run, tile=tile), form.operands)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            if 'shared memory' not in str(error):
+                raise
+            continue
+        spilled = sum(map(int, re.findall(r'(\d+) bytes spill', report)))
+        waits = 'Potential Performance Loss' in report
+        used = [other.steps for other in form.tiles if other[:2] == (rows, columns)]
+        return {'form': form.name, 'tile': tile, 'spilled': spilled, 'waits': waits, 'used': used[0] if used else None}
+    return None
+
+
+def said(row: dict[str, Any]) -> str:
+    """One tile as it is printed."""
+    tile, used = row['tile'], f'in the table with {row["used"]}' if row['used'] else 'not in the table'
+    more = ', products in sequence' if row['waits'] else ''
+    return (
+        f'{row["form"]}: {tile.rows} x {tile.columns}, {tile.steps} steps: {row["spilled"]} bytes spilled{more}; {used}'
+    )
+
+
+def choices() -> Iterator[dict[str, Any]]:
+    """The tile for every shape of kernels.py."""
+    for M, N, K, groups in [(*shape, 1) for shape in PRODUCTS] + GROUPED:
+        tile = choose_tile(M, N, MULTIPROCESSORS, fitting(jnp.bfloat16, plain=groups == 1), groups)
+        each = rounds(tile, M, N, MULTIPROCESSORS, groups)
+        share = M * N * BLOCK / MULTIPLIED / MULTIPROCESSORS / (each * tile.cycles)
+        yield {'shape': (M, N, K, groups), 'tile': tile, 'tiles_each': each, 'share_of_peak': share}
+
+
+def main() -> None:
+    """Prints a line per tile as it is compiled, then one per shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--json', action='store_true', help='print one JSON object as the last line')
+    options = parser.parse_args()
+    print(f'jax {jax.__version__}, compiled for an H100 that is not here')
+    rows = []
+    for form, height, width in product(forms(), (256, 128, 64), (128, 64, 32)):
+        if height <= 4 * width and (row := deepest(form, height, width)) is not None:
+            rows.append(row)
+            print(said(row), flush=True)
+    shapes = list(choices())
+    for one in shapes:
+        M, N, K, groups = one['shape']
+        tile, of = one['tile'], f', {groups} groups' if groups > 1 else ''
+        print(f'{M} x {N} x {K}{of}: {tile.rows} x {tile.columns}, at most {one["share_of_peak"]:.0%} of the peak')
+    if options.json:
+        print(json.dumps({'benchmark': 'tiles', 'jax': jax.__version__, 'rows': rows, 'shapes': shapes}))
+
+
+if __name__ == '__main__':
+    main()
