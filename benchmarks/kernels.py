@@ -27,7 +27,7 @@ from torch_blocks import block_product_ms
 
 from jpt.kernels.block_matmul import block_matmul
 from jpt.kernels.block_quantize import quantize_gated, quantize_normed, quantize_rows
-from jpt.kernels.block_tiles import BLOCK, TILES
+from jpt.kernels.block_tiles import BLOCK, LARGEST, TILES
 from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.low_precision import E4M3
@@ -177,10 +177,10 @@ def weight_only_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
 
 
 def with_tiles(case: Case) -> Case:
-    """A blockwise product by every tile of the table, instead of by its peers."""
+    """A blockwise product by the largest tile and every one of the table, instead of by its peers."""
     from jpt.kernels.mosaic_block_matmul import product
 
-    runs = {str(tuple(tile)): partial(product, dtype=jnp.bfloat16, tile=tile) for tile in TILES}
+    runs = {str(tuple(tile)): partial(product, dtype=jnp.bfloat16, tile=tile) for tile in (LARGEST, *TILES)}
     return case._replace(runs={'jpt': case.runs['jpt'], **runs})
 
 

@@ -29,40 +29,48 @@ from jax.sharding import PartitionSpec as P
 from kernels import GROUPED, PRODUCTS, blocks
 
 from jpt.kernels import mosaic_block_matmul, mosaic_grouped_block
-from jpt.kernels.block_tiles import BLOCK, MULTIPLIED, Tile, choose_tile, fitting, rounds
+from jpt.kernels.block_tiles import BLOCK, MULTIPLIED, TILES, Tile, choose_tile, rounds
 from jpt.kernels.low_precision import E4M3
 from jpt.sharding.topology import topology_devices
 
-M, N, K, E = 4096, 4096, 7168, 8
+SHAPES = [(4096, 4096, 7168), (2048, 1280, 768), (300, 2880, 2880)]  # what is spilled differs from shape to shape
+E = 8
 MOST_STEPS = 8
 MULTIPROCESSORS = 132
+Operands = tuple[tuple[tuple[int, ...], Any], ...]  # shapes and dtypes
 
 
 class Form(NamedTuple):
-    """One way of multiplying: which kernel, of which operands."""
+    """One way of multiplying: which kernel, and the operands for a shape (M, N, K)."""
 
     name: str
     run: Callable[..., Any]
-    operands: tuple[tuple[tuple[int, ...], Any], ...]
-    tiles: tuple[Tile, ...]  # those that the table has for it
+    operands: Callable[[int, int, int], Operands]
 
 
 def forms() -> Iterator[Form]:
     """All that the table is asked for."""
-    a, a_scale, b = ((M, K), E4M3), ((M, blocks(K)), jnp.float32), ((N, K), E4M3)
-    one, each = (((rows, blocks(K)), jnp.float32) for rows in (blocks(N), N))
-    many, many_scales = ((E, N, K), E4M3), ((E, blocks(N), blocks(K)), jnp.float32)
+
+    def plain(M: int, N: int, K: int) -> Operands:
+        scales = ((M, blocks(K)), jnp.float32), ((blocks(N), blocks(K)), jnp.float32)
+        return ((M, K), E4M3), scales[0], ((N, K), E4M3), scales[1]
+
+    def each(M: int, N: int, K: int) -> Operands:
+        return *plain(M, N, K)[:3], ((N, blocks(K)), jnp.float32)
+
+    def grouped(M: int, N: int, K: int) -> Operands:
+        kernels = ((E, N, K), E4M3), ((E, blocks(N), blocks(K)), jnp.float32), ((E,), jnp.int32)
+        return *plain(M, N, K)[:2], *kernels
+
     for dtype in (jnp.bfloat16, jnp.float32):
-        plain = partial(mosaic_block_matmul.product, dtype=dtype)
-        grouped = partial(mosaic_grouped_block.product, dtype=dtype)
+        one, many = (partial(one.product, dtype=dtype) for one in (mosaic_block_matmul, mosaic_grouped_block))
         said = jnp.dtype(dtype).name
-        yield Form(said, plain, (a, a_scale, b, one), fitting(dtype))
-        yield Form(f'{said}, scales of rows', plain, (a, a_scale, b, each), fitting(dtype, plain=False))
-        operands = a, a_scale, many, many_scales, ((E,), jnp.int32)
-        yield Form(f'{said}, grouped', grouped, operands, fitting(dtype, plain=False))
+        yield Form(said, one, plain)
+        yield Form(f'{said}, scales of rows', one, each)
+        yield Form(f'{said}, grouped', many, grouped)
 
 
-def compiled(run: Callable[..., Any], operands: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
+def compiled(run: Callable[..., Any], operands: Operands) -> str:
     """What the assembler says of the program's kernel.
 
     Raises:
@@ -77,18 +85,18 @@ def compiled(run: Callable[..., Any], operands: tuple[tuple[tuple[int, ...], Any
 
 
 def deepest(form: Form, rows: int, columns: int) -> dict[str, Any] | None:
-    """The tile of these sides with the most steps that fit, and what the assembler says of it."""
+    """The tile of these sides with the most steps that fit, and what the assembler says of it, the worst of SHAPES."""
     for steps in range(MOST_STEPS, 1, -1):
         tile = Tile(rows, columns, steps)
         try:
-            report = compiled(partial(form.run, tile=tile), form.operands)
+            reports = [compiled(partial(form.run, tile=tile), form.operands(*shape)) for shape in SHAPES]
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             if 'shared memory' not in str(error):
                 raise
             continue
-        spilled = sum(map(int, re.findall(r'(\d+) bytes spill', report)))
-        waits = 'Potential Performance Loss' in report
-        used = [other.steps for other in form.tiles if other[:2] == (rows, columns)]
+        spilled = max(sum(map(int, re.findall(r'(\d+) bytes spill', report))) for report in reports)
+        waits = any('Potential Performance Loss' in report for report in reports)
+        used = [other.steps for other in TILES if other[:2] == (rows, columns)]
         return {'form': form.name, 'tile': tile, 'spilled': spilled, 'waits': waits, 'used': used[0] if used else None}
     return None
 
@@ -105,7 +113,7 @@ def said(row: dict[str, Any]) -> str:
 def choices() -> Iterator[dict[str, Any]]:
     """The tile for every shape of kernels.py."""
     for M, N, K, groups in [(*shape, 1) for shape in PRODUCTS] + GROUPED:
-        tile = choose_tile(M, N, MULTIPROCESSORS, fitting(jnp.bfloat16, plain=groups == 1), groups)
+        tile = choose_tile(M, N, MULTIPROCESSORS, groups)
         each = rounds(tile, M, N, MULTIPROCESSORS, groups)
         share = M * N * BLOCK / MULTIPLIED / MULTIPROCESSORS / (each * tile.cycles)
         yield {'shape': (M, N, K, groups), 'tile': tile, 'tiles_each': each, 'share_of_peak': share}

@@ -1,17 +1,14 @@
 """Which tile of the result a block of a blockwise FP8 product works on at a time, on Hopper.
 
 TILES are those that compile for an H100 without spilled registers, with as many steps in flight as its shared memory
-has room for (at most 8): `python benchmarks/tiles.py` tries all and prints the table. Which of them a shape gets is
-reckoned from what a tile loads and multiplies and how many a multiprocessor gets; `benchmarks/kernels.py --tiles`
-compares them by the clock, on a GPU.
+has room for (at most 8): `python benchmarks/tiles.py` tries them and prints what the assembler says. Which of them a
+shape gets is reckoned from what a tile loads and multiplies and how many a multiprocessor gets; `benchmarks/kernels.py
+--tiles` compares them by the clock, on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import jax.numpy as jnp
+from typing import NamedTuple
 
 BLOCK = 128  # columns of K that share a scale: one step
 MULTIPLIED = 4096  # products of two numbers of 8 bits that a multiprocessor adds up in a cycle: its data sheet
@@ -34,26 +31,9 @@ class Tile(NamedTuple):
 # Among equals the first is taken: more rows read weights, which come from further away, less often.
 TILES = tuple(
     Tile(*sides)
-    for sides in (
-        (256, 128, 3),
-        (256, 64, 4),
-        (128, 128, 5),
-        (128, 64, 7),
-        (128, 32, 8),
-        (64, 128, 8),
-        (64, 64, 8),
-        (64, 32, 8),
-    )
+    for sides in ((128, 128, 5), (256, 64, 4), (128, 64, 7), (128, 32, 8), (64, 128, 8), (64, 64, 8), (64, 32, 8))
 )
-
-
-def fitting(dtype: Any, plain: bool = True) -> tuple[Tile, ...]:
-    """The tiles for results of this dtype; plain: one group of rows, one scale for 128 rows of b.
-
-    The largest spills registers where the result has 32 bits, where every row of b has a scale and where a tile is
-    stored group after group.
-    """
-    return TILES if jnp.dtype(dtype).itemsize == 2 and plain else TILES[1:]
+LARGEST = Tile(256, 128, 3)  # loads least, but spills a few registers on some shapes: not in the table
 
 
 def rounds(tile: Tile, M: int, N: int, multiprocessors: int, groups: int = 1) -> int:
@@ -65,6 +45,6 @@ def rounds(tile: Tile, M: int, N: int, multiprocessors: int, groups: int = 1) ->
     return -(-runs * -(-N // tile.columns) // multiprocessors)
 
 
-def choose_tile(M: int, N: int, multiprocessors: int, tiles: Sequence[Tile], groups: int = 1) -> Tile:
-    """The tile of these with which a result [M, N], whose rows are of so many groups, is finished first."""
-    return min(tiles, key=lambda tile: rounds(tile, M, N, multiprocessors, groups) * tile.cycles)
+def choose_tile(M: int, N: int, multiprocessors: int, groups: int = 1) -> Tile:
+    """The tile of the table with which a result [M, N], whose rows are of so many groups, is finished first."""
+    return min(TILES, key=lambda tile: rounds(tile, M, N, multiprocessors, groups) * tile.cycles)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jpt.kernels.block_matmul import by_rows
-from jpt.kernels.block_tiles import BLOCK, Tile, choose_tile, fitting
+from jpt.kernels.block_tiles import BLOCK, Tile, choose_tile
 from jpt.kernels.hopper import multiprocessors, swizzled
 from jpt.kernels.low_precision import E4M3
 
@@ -35,7 +35,7 @@ def product(a_MK, a_scale, b_NK, b_scale, dtype: Any, *, tile: Tile | None = Non
     """As `block_matmul.block_matmul`, with the tile that is given; interpret: as `plgpu.kernel` takes it."""
     (M, K), N = a_MK.shape, b_NK.shape[0]
     each, blocks = by_rows(b_NK, b_scale), multiprocessors(interpret)
-    tile = tile or choose_tile(M, N, blocks, fitting(dtype, plain=not each))
+    tile = tile or choose_tile(M, N, blocks)
     rows = pl.cdiv(M, tile.rows)
     a_MK = jnp.pad(a_MK, ((0, -M % 8), (0, 0))) if M % 8 else a_MK
     scale_KM = jnp.pad(a_scale.T, ((0, 0), (0, rows * tile.rows - M)))

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jpt.kernels.block_tiles import BLOCK, Tile, choose_tile, fitting
+from jpt.kernels.block_tiles import BLOCK, Tile, choose_tile
 from jpt.kernels.hopper import multiprocessors, swizzled
 from jpt.kernels.mosaic_block_matmul import (
     HEIGHT,
@@ -38,7 +38,7 @@ def product(a_MK, a_scale, b_ENK, b_scale, sizes_E, dtype: Any, *, tile: Tile | 
     """As `grouped_block_matmul`, with the tile that is given; interpret: as for `plgpu.kernel`."""
     (M, K), (E, N) = a_MK.shape, b_ENK.shape[:2]
     blocks = multiprocessors(interpret)
-    tile = tile or choose_tile(M, N, blocks, fitting(dtype, plain=False), groups=E)
+    tile = tile or choose_tile(M, N, blocks, groups=E)
     whole = -M % 8
     a_MK = jnp.pad(a_MK, ((0, whole), (0, 0))) if whole else a_MK
     scale_KM = jnp.pad(a_scale.T, ((0, 0), (0, -M % tile.rows)))

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from numpy_blocks import assert_close, operands, product
 
 from jpt.kernels.block_matmul import block_matmul, refusal
-from jpt.kernels.block_tiles import TILES, Tile, fitting
+from jpt.kernels.block_tiles import LARGEST, TILES, Tile
 
 
 @pytest.mark.parametrize('shape', [(5, 300, 200), (130, 128, 512), (1, 7, 1)])
@@ -73,7 +73,7 @@ SHAPES = [(203, 304, 352), (5, 288, 512), (300, 384, 128)]
 @pytest.mark.parametrize(
     ('tile', 'shape', 'each'),
     [
-        *((tile, shape, False) for tile, shape in zip(TILES, SHAPES * 3, strict=False)),
+        *((tile, shape, False) for tile, shape in zip((LARGEST, *TILES), SHAPES * 3, strict=False)),
         *((tile, shape, False) for tile in ((128, 128, 4), (64, 128, 6)) for shape in SHAPES),
         *((tile, shape, True) for tile in ((64, 128, 6), (128, 128, 4), (256, 64, 4)) for shape in SHAPES),
     ],
@@ -88,7 +88,7 @@ def test_mosaic(tile, shape, each):
     from jpt.kernels.mosaic_block_matmul import product as mosaic
 
     arrays = operands(*shape, each=each)
-    dtype = ml_dtypes.bfloat16 if Tile(*tile) not in fitting(np.float32) else np.float32
+    dtype = ml_dtypes.bfloat16 if tile == LARGEST else np.float32
     options = {'tile': Tile(*tile), 'interpret': plgpu.InterpretGPUParams(detect_races=True)}
     found = mosaic(*map(jnp.asarray, arrays), dtype, **options)
     assert not get_races().races_found

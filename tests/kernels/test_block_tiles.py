@@ -1,13 +1,12 @@
 """Which tile a blockwise product gets, beside shapes reckoned by hand for an H100's 132 multiprocessors."""
 
-import jax.numpy as jnp
 import pytest
 
-from jpt.kernels.block_tiles import TILES, Tile, choose_tile, fitting, rounds
+from jpt.kernels.block_tiles import LARGEST, Tile, choose_tile, rounds
 
 
 def test_a_step_takes_as_long_as_what_it_loads_or_multiplies():
-    assert Tile(256, 128, 3).cycles == 1536  # 49,152 bytes by 32 a cycle; 4,194,304 products by 4,096 would be 1,024
+    assert LARGEST.cycles == 1536  # 49,152 bytes by 32 a cycle; 4,194,304 products by 4,096 would be 1,024
     assert Tile(64, 32, 8).cycles == 384
     assert Tile(1024, 1024, 1).cycles == 32768  # of products
 
@@ -22,22 +21,17 @@ def test_rounds():
 @pytest.mark.parametrize(
     ('shape', 'sides'),
     [
-        ((4096, 7168), (256, 128)),  # 7 rounds of 1,536 cycles; of 128 x 128: 14 of 1,024
-        ((512, 4096), (128, 128)),  # 128 tiles; of 256 x 128 half of the multiprocessors would get none
+        ((4096, 7168), (128, 128)),  # 14 rounds of 1,024 cycles; of 64 x 128: 28 of 768
+        ((512, 4096), (128, 128)),  # 128 tiles; of 256 x 64 as many, of 1,280 cycles
         ((128, 7168), (128, 64)),  # 112 tiles; as good as 64 x 128, but weights are read once
         ((64, 7168), (64, 64)),
         ((1, 2048), (64, 32)),  # 64 tiles, one round: the smallest
+        ((65536, 64), (256, 64)),  # no columns for more
     ],
 )
 def test_the_tile_that_is_finished_first(shape, sides):
-    assert choose_tile(*shape, 132, fitting(jnp.bfloat16))[:2] == sides
+    assert choose_tile(*shape, 132)[:2] == sides
 
 
 def test_few_rows_of_many_groups_get_few_rows():
-    assert choose_tile(512, 768, 132, fitting(jnp.bfloat16, plain=False), groups=128)[:2] == (64, 128)
-
-
-def test_the_largest_serves_one_scale_for_128_rows_and_results_of_16_bits():
-    assert fitting(jnp.bfloat16) == fitting(jnp.float16) == TILES
-    assert {fitting(jnp.float32), fitting(jnp.bfloat16, plain=False)} == {TILES[1:]}
-    assert TILES[0] == (256, 128, 3)
+    assert choose_tile(512, 768, 132, groups=128)[:2] == (64, 128)
