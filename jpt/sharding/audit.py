@@ -101,9 +101,11 @@ def _read_line(line: str, name: str, computation: _Computation) -> list[_Loop]:
     computation.values[left.split()[-1].lstrip('%')] = right
     if left.split()[0] == 'ROOT':
         computation.values['ROOT'] = right
-    kind = operation[2].removesuffix('-start')
-    if kind in KINDS:
-        computation.collectives.append(_collective(kind, operation[1], operation[2].endswith('-start'), right))
+    kind = operation[2].removesuffix('-done')
+    if kind in KINDS:  # one that is under way meanwhile: what its end gives, among whom its start says
+        started = _names(right)[:1] if operation[2] != kind else []
+        begun = computation.values[started[0]] if started else right
+        computation.collectives.append(_collective(kind, operation[1], begun))
     loops = []
     trips = re.search(r'known_trip_count\D*(\d+)', right)
     for key, called in re.findall(r'(body|to_apply|calls)=%?([\w.\-]+)', right):
@@ -158,17 +160,8 @@ def _constant(right: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _collective(kind: str, result: str, started: bool, right: str) -> Collective:
+def _collective(kind: str, result: str, right: str) -> Collective:
     parts = list(_arrays(result))
-    if started and kind in ('all-gather', 'collective-permute', 'all-reduce') and result.startswith('((') is False:
-        # The result of a start operation lists operands first, then results (an all-reduce: results only).
-        parts = parts if kind == 'all-reduce' else parts[len(parts) // 2 :]
-        if kind == 'collective-permute':
-            parts = parts[:1]
-    elif started and kind == 'ragged-all-to-all':
-        parts = parts[-1:]  # after operand, output, offsets and sizes
-    elif started and kind != 'all-reduce':
-        parts = parts[len(parts) // 2 :]
     size = sum(BYTES.get(dtype, 4) * math.prod(shape) for dtype, shape in parts)
     dtypes = sorted({dtype for dtype, _ in parts})
     return Collective(kind, '+'.join(dtypes), tuple(shape for _, shape in parts), size, _members(right), 1)

@@ -77,7 +77,7 @@ def test_ragged_sends_the_rows_that_must_travel_and_gathers_a_few_counts():
 def test_further_rounds_are_in_two_branches_that_an_even_router_does_not_take():
     """There and back; in the backward pass there, and both ways for gradients (what comes back is not asked for)."""
     text = compiled('ragged')
-    assert text.count(f' {RAGGED}-start(') == 4 + 2 + 3
+    assert len(re.findall(rf' {RAGGED}(?:-start)?\(', text)) == 4 + 2 + 3
     assert sum(' conditional(' in line and LATE in line for line in text.splitlines()) == 2
 
 

@@ -41,6 +41,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %ar = f32[8,4]{1,0} all-reduce-start(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %m = f32[100]{0} all-reduce-start(%a), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
   %d = f32[8,4]{1,0} all-reduce-done(%ar)
+  %md = f32[100]{0} all-reduce-done(%m)
   ROOT %rs = f32[2,4]{1,0} reduce-scatter(%d), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
 }
 """
@@ -60,6 +61,33 @@ def test_kinds_bytes_groups_and_trips():
     exchange = found['all-to-all', ((8, 4),)]
     assert (exchange.bytes, exchange.group, exchange.times) == (128, 4, 1), 'one branch of a conditional is run'
     assert len(found) == 6
+
+
+# What starts lists operands, results or both, and more; with the kind, what it ends in, and the bytes of that.
+UNDER_WAY = [
+    ('all-reduce', 'f32[8]{0}', 'f32[8]{0}', 32),
+    ('all-reduce', '((f32[8]{0}), f32[8]{0})', 'f32[8]{0}', 32),
+    ('all-reduce', '((f32[8]{0}, f32[4]{0}), (f32[8]{0}, f32[4]{0}))', '(f32[8]{0}, /*index=1*/f32[4]{0})', 48),
+    ('all-gather', '(bf16[8]{0}, bf16[16]{0})', 'bf16[16]{0}', 32),
+    ('reduce-scatter', '((f32[8]{0}), (f32[4]{0}))', '(f32[4]{0})', 16),
+    ('collective-permute', '(f32[8]{0}, f32[8]{0}, u32[], u32[])', 'f32[8]{0}', 32),
+    ('ragged-all-to-all', '((bf16[6]{0}, bf16[9]{0}, s64[4]{0}, s64[4]{0}), bf16[9]{0})', 'bf16[9]{0}', 18),
+]
+
+
+@pytest.mark.parametrize(('kind', 'start', 'result', 'size'), UNDER_WAY)
+def test_what_is_under_way_counts_once_by_its_result(kind, start, result, size):
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  %x-start.1 = {start} {kind}-start(%a), replica_groups=[2,4]<=[8]
+  %b = f32[8]{{0}} copy(%a)
+  ROOT %x-done.1 = {result} {kind}-done(%x-start.1), frontend_attributes={{more="%a"}}
+}}
+"""
+    (found,) = collectives(text)
+    assert (found.kind, found.bytes, found.group) == (kind, size, 4)
 
 
 COUNTED = """HloModule jit_step, is_scheduled=true
