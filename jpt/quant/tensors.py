@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -253,11 +253,7 @@ def quantize(
         wide = low.exact_divide(wide, jnp.asarray(input_factor)[..., None, :])
     largest = block_amax(wide, form) if amax is None else jnp.asarray(amax)
     scale, second = scales_of(largest, form, scale_2)
-    if form.scale == 'e8m0':  # exact, and 2^-127 is no divisor where subnormal numbers count as zero
-        quotients = wide * spread(low.from_e8m0(254 - scale), wide.shape, form)
-    else:
-        quotients = low.exact_divide(wide, spread(number_of(scale, second, form), wide.shape, form))
-    codes = codes_of(quotients, form)
+    codes = codes_with(wide, scale, second, form, lambda per_block: spread(per_block, wide.shape, form))
     name = jnp.dtype(weight.dtype).name
     return QTensor(codes, scale, second, input_scale, input_factor, format=form, weight_dtype=name)
 
@@ -355,6 +351,19 @@ def _whole_blocks(weight: jax.Array, rows: int, columns: int) -> jax.Array:
     out, inner = weight.shape[-2:]
     short = -out % rows, -inner % columns
     return jnp.pad(weight, [*[(0, 0)] * (weight.ndim - 2), (0, short[0]), (0, short[1])]) if any(short) else weight
+
+
+def codes_with(
+    wide: jax.Array,
+    scale: jax.Array,
+    scale_2: Array | None,
+    form: Format,
+    of_elements: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The codes, as stored, of float32 numbers with these scales of blocks, which `of_elements` gives every element."""
+    if form.scale == 'e8m0':  # exact, and 2^-127 is no divisor where subnormal numbers count as zero
+        return codes_of(wide * of_elements(low.from_e8m0(254 - scale)), form)
+    return codes_of(low.exact_divide(wide, of_elements(number_of(scale, scale_2, form))), form)
 
 
 def codes_of(quotients: jax.Array, form: Format) -> jax.Array:

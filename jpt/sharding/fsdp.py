@@ -6,6 +6,7 @@ every part holds whole blocks: codes are made once, of the parts, and they and t
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jpt.kernels.local import auto_size, axis_size, local, manual, pmax
+from jpt.kernels.local import auto_size, axis_index, axis_size, local, manual, pmax
 from jpt.quant.formats import Format
 from jpt.quant.packing import parts_of
-from jpt.quant.tensors import FakeQuant, QTensor, block_amax, quantize, scales_of, within
+from jpt.quant.tensors import FakeQuant, QTensor, block_amax, codes_with, quantize, scales_of, spread, within
 from jpt.sharding.rules import MESH_AXES, REPLICABLE, Units, logical_axes, path_keys
 
 AXIS = 'fsdp'
@@ -87,9 +88,8 @@ def _gather_quantized(weight: QTensor, dim: int, spec: P) -> QTensor:
 
 
 def _gather_fake(kernel: FakeQuant, dim: int, spec: P) -> FakeQuant:
-    """The whole of a weight that is trained through rounding: rounded, where the parts can be, and then gathered."""
-    block = {-2: kernel.format.rows, -1: kernel.format.columns}.get(dim - kernel.ndim, 1)
-    if kernel.gradients == 'te' or (block and kernel.shape[dim] % block):
+    """The whole of a weight that is trained through rounding: its parts are rounded first, if that can be."""
+    if kernel.gradients == 'te' or (kernel.format.packed and kernel.shape[-1] % 2):
         return dataclasses.replace(kernel, weight=_gather(kernel.weight, dim, spec, kernel.dtype))
     given = jax.lax.stop_gradient((kernel.weight, kernel.scale_2))
     rounded = _gather_rounded(*given, kernel.format, dim, spec)
@@ -101,13 +101,45 @@ def _gather_fake(kernel: FakeQuant, dim: int, spec: P) -> FakeQuant:
 def _gather_rounded(part: jax.Array, second: jax.Array | None, form: Format, dim: int, spec: P) -> QTensor:
     """The whole of a weight, rounded, from its parts: what rounding the whole gives, bit by bit. It has no gradient."""
     axis = dim - part.ndim
+    block = {-2: form.rows, -1: form.columns}.get(axis, 1)
+    if block and part.shape[dim] % block:
+        return _gather_quantized(_rounded_part(part, second, form, axis), dim, spec)
     amax = block_amax(part.astype(jnp.float32), form)
-    if not {-2: form.rows, -1: form.columns}.get(axis, 1):
+    if not block:
         amax = pmax(amax, (AXIS,))
     if form.has_second and second is None:
         largest = jnp.max(amax, axis=(-2, -1), keepdims=True)
         second = scales_of(largest if axis < -2 else pmax(largest, (AXIS,)), form)[1]
     return _gather_quantized(quantize(part, form, amax=amax, scale_2=second), dim, spec)
+
+
+def _rounded_part(part: jax.Array, second: jax.Array | None, form: Format, axis: int) -> QTensor:
+    """The codes of a part that ends within a block, beside the scales of the whole weight.
+
+    Blocks are made of pieces that divide parts as well; the largest values of blocks are found over all devices.
+    """
+    block, wide = form.rows if axis == -2 else form.columns, part.astype(jnp.float32)
+    piece = math.gcd(block, part.shape[axis])
+    if axis == -2:
+        pieces = dataclasses.replace(form, rows=piece)
+        joined = dataclasses.replace(form, rows=block // piece, columns=1)
+    else:
+        pieces = dataclasses.replace(form, columns=piece)
+        joined = dataclasses.replace(form, rows=1, columns=block // piece)
+    mine = block_amax(wide, pieces)
+    own, devices = mine.shape[axis], axis_size((AXIS,))
+    at = axis_index((AXIS,)) * own
+    shape = list(mine.shape)
+    shape[axis] *= devices
+    every = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape, jnp.float32), mine, at, axis)
+    scale, second = scales_of(pmax(block_amax(every, joined), (AXIS,)), form, second)
+
+    def of_elements(per_block: jax.Array) -> jax.Array:
+        per_piece = spread(per_block, every.shape, joined)
+        return spread(jax.lax.dynamic_slice_in_dim(per_piece, at, own, axis), wide.shape, pieces)
+
+    codes = codes_with(wide, scale, second, form, of_elements)
+    return QTensor(codes, scale, second, format=form, weight_dtype=part.dtype.name)
 
 
 _gather_rounded.defvjp(lambda *given: (_gather_rounded(*given), None), lambda *_: (None, None))

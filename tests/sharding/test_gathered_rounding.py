@@ -29,8 +29,14 @@ WHOLE = {
     'int4': Format('int4', 1, 32),
     'int8': FORMATS['int8_weights'],
 }
-CUT = Format('e4m3', 5, 5)
-GRID = Format('int4', 1, 32, 'e4m3_grid', inputs='tensor')
+CUT = {  # parts of 12 rows and of 32 columns end within blocks
+    'cut': Format('e4m3', 5, 5),
+    'cut pieces': Format('e4m3', 8, 24, inputs='block'),
+    'cut e8m0': Format('e4m3', 8, 24, 'e8m0'),
+    'cut nvfp4': Format('e2m1', 8, 24, 'e4m3'),
+    'cut int4': Format('int4', 8, 24),
+}
+GRID, CUT_GRID = (Format('int4', *block, 'e4m3_grid', inputs='tensor') for block in ((1, 32), (8, 24)))
 
 
 @functools.cache
@@ -52,7 +58,7 @@ def on_mesh(name, body):
 
 
 @pytest.mark.parametrize('name', DIVIDED)
-@pytest.mark.parametrize('form', [*WHOLE.values(), CUT], ids=(*WHOLE, 'cut'))
+@pytest.mark.parametrize('form', [*WHOLE.values(), *CUT.values()], ids=(*WHOLE, *CUT))
 def test_codes_scales_and_gradients_are_those_of_the_whole_weight(name, form):
     weight, x, dy = given()
 
@@ -133,7 +139,7 @@ def test_what_travels_and_what_is_kept(name):
 
 
 @pytest.mark.parametrize('name', DIVIDED)
-@pytest.mark.parametrize('form', [*WHOLE.values(), CUT, GRID], ids=(*WHOLE, 'cut', 'grid'))
+@pytest.mark.parametrize('form', [*WHOLE.values(), CUT['cut'], GRID, CUT_GRID], ids=(*WHOLE, 'cut', 'grid', 'cut grid'))
 def test_experts_in_bfloat16(name, form):
     """Stacked [E, out, in]: the bits of each expert's whole weight."""
     weight = jnp.stack([given()[0], 3 * given()[0]]).astype(jnp.bfloat16)

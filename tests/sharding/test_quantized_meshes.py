@@ -43,12 +43,14 @@ RECIPES = {
 @functools.cache
 def quantized(model, fake=False):
     """The model's parameters, float32 where they are arrays, on one device; `fake`: to be trained through rounding,
-    with gradients by 'block' or with scales that stay as they are, if that is said.
+    with gradients by 'block' or 'tensor', or with scales that stay as they are, if that is said.
     """
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), canonical_params(model))
     if fake == 'block':
         formats = chosen(params, recipe_of([('layers/**', SQUARES[model])]))
         return in_training(params, formats, 'block')
+    if fake == 'tensor':  # scales of all tokens: those of a device where neither rows nor sequence are divided
+        return in_training(params, chosen(params, recipe_of([('layers/**', FORMATS['fp8_tensor'])])), 'tensor')
     if fake == 'whole':  # which fsdp has found before tensor would divide it
         formats = chosen(params, recipe_of([('**/experts', Format('e4m3'))]))
         return in_training(params, formats, 'as_they_are')
@@ -101,6 +103,7 @@ def wanted(model, fake):
         ('mixed', MeshConfig(fsdp=2, tensor=2, context=2), 2, 'block'),
         ('mixed', MeshConfig(pipe=2, data=2, tensor=2), 2, 'block'),
         ('experts', MeshConfig(expert=4, fsdp=2), 1, 'block'),
+        ('mixed', MeshConfig(pipe=2, tensor=4), 1, 'tensor'),
         ('experts', MeshConfig(expert=4, fsdp=2), 1, 'integers'),
         ('experts', MeshConfig(expert=2, tensor=2, fsdp=2), 1, 'whole'),
         ('mixed', MeshConfig(pipe=2, fsdp=2, tensor=2), 2, 'static'),
@@ -116,6 +119,7 @@ def wanted(model, fake):
         'in FP8',
         'in FP8 pipelined',
         'experts in FP8',
+        'with a scale of all tokens',
         'experts in integers',
         'experts with a scale of all',
         'calibrated',
