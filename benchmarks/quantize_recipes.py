@@ -2,10 +2,11 @@
 
     python benchmarks/quantize_recipes.py --rows=64 --json
 
-All formats of jpt/quant/formats.py with scales of the largest values, the recipes of jpt/quantization/named.py, and the
-parts these are made of. The model is computed in float32, so what is measured is the quantization alone. `bits` counts
-scales and factors of the quantized matrices, the worst signal over noise is that of the output of one layer on the
-calibration text. --model takes another model, --calibration and --held_out other text, --only some of the recipes.
+All formats of jpt/quant/formats.py with scales of the largest values, the recipes of jpt/quantization/named.py, the
+parts these are made of, and keys and values in eight bits. The model is computed in float32, so what is measured is the
+quantization alone. `bits` counts scales and factors of the quantized matrices, the worst signal over noise is that of
+the output of one layer on the calibration text. --model takes another model, --calibration and --held_out other text,
+--only some of the recipes.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from jpt.data.config import TextConfig
 from jpt.evaluation.text import batches_from
 from jpt.model import Model
 from jpt.quant.formats import FORMATS
-from jpt.quant.recipes import recipe_of
+from jpt.quant.recipes import EVERYTHING, recipe_of
 from jpt.quant.tensors import QTensor
 from jpt.quantization.named import NAMED, Named
 from jpt.quantization.run import Quantized, quantize_model
-from jpt.quantization.settings import CalibrationConfig
+from jpt.quantization.settings import CACHES, CalibrationConfig, KVCache
 
 PARTS = {
     'fp8_tensor, percentile': Named('fp8_tensor', CalibrationConfig(inputs='percentile')),
@@ -44,6 +45,11 @@ PARTS = {
     'nvfp4, AWQ, weighted MSE': Named('nvfp4', CalibrationConfig(factors='awq', weights='weighted_mse')),
 }
 RECIPES = {name: Named(name) for name in FORMATS} | NAMED | PARTS
+WITH_CACHE: dict[str, tuple[str | None, KVCache]] = {  # a recipe of weights or none, and how keys and values are kept
+    'fp8_kv': (None, CACHES['fp8_kv']),
+    'fp8_kv_cast': (None, CACHES['fp8_kv_cast']),
+    'fp8_block, fp8_kv': ('fp8_block', CACHES['fp8_kv']),
+}
 
 
 def bits_of(params: Any) -> float:
@@ -55,16 +61,15 @@ def bits_of(params: Any) -> float:
 
 
 def row_of(made: Quantized, seconds: float) -> dict[str, float]:
-    """The measures of a quantized model."""
+    """The measures of a quantized model; those of matrices where some are quantized."""
     told = made.models[1]
-    return {
+    found = {'perplexity': told.perplexity, 'kl': told.kl, 'agreement': told.agreement, 'seconds': seconds}
+    if not made.layers:
+        return found
+    return found | {
         'bits': float(bits_of(made.model.params)),
-        'perplexity': told.perplexity,
-        'kl': told.kl,
-        'agreement': told.agreement,
         'error': float(np.mean([layer.error for layer in made.layers])),
         'snr': min(layer.snr for layer in made.layers if layer.snr is not None),
-        'seconds': seconds,
     }
 
 
@@ -72,9 +77,10 @@ def measured(model: Model, names: list[str], batches: tuple[list[Batch], list[Ba
     """The measures of every recipe, and the perplexity of the original."""
     found: dict[str, dict[str, float]] = {}
     for name in names:
-        form, how = RECIPES[name]
+        weights, cache = WITH_CACHE.get(name, (name, 'as_it_is'))
+        form, how = RECIPES[weights] if weights else (None, CalibrationConfig())
         start = time.monotonic()
-        made = quantize_model(model, recipe_of(form), *batches, how)
+        made = quantize_model(model, recipe_of([(EVERYTHING, form)]), *batches, how, kv_cache=cache)
         found.setdefault('original', {'perplexity': made.models[0].perplexity})
         found[name] = row_of(made, time.monotonic() - start)
         print(f'{name}: {found[name]}', flush=True)
@@ -89,20 +95,22 @@ def show(found: dict[str, dict[str, float]], console: Console) -> None:
         if name == 'original':
             table.add_row(name, '32', f'{row["perplexity"]:.3f}', '0', '100', '0', '', '')
             continue
-        cells = f'{row["bits"]:.2f}', f'{row["perplexity"]:.3f}', f'{row["kl"]:.5f}', f'{100 * row["agreement"]:.2f}'
-        table.add_row(name, *cells, f'{100 * row["error"]:.2f}', f'{row["snr"]:.1f}', f'{row["seconds"]:.0f}')
+        forms = {'bits': '.2f', 'perplexity': '.3f', 'kl': '.5f', 'agreement': '.2%', 'error': '.2%', 'snr': '.1f'}
+        cells = [format(row[key], how).rstrip('%') if key in row else '' for key, how in forms.items()]
+        table.add_row(name, *cells, f'{row["seconds"]:.0f}')
     console.print(table)
 
 
 def main() -> None:
     """Runs all and prints the table, and with --json one line of JSON at the end."""
+    names = [*RECIPES, *WITH_CACHE]
     parser = argparse.ArgumentParser(description='Every recipe of quantization on one model.')
     parser.add_argument('--model', default='quickstart')
     parser.add_argument('--calibration', default='stdlib:train')
     parser.add_argument('--held_out', default='stdlib:held_out')
     parser.add_argument('--rows', type=int, default=64, help='to calibrate on, and to measure on')
     parser.add_argument('--length', type=int, default=0, help='tokens of a row; 0: as the model has')
-    parser.add_argument('--only', nargs='+', choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument('--only', nargs='+', choices=names, default=names)
     parser.add_argument('--json', action='store_true')
     options = parser.parse_args()
     model = jpt.load(options.model, dtype='float32')
