@@ -169,8 +169,8 @@ def format_of(given: str | Format | Mapping[str, Any], place: str) -> Format:
     if isinstance(given, str):
         if given not in FORMATS:
             raise ValueError(
-                f'{place}: format {given!r}: expected one of {", ".join(FORMATS)}, or fields of Format (what calibrates, '
-                'as int8_sq does, is a recipe of python -m jpt.quantize)'
+                f'{place}: format {given!r}: expected one of {", ".join(FORMATS)}, or fields of Format (recipes that '
+                'calibrate, as int8_sq does, are those of python -m jpt.quantize)'
             )
         return FORMATS[given]
     try:

@@ -268,6 +268,8 @@ def test_settings_that_do_not_hold():
         FakeQuantConfig((('layers/**', 'fp8_tensor'),))
     with pytest.raises(ConfigError, match='expected one of fp8_tensor'):
         FakeQuantConfig((('layers/**', 'fp9'),))
+    with pytest.raises(ConfigError, match="format 'int8_sq': .*those of python -m jpt.quantize"):
+        FakeQuantConfig((('layers/**', 'int8_sq'),))
     with pytest.raises(ConfigError, match=r"gradients='block': expected 'as_they_are', or another recipe: .*E4M3"):
         FakeQuantConfig((('layers/**', 'fp8_block'), ('**/mlp', 'nvfp4')), gradients='block')
 
