@@ -7,8 +7,9 @@ XLA makes of the same formula, XLA's product in bfloat16, XLA's product after de
 (cuBLASLt; of groups one after the other) where torch has CUDA, and the roofline of an H100: the longer of the
 operations at their peak (8 bits: twice that of bfloat16) and the bytes that must be read and written once, both from
 its data sheet. A time is that of one call among many in one program, each with operands of its own, the start of the
-program taken out. Before it is timed, a kernel's result is compared with the reference's: what differs is printed.
-Without a GPU only the references run.
+program taken out. Before it is timed, a kernel's result is compared with the reference's, and printed are the share of
+differing codes and scales, or 1 - 2 xy / (x^2 + y^2), DeepGEMM's measure of products x and y: 0.001 and more ends the
+script with an error. Without a GPU only the references run.
 """
 
 import argparse
@@ -22,6 +23,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch needs m
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from timing import in_turn, machine
 from torch_blocks import block_product_ms
 
@@ -39,6 +41,7 @@ PRODUCTS = [(4096, 7168, 16384), (4096, 4096, 7168), (4096, 24576, 4096), (4096,
 GROUPED = [(32768, 4096, 7168, 8), (32768, 768, 2048, 128), (512, 768, 2048, 128)]
 WEIGHT_ONLY = [(rows, *sides) for sides in [(14336, 4096), (4096, 14336), (24576, 4096)] for rows in (1, 16)]
 RAGGED_BYTES = 2**32  # of the dense operand that lax.ragged_dot makes: larger ones are left out
+LARGEST_DIFFERENCE = 0.001
 Operands = tuple[jax.Array, ...]
 
 
@@ -54,6 +57,7 @@ class Case(NamedTuple):
     peak: float = 2 * H100.bfloat16  # operations per second
     torch_shape: tuple[int, int, int] | None = None
     groups: int = 1
+    checked: tuple[str, ...] = ('jpt',)  # those of the runs that are compared with the reference
 
 
 def codes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -180,8 +184,9 @@ def with_tiles(case: Case) -> Case:
     """A blockwise product by the largest tile and every one of the table, instead of by its peers."""
     from jpt.kernels.mosaic_block_matmul import product
 
-    runs = {str(tuple(tile)): partial(product, dtype=jnp.bfloat16, tile=tile) for tile in (LARGEST, *TILES)}
-    return case._replace(runs={'jpt': case.runs['jpt'], **runs})
+    runs: dict[str, Callable[..., Any]] = {'jpt': case.runs['jpt']}
+    runs |= {str(tuple(tile)): partial(product, dtype=jnp.bfloat16, tile=tile) for tile in (LARGEST, *TILES)}
+    return case._replace(runs=runs, checked=tuple(runs), torch_shape=None)
 
 
 def per_call(run: Callable[..., Any], sets: list[Operands], repeats: int) -> float:
@@ -193,19 +198,21 @@ def per_call(run: Callable[..., Any], sets: list[Operands], repeats: int) -> flo
 
 
 def difference(found: Any, wanted: Any) -> float:
-    """The norm of the difference as a share of the norm; of codes and scales, how many differ of all."""
+    """1 - 2 xy / (x^2 + y^2), 0 for equal ones; of codes and scales, how many differ of all."""
     if isinstance(found, tuple):
         same = [jnp.mean(a.astype(jnp.float32) != b.astype(jnp.float32)) for a, b in zip(found, wanted, strict=True)]
         return float(jnp.max(jnp.stack(same)))
-    found, wanted = found.astype(jnp.float32), wanted.astype(jnp.float32)
-    return float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted))
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return float(1 - 2 * np.sum(found * wanted) / np.sum(found**2 + wanted**2))
 
 
 def measure(case: Case, sets: int, repeats: int) -> dict[str, Any]:
     """Milliseconds by implementation, the roofline, and how far jpt's result is from the reference's."""
     drawn = [case.draw(key) for key in jax.random.split(jax.random.key(0), sets)]
     first = drawn[0]
-    apart = difference(jax.jit(case.runs['jpt'])(*first), jax.jit(case.reference)(*first))
+    wanted = jax.jit(case.reference)(*first)
+    apart = max(difference(jax.jit(run)(*first), wanted) for name, run in case.runs.items() if name in case.checked)
+    del wanted
     times: dict[str, float | str] = {}
     for name, run in case.runs.items():
         given = drawn
@@ -265,8 +272,11 @@ def main() -> None:
             continue
         rows.append(measure(with_tiles(case) if options.tiles else case, 20 if on_gpu else 4, options.repeats))
         print(line(rows[-1]), flush=True)
+    wrong = [row['name'] for row in rows if not row['difference'] < LARGEST_DIFFERENCE]
     if options.json:
         print(json.dumps({'benchmark': 'kernels', 'machine': about, 'on_gpu': on_gpu, 'rows': rows}))
+    if wrong:
+        parser.exit(1, f'{", ".join(wrong)}: a difference of {LARGEST_DIFFERENCE} or more from the reference\n')
 
 
 if __name__ == '__main__':

@@ -36,6 +36,7 @@ from jpt.sharding.topology import topology_devices
 SHAPES = [(4096, 4096, 7168), (2048, 1280, 768), (300, 2880, 2880)]  # what is spilled differs from shape to shape
 E = 8
 MOST_STEPS = 8
+SPILLED = re.compile(r'(\d+) bytes spill')
 MULTIPROCESSORS = 132
 Operands = tuple[tuple[tuple[int, ...], Any], ...]  # shapes and dtypes
 
@@ -71,17 +72,21 @@ def forms() -> Iterator[Form]:
 
 
 def compiled(run: Callable[..., Any], operands: Operands) -> str:
-    """What the assembler says of the program's kernel.
+    """What the assembler says of the program's one kernel.
 
     Raises:
       ValueError: it does not compile: too much shared memory.
+      RuntimeError: nothing is said of spilled registers, or of several kernels.
     """
     mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,), devices=topology_devices(1))
     given = [jax.ShapeDtypeStruct(*one, sharding=NamedSharding(mesh, P())) for one in operands]
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         os.environ.update(MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTXAS='1')
         jax.jit(run).trace(*given).lower().compile()
-        return ''.join(path.read_text() for path in Path(folder).glob('*.ptxas'))
+        report = ''.join(path.read_text() for path in Path(folder).glob('*.ptxas'))
+    if len(SPILLED.findall(report)) != 2:  # stores and loads
+        raise RuntimeError(f'expected stores and loads of spilled registers of one kernel, found {report!r}')
+    return report
 
 
 def deepest(form: Form, rows: int, columns: int) -> dict[str, Any] | None:
@@ -94,7 +99,7 @@ def deepest(form: Form, rows: int, columns: int) -> dict[str, Any] | None:
             if 'shared memory' not in str(error):
                 raise
             continue
-        spilled = max(sum(map(int, re.findall(r'(\d+) bytes spill', report))) for report in reports)
+        spilled = max(sum(map(int, SPILLED.findall(report))) for report in reports)
         waits = any('Potential Performance Loss' in report for report in reports)
         used = [other.steps for other in TILES if other[:2] == (rows, columns)]
         return {'form': form.name, 'tile': tile, 'spilled': spilled, 'waits': waits, 'used': used[0] if used else None}

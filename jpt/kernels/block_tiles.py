@@ -1,9 +1,9 @@
 """Which tile of the result a block of a blockwise FP8 product works on at a time, on Hopper.
 
 TILES are those that compile for an H100 without spilled registers, with as many steps in flight as its shared memory
-has room for (at most 8): `python benchmarks/tiles.py` tries them and prints what the assembler says. Which of them a
-shape gets is reckoned from what a tile loads and multiplies and how many a multiprocessor gets; `benchmarks/kernels.py
---tiles` compares them by the clock, on a GPU.
+has room for (at most 8, and for groups of rows too): `python benchmarks/tiles.py` tries them and prints what the
+assembler says. Which of them a shape gets is reckoned from what a tile loads and multiplies and how many a
+multiprocessor gets; `benchmarks/kernels.py --tiles` compares them by the clock, on a GPU.
 """
 
 from __future__ import annotations

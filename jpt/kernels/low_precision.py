@@ -94,6 +94,16 @@ def to_e8m0(scale: jax.Array) -> jax.Array:
     return jnp.minimum(exponent + above.astype(jnp.uint32), 254).astype(jnp.uint8)
 
 
+def to_power_of_two(amax: jax.Array, largest: float) -> jax.Array:
+    """The codes (uint8) of 2^ceil(log2(amax / largest)), of float32 numbers that are 0 or at least 2^-126.
+
+    What the division gives below 2^-126 would count as zero: small numbers are divided 2^64 times as large.
+    """
+    small = amax < 2.0**-60
+    code = to_e8m0(exact_divide(jnp.where(small, amax * 2.0**64, amax), largest)).astype(jnp.int32)
+    return jnp.where(small, jnp.maximum(code - 64, 0), code).astype(jnp.uint8)
+
+
 def from_e8m0(codes: jax.Array) -> jax.Array:
     """The numbers (float32) 2^(code - 127) of codes 0..254; backends without subnormal numbers give 0 for code 0."""
     bits = jnp.where(codes > 0, codes.astype(jnp.uint32) << 23, 1 << 22)

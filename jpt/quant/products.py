@@ -37,7 +37,7 @@ from jpt.quant.current_scaling import tensor_gradients, with_current_scale
 from jpt.quant.formats import Format
 from jpt.quant.gradients import block_gradients
 from jpt.quant.producers import Deferred, Given, dense_of
-from jpt.quant.tensors import FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize, within
+from jpt.quant.tensors import BEYOND, FakeQuant, Gradients, QTensor, codes_of, dequantize, numbers_of, quantize, within
 
 # How gradients are multiplied, by FakeQuant.gradients, where not as autodiff has it.
 IN_EIGHT_BITS = {'block': block_gradients, 'tensor': tensor_gradients}
@@ -294,7 +294,7 @@ def _beyond(x: jax.Array, weight: QTensor, sizes_E: jax.Array | None) -> jax.Arr
     """Which inputs are larger than the largest number with the weight's static scale of inputs."""
     own = inputs_format(weight.format)
     largest = own.largest * (low.E4M3_MAX if own.scale == 'e4m3' else 1.0)
-    limit = largest * jnp.broadcast_to(_per_row(weight.input_scale, sizes_E, x), x.shape[:-1])
+    limit = largest * BEYOND * jnp.broadcast_to(_per_row(weight.input_scale, sizes_E, x), x.shape[:-1])
     return jnp.abs(x.astype(jnp.float32)) > limit[..., None]
 
 

@@ -37,6 +37,8 @@ SCALES: dict[str, Any] = {
 # A scale of 2^-9, the least positive E4M3 number, still tells the codes of its block.
 _LEAST_E4M3 = 2.0**-9
 _E8M0_ONE = 127
+# What is beyond the largest number of a scale that was rounded down from it is not beyond.
+BEYOND = 1 + 2.0**-20
 
 
 @jax.tree_util.register_dataclass
@@ -202,7 +204,10 @@ def within(kernel: FakeQuant, gradient: jax.Array) -> jax.Array:
     if not kernel.clipped or kernel.scale_2 is None:
         return gradient
     largest = low.E4M3_MAX * (kernel.format.largest if kernel.format.scale == 'e4m3' else 1.0)
-    return jnp.where(jnp.abs(jnp.asarray(kernel.weight)) > largest * jnp.asarray(kernel.scale_2), 0, gradient)
+    weight = jnp.asarray(kernel.weight)
+    if kernel.input_factor is not None:
+        weight = weight / jnp.asarray(kernel.input_factor)[..., None, :]
+    return jnp.where(jnp.abs(weight) > largest * BEYOND * jnp.asarray(kernel.scale_2), 0, gradient)
 
 
 def refused_gradients(gradients: Gradients, form: Format) -> str | None:
@@ -306,16 +311,17 @@ def scales_of(amax: jax.Array, form: Format, scale_2: Array | None = None) -> tu
         relative = low.exact_divide(amax, form.largest * second)
         relative = jnp.where(amax > 0, jnp.clip(relative, _LEAST_E4M3, low.E4M3_MAX), 1.0)
         return low.to_e4m3(relative), second
-    scale = low.exact_divide(amax, form.largest)
     if form.scale == 'e8m0':
-        code = low.to_e8m0(scale)
+        code = low.to_power_of_two(amax, form.largest)
         return code if form.is_mx else jnp.where(amax > 0, code, _E8M0_ONE).astype(code.dtype), None
+    if form.scale == 'power_of_two':
+        code = jnp.maximum(low.to_power_of_two(amax, form.largest), 1)
+        return jnp.where(amax > 0, low.from_e8m0(code), 1.0), None
+    scale = low.exact_divide(amax, form.largest)
     if form.scale == 'e4m3_grid':
         whole = jnp.max(amax, axis=(-2, -1), keepdims=True)
         second = _or_one(low.exact_divide(whole, low.E4M3_MAX)) if scale_2 is None else jnp.asarray(scale_2)
         return _or_one(scale), second
-    if form.scale == 'power_of_two':
-        scale = jnp.where(scale > 0, low.from_e8m0(jnp.maximum(low.to_e8m0(scale), 1)), 0)
     return _or_one(scale), None
 
 

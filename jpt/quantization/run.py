@@ -21,7 +21,7 @@ from jpt.quant.formats import Format
 from jpt.quant.paths import paths
 from jpt.quant.recipes import Recipe, chosen, left_out
 from jpt.quant.statistics import CACHE
-from jpt.quant.tensors import QTensor, number_of, numbers_of, spread
+from jpt.quant.tensors import BEYOND, QTensor, number_of, numbers_of, spread
 from jpt.quantization.auto import Automatic
 from jpt.quantization.calibrated import calibrated_params
 from jpt.quantization.checks import check_cache, check_measurable
@@ -182,10 +182,7 @@ def _weight_errors(weight: jax.Array, tensor: QTensor) -> tuple[jax.Array, jax.A
     axes = tuple(range(1, wide.ndim))
     size = jnp.sqrt(jnp.sum(jnp.square(wide), axis=axes))
     error = jnp.sqrt(jnp.sum(jnp.square(wide - numbers * factor), axis=axes))
-    # What is beyond by float32's own rounding of the scale is not.
-    largest = (
-        tensor.format.largest * (1 + 2.0**-20) * number_of(jnp.asarray(tensor.scale), tensor.scale_2, tensor.format)
-    )
+    largest = tensor.format.largest * BEYOND * number_of(jnp.asarray(tensor.scale), tensor.scale_2, tensor.format)
     clipped = jnp.mean(jnp.abs(wide / factor) > spread(largest, wide.shape, tensor.format), axis=axes)
     return jnp.max(jnp.abs(wide), axis=axes), jnp.where(size > 0, error / size, 0), clipped
 

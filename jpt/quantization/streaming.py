@@ -21,7 +21,7 @@ from jpt.models.names import Leaf, TreePath, leaves
 from jpt.quant.amax_search import searched_amax
 from jpt.quant.formats import FORMATS, Format
 from jpt.quant.packing import Packing
-from jpt.quant.tensors import QTensor, block_amax, number_of, numbers_of, quantize, scales_of, spread
+from jpt.quant.tensors import BEYOND, QTensor, block_amax, number_of, numbers_of, quantize, scales_of, spread
 from jpt.quantization.inputs import second_groups
 from jpt.quantization.run import LayerReport
 
@@ -364,8 +364,7 @@ def _size(piece: jax.Array) -> jax.Array:
 def _clipped(piece: jax.Array, tensor: QTensor) -> jax.Array:
     """How many elements are beyond the largest number of their block."""
     form, scale = tensor.format, number_of(jnp.asarray(tensor.scale), tensor.scale_2, tensor.format)
-    # What is beyond by float32's own rounding of the scale is not.
-    largest = spread(form.largest * (1 + 2.0**-20) * scale, piece.shape, form)
+    largest = spread(form.largest * BEYOND * scale, piece.shape, form)
     return jnp.sum(jnp.sum((jnp.abs(piece.astype(jnp.float32)) > largest).astype(jnp.float32), axis=-1))
 
 

@@ -103,8 +103,11 @@ def _read_line(line: str, name: str, computation: _Computation) -> list[_Loop]:
         computation.values['ROOT'] = right
     kind = operation[2].removesuffix('-done')
     if kind in KINDS:  # one that is under way meanwhile: what its end gives, among whom its start says
-        started = _names(right)[:1] if operation[2] != kind else []
-        begun = computation.values[started[0]] if started else right
+        begun = right
+        if operation[2] != kind:
+            begun = computation.values.get((_names(right.split('(', 1)[1]) or [''])[0], '')
+            if f' {kind}-start(' not in begun:
+                raise ValueError(f'{line.strip()[:200]}: expected the {kind}-start that it ends as its operand')
         computation.collectives.append(_collective(kind, operation[1], begun))
     loops = []
     trips = re.search(r'known_trip_count\D*(\d+)', right)

@@ -1,7 +1,8 @@
 """Weights divided over `fsdp`, gathered where they are used; gradients return in float32.
 
-Arrays travel in the compute dtype. Weights that are trained through rounding travel as what they are rounded to, where
-every part holds whole blocks: codes are made once, of the parts, and they and their scales are 0.5 to 1.03 bytes each.
+Arrays travel in the compute dtype. Weights that are trained through rounding travel as what they are rounded to: codes
+are made once, of the parts, and they and their scales are 0.5 to 1.03 bytes each. They travel as they are where an odd
+part would cut a byte of two inputs, beside factors of inputs, and for Transformer Engine.
 """
 
 import dataclasses
@@ -89,7 +90,8 @@ def _gather_quantized(weight: QTensor, dim: int, spec: P) -> QTensor:
 
 def _gather_fake(kernel: FakeQuant, dim: int, spec: P) -> FakeQuant:
     """The whole of a weight that is trained through rounding: its parts are rounded first, if that can be."""
-    if kernel.gradients == 'te' or (kernel.format.packed and kernel.shape[-1] % 2):
+    cut = kernel.format.packed and kernel.shape[-1] % 2  # two inputs that share a byte
+    if kernel.gradients == 'te' or kernel.input_factor is not None or cut:
         return dataclasses.replace(kernel, weight=_gather(kernel.weight, dim, spec, kernel.dtype))
     given = jax.lax.stop_gradient((kernel.weight, kernel.scale_2))
     rounded = _gather_rounded(*given, kernel.format, dim, spec)

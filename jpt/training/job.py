@@ -106,7 +106,7 @@ def make_job(config: TrainConfig, devices: Any = None) -> Job:
     # Codes cannot be trained, but adapters beside them can.
     models = {'model': open_weights(config.model, config.compute.param_dtype, codes=config.lora is not None)}
     if config.quantize is not None and config.quantize.calibrated is not None:
-        rounding = calibrated_rounding(config.quantize.calibrated, models['model'].cfg)
+        rounding = calibrated_rounding(config.quantize.calibrated, models['model'].cfg, config.quantize.clipped)
         models['model'] = models['model']._replace(calibrated=rounding)
     for name, teacher in config.teachers_beside().items():
         models[name] = open_weights(dataclasses.replace(teacher, mtp=False), teacher_dtype(config), codes=True)

@@ -25,12 +25,13 @@ class Rounding(NamedTuple):
     static: Mapping[str, Mapping[str, np.ndarray]]
 
 
-def calibrated_rounding(path: str, cfg: ModelConfig) -> Rounding:
+def calibrated_rounding(path: str, cfg: ModelConfig, clipped: bool = False) -> Rounding:
     """The formats and fixed scales of a quantized model, for a model of this config.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: its weights are not quantized, or have factors of inputs, or it is another model than the config's.
+        ValueError: its weights are not quantized, or have factors of inputs, or it is another model than the config's,
+            or it has no fixed scale that something could be `clipped` by.
     """
     source, place = open_model(path, mtp=False).source, f'config.quantize.calibrated={path}'
     if not source.quantized:
@@ -56,6 +57,10 @@ def calibrated_rounding(path: str, cfg: ModelConfig) -> Rounding:
         if leaf.part in STATIC:
             values = source.read(leaf, tuple(slice(0, size) for size in leaf.shape))
             found.setdefault(name_of(leaf.path[:-1]), {})[leaf.part] = values
+    if clipped and not found:
+        raise ValueError(
+            f'{place}: it has no static scale, so config.quantize.clipped=True would change nothing: expected False'
+        )
     return Rounding({name_of(where): packing.form for where, packing in source.quantized.items()}, found)
 
 

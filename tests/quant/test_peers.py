@@ -27,7 +27,7 @@ FORMS = {
     'transformers/fp8_block_1x128_ue8m0': Format('e4m3', 1, 128, 'e8m0'),
     'transformers/fp8_block_8x32_ue8m0': Format('e4m3', 8, 32, 'e8m0'),
 }
-# XLA on CPU takes numbers below 2^-126 for zero; what the libraries write of them is NaN, or of weights near 1e-40.
+# XLA on CPU takes numbers below 2^-126 for zero, and these have scales below it (docs/quantize.md, Exactness).
 TOO_SMALL = ('subnormal',)
 # A weight of zeros: ModelOpt's scales are 0 or NaN (per tensor, NVFP4), where jpt has 1.
 ZEROS = {'modelopt/fp8_tensor': ('zeros',), 'modelopt/nvfp4': ('zeros',)}

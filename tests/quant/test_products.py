@@ -151,6 +151,26 @@ def test_weights_beyond_their_second_scale_have_no_gradient_if_that_is_asked(nam
     np.testing.assert_array_equal(clipped, np.where(beyond, 0, gradient(plain)))
 
 
+@pytest.mark.parametrize('name', ['nvfp4', 'w4a8', 'fp8_tensor'])
+def test_what_a_scale_was_found_from_is_not_beyond_it(name):
+    """Rounded down, a scale times the largest number may be a little less than what it is the scale of."""
+    random = np.random.default_rng(3)
+
+    @jax.jit
+    def gradients(weight, x, input_scale):
+        second = quantize(weight, FORMATS[name]).scale_2
+        kernel = FakeQuant(weight, input_scale, scale_2=second, format=FORMATS[name], clipped=True)
+        dx, own = jax.vjp(lambda x, kernel: dot(x, kernel), x, kernel)[1](jnp.ones((2, 8)))
+        return dx, own.weight
+
+    for _ in range(30):
+        weight, x = random.normal(size=(8, 32)).astype(np.float32), random.normal(size=(2, 32)).astype(np.float32)
+        largest = np.float32(448 * 6 if name == 'nvfp4' else 448)
+        dx, dweight = gradients(weight, x, np.abs(x).max() / largest)
+        assert np.asarray(dx)[np.abs(x) == np.abs(x).max()] != 0
+        assert np.asarray(dweight)[np.abs(weight) == np.abs(weight).max()] != 0
+
+
 def test_a_token_does_not_see_the_others():
     x = jnp.asarray(np.stack([X, X[::-1] * 100]))
     for name in ('fp8_channel_token', 'fp8_block', 'nvfp4', 'mxfp8'):

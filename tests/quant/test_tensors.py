@@ -84,6 +84,22 @@ def test_any_size_of_weights(seed, size, spread, shape, dtype):
         assert_formulas([weight], form)
 
 
+@pytest.mark.parametrize(
+    'form',
+    [FORMATS['mxfp8'], FORMATS['fp8_block_ue8m0'], Format('e4m3', 8, 12, 'e8m0')],
+    ids=('mxfp8', 'block', 'ue8m0'),
+)
+@pytest.mark.parametrize('size', [-112, -117, -120, -124])
+def test_powers_of_two_of_the_smallest_weights(form, size):
+    """amax / 448 is below the least normal number, the power of two above it need not be."""
+    weight = np.random.default_rng(size + 200).normal(size=(34, 64)) * 2.0**size
+    weight = np.where(np.abs(weight) < 2.0**-126, 0, weight).astype(np.float32)
+    tensor = _quantized([weight], form)[0][0]
+    codes, scale, *_ = expected(weight, form)
+    np.testing.assert_array_equal(np.asarray(tensor.scale), scale)
+    np.testing.assert_array_equal(codes_in(tensor).view(np.uint8), codes.view(np.uint8))
+
+
 @pytest.mark.parametrize('name', FORMATS)
 def test_no_finite_weight_gives_nan(name):
     form = FORMATS[name]

@@ -90,6 +90,16 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
     assert (found.kind, found.bytes, found.group) == (kind, size, 4)
 
 
+def test_an_end_without_its_start_is_an_error():
+    text = """ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %d = f32[8]{0} all-reduce-done(%a)
+}
+"""
+    with pytest.raises(ValueError, match='expected the all-reduce-start that it ends'):
+        collectives(text)
+
+
 COUNTED = """HloModule jit_step, is_scheduled=true
 
 %body (p: (f32[8], s32[])) -> (f32[8], s32[]) {

@@ -102,6 +102,22 @@ def test_gradients_are_clipped_where_the_parts_lie():
     np.testing.assert_array_equal(np.asarray(gradient) == 0, np.abs(weight) > 0.5)
 
 
+def test_a_weight_with_factors_of_inputs_is_gathered_as_it_is():
+    weight, x, _ = given()
+    factor = np.random.default_rng(1).uniform(0.1, 4, IN).astype(np.float32)
+
+    def product(weight):
+        kernel = FakeQuant(weight, input_factor=jnp.asarray(factor), format=FORMATS['fp8_weights'])
+        return kernel, lambda kernel: dot(jnp.asarray(x), kernel)
+
+    def body(part):
+        kernel, run = product(part)
+        return run(gather({'mlp': {'down': {'kernel': kernel}}}, 'float32')['mlp']['down']['kernel']), part
+
+    kernel, run = product(jnp.asarray(weight))
+    np.testing.assert_allclose(jax.jit(on_mesh('down', body))(weight)[0], run(kernel), rtol=1e-5, atol=1e-5)
+
+
 def equations(jaxpr):
     """All equations of a program, inner programs included."""
     for eqn in jaxpr.eqns:

@@ -258,6 +258,13 @@ def test_training_in_fp8_ends_with_the_weights_it_trained(tmp_path):
         assert found[how] != found['float32']
 
 
+def test_clipping_without_any_static_scale_is_refused(tmp_path):
+    path = quantized_checkpoint(tmp_path, 'fp8_block')
+    config = settings(tmp_path, model={'path': 'quickstart'}, quantize={'calibrated': path, 'clipped': True})
+    with pytest.raises(ValueError, match=r'no static scale, so config\.quantize\.clipped=True would change nothing'):
+        make_job(config)
+
+
 def test_settings_that_do_not_hold():
     for name, value in (('gradients', 'block'), ('recipe', (('layers/**', 'int8'),))):
         with pytest.raises(ConfigError, match=f'{name}=.*: expected .* where calibrated is given'):
@@ -268,7 +275,7 @@ def test_settings_that_do_not_hold():
         FakeQuantConfig((('layers/**', 'fp8_tensor'),))
     with pytest.raises(ConfigError, match='expected one of fp8_tensor'):
         FakeQuantConfig((('layers/**', 'fp9'),))
-    with pytest.raises(ConfigError, match="format 'int8_sq': .*those of python -m jpt.quantize"):
+    with pytest.raises(ConfigError, match=r"format 'int8_sq': .*those of python -m jpt\.quantize"):
         FakeQuantConfig((('layers/**', 'int8_sq'),))
     with pytest.raises(ConfigError, match=r"gradients='block': expected 'as_they_are', or another recipe: .*E4M3"):
         FakeQuantConfig((('layers/**', 'fp8_block'), ('**/mlp', 'nvfp4')), gradients='block')
