@@ -14,6 +14,7 @@ script with an error. Without a GPU only the references run.
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -126,13 +127,21 @@ def product_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
 
 
 def grouped_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
-    """Rows of groups of one size; beside them the products in bfloat16 of jpt and of lax.ragged_dot."""
+    """Rows of groups of one size; beside them the products in bfloat16 of jpt, of JAX's own kernel (on a GPU; it leaves
+    the choice of its tiles to its caller) and of lax.ragged_dot.
+    """
 
     def bfloat16(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
         return grouped_matmul(a, b, sizes)
 
     def ragged(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(a, b.swapaxes(1, 2), sizes)
+
+    def pallas(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
+        from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
+
+        run = partial(ragged_dot, block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, transpose_rhs=True)
+        return run(a, b, group_sizes=sizes, grid_block_n=math.gcd(8, b.shape[1] // 128))
 
     def xla(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, sizes: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(wide(a, a_scale, 1), wide(b, b_scale, BLOCK).swapaxes(1, 2), sizes)
@@ -146,6 +155,8 @@ def grouped_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
             return a, scales(keys[2], (M, blocks(K))), b, b_scale, jnp.full(E, M // E, jnp.int32)
 
         runs: dict[str, Callable[..., Any]] = {'jpt': grouped_block_matmul, 'jpt bfloat16': bfloat16}
+        if jax.default_backend() == 'gpu':
+            runs['ragged_dot_mgpu bfloat16'] = pallas
         if 2 * M * K * E <= RAGGED_BYTES:
             runs.update({'XLA dequantized': xla, 'lax.ragged_dot bfloat16': ragged})
         reference = partial(grouped_block_matmul, implementation='reference')
