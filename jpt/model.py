@@ -166,7 +166,7 @@ def _load_on(mesh: Mesh, source: LeafSource) -> Any:
     for leaf in leaves_of(source):
         put(shapes, leaf.path, jax.ShapeDtypeStruct(leaf.shape, source.dtype(leaf)))
     shapes = assembled(source, shapes)
-    # The layers lie as in a checkpoint: no pipeline generates, but its axis divides the vocabulary.
+    # The layers are stacked as in a checkpoint, and `pipe` divides the stacks: its stages take turns.
     layout = make_layout(shapes, {'pipe': 1, 'tensor': mesh.shape['pipe'] * mesh.shape['tensor']})
     padded = jax.eval_shape(functools.partial(to_device_layout, layout), shapes)
     specs = param_specs(padded, Rules(mesh.shape, units_of(source.cfg)))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpt.kernels.staged_scan import staged_scan
 from jpt.models.block import Block
 from jpt.models.config import Compute, ModelConfig, Segment
 from jpt.models.transformer import Params, embed, locate
@@ -103,7 +104,7 @@ def layer_statistics(
     for at, segment in enumerate(cfg.segments):
         period = partial(_period, cfg, segment, compute, where, watch)
         others = {name: layers[at] for name, layers in beside.items()}
-        hidden_BTD, sums = jax.lax.scan(period, hidden_BTD, (list(params['layers'][at]), others))
+        hidden_BTD, sums = staged_scan(period, hidden_BTD, (list(params['layers'][at]), others))
         found.append(sums)
     return Calibration(jnp.sum(watch.weights_BT), found, watch.total(_shares(hidden_BTD)))
 

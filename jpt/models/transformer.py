@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jpt.kernels.staged_scan import staged_scan
 from jpt.kernels.vocab import embed_lookup
 from jpt.models.attention import Where
 from jpt.models.block import Block, apply_block
@@ -186,8 +187,8 @@ def _run_segment(
     if segment.repeats == 1:  # no loop, and no slices out of a stack of one
         return period(run, (jax.tree.map(lambda leaf: leaf[0], list(layers)), None))[0]
     steps = (list(layers), jnp.arange(segment.repeats, dtype=jnp.int32))
-    run, _ = jax.lax.scan(period, run, steps, unroll=min(compute.unroll, segment.repeats))
-    return run
+    scan = jax.lax.scan if cache is not None else staged_scan  # a cache is of all layers
+    return scan(period, run, steps, unroll=min(compute.unroll, segment.repeats))[0]
 
 
 def final_norm(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:

@@ -69,7 +69,7 @@ class QuantizeConfig:
     auto: AutoConfig = AutoConfig()
     # Of keys and values; where they are quantized, a recipe may leave all weights as they are.
     kv_cache: KVCache = 'as_it_is'
-    # Where the model lies: weights as in training, but `pipe` divides the vocabulary alone; None: on one device.
+    # Where the model lies: weights as in training, but the stages of `pipe` take turns; None: on one device.
     mesh: MeshConfig | None = None
     to: Literal['hf', 'jpt'] = 'jpt'  # what is written: a Hugging Face directory or a jpt checkpoint
     text: TextConfig = dataclasses.field(default_factory=TextConfig)  # what calibrates and measures

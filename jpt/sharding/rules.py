@@ -121,6 +121,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     'embed': ('fsdp',),
     'expert': ('expert',),
     'stage': ('pipe',),
+    'layer': ('pipe',),
 }
 
 STAGED = ('stage', None, None)  # [pipe, chunks, slots, ...]
@@ -137,6 +138,7 @@ class Units(NamedTuple):
 
 # Held whole by every device where `tensor` does not divide them.
 REPLICABLE = ('kv_heads', 'ssm_groups')
+LAYER = 'layer'  # of stacks [R, ...] in the canonical layout; likewise whole where `pipe` does not divide R
 
 
 def units_of(cfg: ModelConfig) -> Units:
@@ -198,7 +200,7 @@ def leaf_spec(keys: Keys, shape: tuple[int, ...], rules: Rules) -> P:
     name = '/'.join(keys)
     axes = logical_axes(keys, rules.logical_axes)
     if 'layers' in keys:
-        axes = (*(STAGED if rules.staged else (None,)), *axes)
+        axes = (*(STAGED if rules.staged else (LAYER,)), *axes)
     if len(axes) != len(shape):
         raise ValueError(f'parameter {name} has shape {shape}: its sharding rule {axes} is for {len(axes)} dimensions')
     parts: list[tuple[str, ...]] = []
@@ -221,7 +223,7 @@ def _checked(
     """The mesh axes of one dimension, or none where it is replicated by rule; raises where they do not divide it."""
     over = math.prod(rules.sizes[mesh_axis] for mesh_axis in used)
     pieces = getattr(rules.units, axis, size) if axis in Units._fields else size
-    if axis in REPLICABLE and pieces % over:
+    if axis in (*REPLICABLE, LAYER) and pieces % over:
         return ()
     if pieces % over or size % over:
         shown = ' * '.join(f'{mesh_axis}={rules.sizes[mesh_axis]}' for mesh_axis in used)
