@@ -25,6 +25,7 @@ from jpt.models.names import put
 from jpt.models.transformer import KEPT, forward, last_name, unembed
 from jpt.quant.dot import is_weight
 from jpt.sharding.layout import laid_out, make_layout, to_device_layout
+from jpt.sharding.mesh import use_mesh
 from jpt.sharding.rules import Rules, param_specs, shardings, storage_specs, units_of
 
 
@@ -74,7 +75,8 @@ class Model:
             if last >= self.config.max_length:
                 raise ValueError(f'position {last}: the model has embeddings of {self.config.max_length} positions')
         places = [None if p is None else jnp.asarray(p, jnp.int32) for p in (positions_BT, segment_ids_BT)]
-        return _logits(self.config, self.compute, self.params, tokens, *places)
+        with use_mesh(self.mesh):
+            return _logits(self.config, self.compute, self.params, tokens, *places)
 
     def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[GenerationResult]:
         """Continues prompts (texts or lists of token ids); see `jpt.generation.engine.generate` for the options."""

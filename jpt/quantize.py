@@ -46,7 +46,7 @@ from jpt.quantization.inputs import weights_of
 from jpt.quantization.run import Quantized, formats_of, quantize_model
 from jpt.quantization.settings import QuantizeConfig
 from jpt.quantization.streaming import QuantizedSource
-from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh
+from jpt.sharding.mesh import batch_shardings, check_batch, make_mesh, use_mesh
 
 
 def quantize(config: QuantizeConfig, output: str | Path, console: Console | None = None) -> Quantized:
@@ -58,7 +58,7 @@ def quantize(config: QuantizeConfig, output: str | Path, console: Console | None
     console = console or Console(width=160)
     check_absent(output)
     mesh = None if config.mesh is None else make_mesh(config.mesh)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with use_mesh(mesh):
         made = _measured(jpt.load(config.model, mesh=mesh, dtype=config.dtype), config, console)
     report.show(made, console)
     with _whole(output) as fresh:

@@ -91,6 +91,7 @@ def test_a_vocabulary_that_a_mesh_does_not_divide_is_padded_and_no_one_sees_it(t
     model = jpt.load(path, mesh=make_mesh(MeshConfig(data=2, pipe=2, tensor=2)))
     vocab = plain.config.vocab_size
     assert model.params['embed']['embedding'].shape[0] > vocab == plain.params['embed']['embedding'].shape[0]
+    assert model.params['layers'][0][0]['mlp']['up']['kernel'].sharding.spec[0] == 'pipe'
     logits = model.logits(golden['tokens'])
     assert logits.shape[-1] == vocab
     np.testing.assert_allclose(logits, golden['logits'], atol=1e-4)

@@ -17,6 +17,7 @@ from jpt.generation.sampling import SamplingConfig, stack
 from jpt.generation.text import StopScanner
 from jpt.models.config import Compute, ModelConfig
 from jpt.models.transformer import Params
+from jpt.sharding.mesh import use_mesh
 
 Stream = Callable[[int, str], None]
 
@@ -113,7 +114,7 @@ def _ready(model: LoadedModel) -> Iterator[_Ready]:
     """The model placed for generation, its mesh set."""
     params, mesh = without_pipeline(model.config, model.params, model.mesh)
     own_layout = wants_own_layout(params, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with use_mesh(mesh):
         turned = decoding_params(model.config, params) if own_layout else params
         yield _Ready(model.config, model.compute, params, turned, own_layout, rows_over(mesh))
 

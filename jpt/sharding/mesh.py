@@ -1,5 +1,6 @@
 """The device mesh: six named axes, of which a run on one GPU has only ones."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = resolve_sizes(config, len(chosen))
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Sets the mesh for what is traced inside, where there is one: what runs on shards asks for it."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_spec(ndim: int = 2) -> P:
