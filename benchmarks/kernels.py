@@ -2,14 +2,15 @@
 
     python benchmarks/kernels.py [--only=quantize] [--tiles] [--repeats=20] [--json]      (--tiny: to try it on a CPU)
 
-Four operations: quantized rows, blockwise products, the same of grouped rows, weight-only products. Beside each: what
-XLA makes of the same formula, XLA's product in bfloat16, XLA's product after dequantizing, torch's blockwise product
-(cuBLASLt; of groups one after the other) where torch has CUDA, and the roofline of an H100: the longer of the
-operations at their peak (8 bits: twice that of bfloat16) and the bytes that must be read and written once, both from
-its data sheet. A time is that of one call among many in one program, each with operands of its own, the start of the
-program taken out. Before it is timed, a kernel's result is compared with the reference's, and printed are the share of
-differing codes and scales, or 1 - 2 xy / (x^2 + y^2), DeepGEMM's measure of products x and y: 0.001 and more ends the
-script with an error. Without a GPU only the references run.
+Five operations: quantized rows, blockwise products, the same of grouped rows, those of the rows of each group
+(gradients of experts' weights), weight-only products. Beside each: what XLA makes of the same formula, XLA's product in
+bfloat16, XLA's product after dequantizing, torch's blockwise product (cuBLASLt; of grouped rows one after the other)
+where torch has CUDA, and the roofline of an H100: the longer of the operations at their peak (8 bits: twice that of
+bfloat16) and the bytes that must be read and written once, both from its data sheet. A time is that of one call among
+many in one program, each with operands of its own, the start of the program taken out. Before it is timed, a kernel's
+result is compared with the reference's, and printed are the share of differing codes and scales, or
+1 - 2 xy / (x^2 + y^2), DeepGEMM's measure of products x and y: 0.001 and more ends the script with an error. Without a
+GPU only the references run.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from torch_blocks import block_product_ms
 from jpt.kernels.block_matmul import block_matmul
 from jpt.kernels.block_quantize import quantize_gated, quantize_normed, quantize_rows
 from jpt.kernels.block_tiles import BLOCK, LARGEST, TILES
+from jpt.kernels.group_block_product import group_block_product
 from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.low_precision import E4M3
@@ -40,6 +42,7 @@ from jpt.sharding.topology import H100
 QUANTIZE = [(8192, 8192), (4096, 7168)]
 PRODUCTS = [(4096, 7168, 16384), (4096, 4096, 7168), (4096, 24576, 4096), (4096, 4096, 12288), (64, 7168, 16384)]
 GROUPED = [(32768, 4096, 7168, 8), (32768, 768, 2048, 128), (512, 768, 2048, 128)]
+BY_GROUP = [(4096, 7168, 16384, 8), (768, 2048, 32768, 128)]
 WEIGHT_ONLY = [(rows, *sides) for sides in [(14336, 4096), (4096, 14336), (24576, 4096)] for rows in (1, 16)]
 RAGGED_BYTES = 2**32  # of the dense operand that lax.ragged_dot makes: larger ones are left out
 LARGEST_DIFFERENCE = 0.001
@@ -165,6 +168,37 @@ def grouped_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
         yield Case(name, draw, runs, reference, operations, moved, torch_shape=(M, N, K), groups=E)
 
 
+def group_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """Rows of each group added up, groups of one size: XLA's products are then those of a batch of matrices."""
+
+    def batched(a: jax.Array, b: jax.Array, groups: int) -> jax.Array:
+        a, b = (codes.reshape(len(codes), groups, -1).swapaxes(0, 1) for codes in (a, b))
+        return jnp.einsum('eor,ekr->eok', a, b, preferred_element_type=jnp.float32)
+
+    def xla(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, runs: jax.Array) -> jax.Array:
+        return batched(wide(a, a_scale, 1), wide(b, b_scale, 1), len(runs))
+
+    def bfloat16(a: jax.Array, a_scale: jax.Array, b: jax.Array, b_scale: jax.Array, runs: jax.Array) -> jax.Array:
+        return batched(a, b, len(runs))
+
+    for O, K, R, E in shapes:
+
+        def draw(key: jax.Array, O: int = O, K: int = K, R: int = R, E: int = E) -> Operands:
+            keys = jax.random.split(key, 4)
+            a, b = codes(keys[0], (O, R)), codes(keys[1], (K, R))
+            a_scale, b_scale = scales(keys[2], (O, blocks(R))), scales(keys[3], (K, blocks(R)))
+            return a, a_scale, b, b_scale, jnp.full(E, blocks(R) // E, jnp.int32)
+
+        runs: dict[str, Callable[..., Any]] = {
+            'jpt': group_block_product,
+            'XLA dequantized': xla,
+            'XLA bfloat16': bfloat16,
+        }
+        reference = partial(group_block_product, implementation='reference')
+        moved = (O + K) * (R + 4 * blocks(R)) + 4 * E * O * K
+        yield Case(f'by group {(O, K, R, E)}', draw, runs, reference, 2 * O * K * R, moved)
+
+
 def weight_only_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
     """A few rows of bfloat16 times codes."""
 
@@ -258,6 +292,7 @@ def cases(tiny: bool) -> Iterator[Case]:
     yield from quantize_cases([(32, 256)] if tiny else QUANTIZE)
     yield from product_cases([(32, 256, 256)] if tiny else PRODUCTS)
     yield from grouped_cases([(32, 256, 256, 4)] if tiny else GROUPED)
+    yield from group_cases([(64, 96, 1024, 4)] if tiny else BY_GROUP)
     yield from weight_only_cases([(4, 256, 256)] if tiny else WEIGHT_ONLY)
 
 

@@ -3,10 +3,11 @@
     pip install -e '.[aot]' && python benchmarks/tiles.py [--json]
 
 Every tile of 64 to 256 rows and 32 to 128 columns (not 256 x 32, which loads too much) is compiled with as many steps
-in flight as fit in shared memory, at most 8: for results of 16 and of 32 bits, with a scale for every row of b, and for
-grouped rows. Printed is what the assembler says of it, and whether it is in the table (jpt/kernels/block_tiles.py);
-then which tile of the table each shape of kernels.py gets, and the share of an H100's peak at which it would multiply
-if nothing but what the choice reckons with cost time. Nothing is timed. (That no nvdisasm is there does not matter.)
+in flight as fit in shared memory, at most 8: for results of 16 and of 32 bits, with a scale for every row of b, for
+grouped rows, and for the rows of each group. Printed is what the assembler says of it, and whether it is in the table
+(jpt/kernels/block_tiles.py); then which tile of the table each shape of kernels.py gets, and the share of an H100's
+peak at which it would multiply if nothing but what the choice reckons with cost time. Nothing is timed. (That no
+nvdisasm is there does not matter.)
 """
 
 import argparse
@@ -26,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernels import GROUPED, PRODUCTS, blocks
+from kernels import BY_GROUP, GROUPED, PRODUCTS, blocks
 
-from jpt.kernels import mosaic_block_matmul, mosaic_grouped_block
+from jpt.kernels import mosaic_block_matmul, mosaic_group_block, mosaic_grouped_block
 from jpt.kernels.block_tiles import BLOCK, MULTIPLIED, TILES, Tile, choose_tile, rounds
 from jpt.kernels.low_precision import E4M3
 from jpt.sharding.topology import topology_devices
@@ -63,6 +64,12 @@ def forms() -> Iterator[Form]:
         kernels = ((E, N, K), E4M3), ((E, blocks(N), blocks(K)), jnp.float32), ((E,), jnp.int32)
         return *plain(M, N, K)[:2], *kernels
 
+    def by_group(M: int, N: int, K: int) -> Operands:
+        runs = blocks(K)
+        a, b = ((M, runs * BLOCK), E4M3), ((N, runs * BLOCK), E4M3)
+        return a, ((M, runs), jnp.float32), b, ((N, runs), jnp.float32), ((E,), jnp.int32)
+
+    yield Form('float32, rows of each group', mosaic_group_block.product, by_group)
     for dtype in (jnp.bfloat16, jnp.float32):
         one, many = (partial(one.product, dtype=dtype) for one in (mosaic_block_matmul, mosaic_grouped_block))
         said = jnp.dtype(dtype).name
@@ -117,11 +124,14 @@ def said(row: dict[str, Any]) -> str:
 
 def choices() -> Iterator[dict[str, Any]]:
     """The tile for every shape of kernels.py."""
-    for M, N, K, groups in [(*shape, 1) for shape in PRODUCTS] + GROUPED:
+    shapes = [(f'{M} x {N} x {K}', M, N, 1) for M, N, K in PRODUCTS]
+    shapes += [(f'{M} x {N} x {K}, rows of {E} groups', M, N, E) for M, N, K, E in GROUPED]
+    shapes += [(f'{O} x {K} x {R}, of each of {E} groups', E * O, K, 1) for O, K, R, E in BY_GROUP]
+    for name, M, N, groups in shapes:
         tile = choose_tile(M, N, MULTIPROCESSORS, groups)
         each = rounds(tile, M, N, MULTIPROCESSORS, groups)
         share = M * N * BLOCK / MULTIPLIED / MULTIPROCESSORS / (each * tile.cycles)
-        yield {'shape': (M, N, K, groups), 'tile': tile, 'tiles_each': each, 'share_of_peak': share}
+        yield {'shape': name, 'tile': tile, 'tiles_each': each, 'share_of_peak': share}
 
 
 def main() -> None:
@@ -137,9 +147,8 @@ def main() -> None:
             print(said(row), flush=True)
     shapes = list(choices())
     for one in shapes:
-        M, N, K, groups = one['shape']
-        tile, of = one['tile'], f', {groups} groups' if groups > 1 else ''
-        print(f'{M} x {N} x {K}{of}: {tile.rows} x {tile.columns}, at most {one["share_of_peak"]:.0%} of the peak')
+        tile = one['tile']
+        print(f'{one["shape"]}: {tile.rows} x {tile.columns}, at most {one["share_of_peak"]:.0%} of the peak')
     if options.json:
         print(json.dumps({'benchmark': 'tiles', 'jax': jax.__version__, 'rows': rows, 'shapes': shapes}))
 

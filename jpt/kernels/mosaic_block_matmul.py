@@ -127,8 +127,11 @@ def warpgroups(tile: Tile, ring: list[Any], load: Callable, multiply: Callable) 
     lax.cond(lax.axis_index('wg') == WARPGROUPS, loading, multiplying)
 
 
-def load_steps(tile: Tile, ring: list[Any], a, a_scale, b, row, column, step, b_scale=None):
-    """Loads what one tile of the result needs, step by step as room becomes free -> the next step."""
+def load_steps(tile: Tile, ring: list[Any], a, a_scale, b, row, column, step, b_scale=None, blocks=None):
+    """Loads what one tile of the result needs, step by step as room becomes free -> the next step.
+
+    blocks: the first block of K and the one behind the last; None: all.
+    """
     a_tiles, scale_tiles, b_tiles, *more, loaded, used = ring
     rows, columns = pl.ds(row * tile.rows, tile.rows), pl.ds(column * tile.columns, tile.columns)
 
@@ -142,19 +145,21 @@ def load_steps(tile: Tile, ring: list[Any], a, a_scale, b, row, column, step, b_
             plgpu.copy_gmem_to_smem(b_scale.at[k, columns], b_scale_tiles.at[slot], loaded.at[slot])
         return step + 1
 
-    return lax.fori_loop(0, pl.cdiv(a.shape[1], BLOCK), one_step, step)
+    begin, end = blocks or (0, pl.cdiv(a.shape[1], BLOCK))
+    return lax.fori_loop(begin, end, one_step, step)
 
 
-def add_up(tile: Tile, ring: list[Any], depth: int, b_scale_of: Callable | None, step):
+def add_up(tile: Tile, ring: list[Any], depth: Any, b_scale_of: Callable | None, step):
     """This warpgroup's part of a tile of the result, in float32, 64 rows to an array -> the arrays and the next step.
 
     With 64 rows and an even number of steps, two are multiplied at a time: the first sum is scaled and added while the
     tensor cores work on the second. Else it is the other warpgroup that they work for in the meantime: with 128 rows
     registers hold no more than one sum beside the part itself, and a step that is left over would need its own code.
-    Nor do they where every row of b has a scale: b_scale_of is None then, and the ring has the scales.
+    Nor do they where every row of b has a scale: b_scale_of is None then, and the ring has the scales; the number of
+    steps, `depth`, may then be known in the kernel alone.
     """
     part = _Part(tile, ring)
-    together = 2 if part.count == 1 and depth % 2 == 0 and b_scale_of else 1
+    together = 2 if b_scale_of and part.count == 1 and depth % 2 == 0 else 1
 
     def steps(at, carry):
         sums, step = carry

@@ -20,10 +20,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.block_matmul import block_matmul
 from jpt.kernels.block_quantize import quantize_rows
 from jpt.kernels.block_tiles import BLOCK
+from jpt.kernels.group_block_product import group_block_product
 from jpt.kernels.grouped_matmul import grouped_matmul
 from jpt.kernels.hopper import reason_not_hopper
 from jpt.kernels.local import local, platform, psum
@@ -48,7 +50,8 @@ def block_gradients(
     squares = weight.format.rows == BLOCK and reason_not_hopper() is None
     where = where if squares and where and cut(where, *weight.shape[-2:]) is None else None
     if sizes_E is not None:
-        return _of_inputs_by_group(x, weight, sizes_E, where, dy), _of_weights_by_group(x, weight, sizes_E, dy)
+        given = x, weight, sizes_E, where, dy
+        return _of_inputs_by_group(*given), _of_weights_by_group(*given)
     if where:
         return _of_inputs(weight, where, dy).astype(x.dtype), _of_weights(x, where, dy, weight.format)
     return _of_inputs_plain(weight, dy).astype(x.dtype), _of_weights_plain(x, dy, weight.format)
@@ -100,10 +103,23 @@ def _of_inputs_by_group(
     return grouped_block_product(codes, scales, *turned, sizes_E, _result(dy)).astype(x.dtype)
 
 
-def _of_weights_by_group(x: jax.Array, weight: QTensor, sizes_E: jax.Array, dy: jax.Array) -> jax.Array:
-    """dw [E, out, in] of rows that are sorted by group."""
-    seen, rounded_dy = (_rounded_tokens_by_group(array, sizes_E, weight.format) for array in (x, dy))
-    return by_group_of_weights(seen, weight, sizes_E, rounded_dy, x.dtype)
+def _of_weights_by_group(
+    x: jax.Array, weight: QTensor, sizes_E: jax.Array, where: Lies | None, dy: jax.Array
+) -> jax.Array:
+    """dw [E, out, in], float32, of rows that are sorted by group; `where`: by the kernel, alike on all devices."""
+    form = weight.format
+    runs_E = -(-sizes_E // form.rows)
+    if where is None:
+        seen, rounded_dy = (_rounded_tokens(_in_whole_runs(array, sizes_E, form.rows), form) for array in (x, dy))
+        return by_group_of_weights(seen, weight, runs_E * form.rows, rounded_dy, x.dtype)
+
+    def here(x: jax.Array, dy: jax.Array, sizes_E: jax.Array, runs_E: jax.Array) -> jax.Array:
+        (left, left_scale), (right, right_scale) = (
+            _in_runs(form)(_in_whole_runs(array, sizes_E, BLOCK).T) for array in (dy, x)
+        )
+        return group_block_product(left, left_scale, right, right_scale, runs_E)
+
+    return local(here, P(), P(), where.axes)(x, dy, sizes_E, runs_E)
 
 
 def by_group_of_inputs(x: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded_dy: jax.Array) -> jax.Array:
@@ -134,19 +150,17 @@ def _rounded_tokens(x: jax.Array, form: Format) -> jax.Array:
     return numbers_of(quantize(x.astype(jnp.float32), Format('e4m3', form.rows, 1, form.scale)))
 
 
-def _rounded_tokens_by_group(x_MI: jax.Array, sizes_E: jax.Array, form: Format) -> jax.Array:
-    """Rows rounded in runs of one group's rows, float32; rows beyond all groups are 0."""
-    (M, I), (E,), block = x_MI.shape, sizes_E.shape, form.rows
-    whole_E = -(-sizes_E // block) * block  # rows of each group, with room to its last run's end
-    row_M, ends_E = jnp.arange(M), jnp.cumsum(sizes_E)
-    group_M = jnp.minimum(jnp.searchsorted(ends_E, row_M, side='right'), E - 1)
-    shift_E = jnp.cumsum(whole_E) - whole_E - (ends_E - sizes_E)
-    own_M = row_M < ends_E[-1]
-    room = -(-(M + E * (block - 1)) // block) * block
-    place_M = jnp.where(own_M, row_M + shift_E[group_M], room)
-    apart = jnp.zeros((room, I), jnp.float32).at[place_M].set(x_MI.astype(jnp.float32), mode='drop')
-    together = jnp.take(_rounded_tokens(apart, form), place_M, axis=0, mode='clip')
-    return jnp.where(own_M[:, None], together, 0)
+def _in_whole_runs(x_MI: jax.Array, sizes_E: jax.Array, block: int) -> jax.Array:
+    """Rows that are sorted by group with zeros behind each group, up to the end of its last run of `block` rows.
+
+    They are [room, I], as much as any sizes need; behind the last group, too, are zeros, whatever x holds there.
+    """
+    (M, E), whole_E = (x_MI.shape[0], sizes_E.shape[0]), -(-sizes_E // block) * block
+    ends_E, whole_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(whole_E)
+    row_R = jnp.arange(-(-(M + E * (block - 1)) // block) * block)
+    group_R = jnp.minimum(jnp.searchsorted(whole_ends_E, row_R, side='right'), E - 1)
+    from_R = row_R - (whole_ends_E - whole_E - (ends_E - sizes_E))[group_R]
+    return jnp.where((from_R < ends_E[group_R])[:, None], jnp.take(x_MI, from_R, axis=0, mode='clip'), 0)
 
 
 def _with_rows(x: jax.Array) -> jax.Array:

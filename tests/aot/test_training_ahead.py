@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from ahead import Dump, compiled, opcodes
 
-from jpt.quant.dot import dot
+from jpt.quant.dot import dot, grouped_dot
 from jpt.quant.formats import FORMATS
 from jpt.quant.tensors import FakeQuant
 from jpt.sharding.topology import PLUGINS
@@ -40,6 +40,25 @@ def test_blockwise_products_are_three_kernels(tmp_path, monkeypatch):
     products = [code for code in codes if any('e4m3.e4m3' in name for name in opcodes(code))]
     assert len(products) == 3
     assert len(codes) == 7  # x, dy, and x and dy transposed are each rounded in one pass
+    assert ' dot(' not in text
+    assert 'cublas' not in text
+
+
+def test_blockwise_products_of_experts_are_three_kernels(tmp_path, monkeypatch):
+    dump = Dump(tmp_path, monkeypatch)
+
+    def step(x, weights, dy, sizes):
+        fake = FakeQuant(weights, format=FORMATS['fp8_block'], gradients='block')
+        y, pull = jax.vjp(lambda x, fake: grouped_dot(x, fake, sizes), x, fake)
+        return y, pull(dy)
+
+    rows, experts = 1920, 8  # other shapes than above: a kernel that was compiled is not written again
+    shapes = ((rows, IN), jnp.bfloat16), ((experts, OUT, IN), jnp.float32), ((rows, OUT), jnp.bfloat16)
+    text = compiled(step, *shapes, ((experts,), jnp.int32)).as_text()
+    codes = dump.code()
+    products = [code for code in codes if any('e4m3.e4m3' in name for name in opcodes(code))]
+    assert len(products) == 3
+    assert len(codes) == 7
     assert ' dot(' not in text
     assert 'cublas' not in text
 

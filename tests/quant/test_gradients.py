@@ -83,11 +83,10 @@ def test_gradients_of_experts():
     @jax.jit
     def run(x, fake, dy):
         pull = jax.vjp(lambda x, w: grouped_dot(x, w, jnp.asarray(GROUPS)), x, fake)[1]
-        real, where = quantize(fake.weight, form), whole_on(x.ndim)
-        kernel = gradients._of_inputs_by_group(x, real, jnp.asarray(GROUPS), where, dy)
-        return pull(dy), kernel
+        given = x, quantize(fake.weight, form), jnp.asarray(GROUPS), whole_on(x.ndim), dy
+        return pull(dy), (gradients._of_inputs_by_group(*given), gradients._of_weights_by_group(*given))
 
-    (dx, dfake), by_kernel = run(x, fake, dy)
+    (dx, dfake), (dx_by_kernel, dw_by_kernel) = run(x, fake, dy)
     wanted_dx, wanted_dw = np.zeros(x.shape), np.zeros(w.shape)
     for e, end in enumerate(np.cumsum(GROUPS)):
         own = slice(end - GROUPS[e], end)
@@ -95,9 +94,11 @@ def test_gradients_of_experts():
             wanted_dx[own] = along_last(dy[own], form) @ expected(w[e], form)[-1].astype(np.float64)
             wanted_dw[e] = along_tokens(dy[own], form).T @ along_tokens(x[own], form)
     assert error(dx, wanted_dx) < 1e-6
-    assert error(by_kernel, wanted_dx) < 1e-6
-    assert error(dfake.weight, wanted_dw) < 1e-6
-    assert not np.asarray(dfake.weight[1]).any()
+    assert error(dx_by_kernel, wanted_dx) < 1e-6
+    for dw in (dfake.weight, dw_by_kernel):
+        assert error(dw, wanted_dw) < 1e-6
+        assert dw.dtype == jnp.float32
+        assert not np.asarray(dw[1]).any()
 
 
 def whole(x, element):

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.local_products import Pieces
 from jpt.quant import gradients
-from jpt.quant.dot import dot
+from jpt.quant.dot import dot, grouped_dot
 from jpt.quant.formats import FORMATS
 from jpt.quant.tensors import FakeQuant
 from jpt.sharding.mesh import MeshConfig, make_mesh
@@ -54,5 +54,28 @@ def test_shards_multiply_what_they_have(pieces, mesh, shape, operand, monkeypatc
     with jax.set_mesh(devices):
         found = jax.jit(run, static_argnums=0)(pieces, *arrays)
     assert used == [operand]  # outputs by tokens of a shard, for the gradient of the weight
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)
+
+
+def test_experts_are_multiplied_alike_on_all_devices(monkeypatch):
+    """Where no mixture has divided them (its shard_map does, tests/sharding/test_kernel_meshes.py)."""
+
+    @jax.jit
+    def run(x, w, dy):
+        sizes = jnp.asarray([130, 0, 60], jnp.int32)
+        fake = FakeQuant(w, format=FORMATS['fp8_block'], gradients='block')
+        dx, dfake = jax.vjp(lambda x, fake: grouped_dot(x, fake, sizes), x, fake)[1](dy)
+        return dx, dfake.weight
+
+    w = RNG.standard_t(4, (3, OUT, IN)).astype(np.float32)
+    x, dy = (RNG.standard_normal((200, width)).astype(np.float32) for width in (IN, OUT))
+    wanted = run(x, w, dy)
+    used, product = [], gradients.group_block_product
+    monkeypatch.setattr(gradients, 'group_block_product', lambda *given: used.append(given[0].shape) or product(*given))
+    monkeypatch.setattr(gradients, 'reason_not_hopper', lambda: None)
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=2, fsdp=2, data=2))):
+        found = run(x, w, dy)
+    assert used == [(OUT, 5 * 128)]  # 200 rows, and 127 for each group
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-4)

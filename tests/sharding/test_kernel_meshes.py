@@ -10,6 +10,7 @@ from sharded_steps import make_batch, run_step, whole_step, worst_error
 from jpt.kernels import local_products
 from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import forward, init, unembed
+from jpt.quant import gradients
 from jpt.quant.recipes import chosen, quantized_tree, recipe_of
 from jpt.quant.tensors import FakeQuant
 from jpt.sharding.mesh import MeshConfig, make_mesh
@@ -34,12 +35,14 @@ MODELS = {
 
 
 @functools.cache
-def quantized(model, fake):
+def quantized(model, fake, gradients='as_they_are'):
     """Parameters float32, the layers' in FP8 blocks; `fake`: to be trained through rounding."""
     params = init(MODELS[model], jax.random.key(0))
     formats = chosen(params, recipe_of([('layers/**', 'fp8_block')]))
     if fake:
-        return quantized_tree(params, formats, lambda path, weight, form: FakeQuant(weight, format=form))
+        return quantized_tree(
+            params, formats, lambda path, weight, form: FakeQuant(weight, format=form, gradients=gradients)
+        )
     return jax.jit(lambda params: quantized_tree(params, formats))(params)
 
 
@@ -69,6 +72,26 @@ def test_a_step_with_kernels_on_shards(model, mesh, microbatches, fake, monkeypa
     attention = {(256, 128), (128, 128), (128, 256)}
     mlp = {(128, 128)} if model == 'dense' else {(2, 128, 128)}
     assert set(used) == attention | mlp
+
+
+def test_gradients_of_experts_by_kernels(monkeypatch):
+    """What Hopper's kernels would multiply, by their references, against products of the numbers on the same mesh."""
+    cfg, (params, frozen) = MODELS['experts'], partition(quantized('experts', True, 'block'), ())
+    mesh, objective = MeshConfig(expert=2, tensor=2, fsdp=2), language_modeling(cfg, Compute())
+    plain = run_step(cfg, objective, params, frozen, mesh, 'float32')
+    used, product = [], gradients.group_block_product
+    monkeypatch.setattr(
+        gradients,
+        'group_block_product',
+        lambda *given: used.append((given[0].shape, given[2].shape)) or product(*given),
+    )
+    monkeypatch.setattr(gradients, 'reason_not_hopper', lambda: None)
+    found = run_step(cfg, objective, params, frozen, mesh, 'float32')
+    np.testing.assert_allclose(found.total, plain.total, rtol=1e-5)
+    assert worst_error(found.grads, plain.grads) < 2e-3
+    # Outputs and inputs that a shard has of gate, up and down, by the rows of its experts in whole runs.
+    assert {rows % 128 for sides in used for _, rows in sides} == {0}
+    assert {(outs, ins) for (outs, _), (ins, _) in used} == {(128, 128)}
 
 
 @pytest.mark.parametrize(
