@@ -2,15 +2,15 @@
 
     python benchmarks/kernels.py [--only=quantize] [--tiles] [--repeats=20] [--json]      (--tiny: to try it on a CPU)
 
-Five operations: quantized rows, blockwise products, the same of grouped rows, those of the rows of each group
-(gradients of experts' weights), weight-only products. Beside each: what XLA makes of the same formula, XLA's product in
-bfloat16, XLA's product after dequantizing, torch's blockwise product (cuBLASLt; of grouped rows one after the other)
-where torch has CUDA, and the roofline of an H100: the longer of the operations at their peak (8 bits: twice that of
-bfloat16) and the bytes that must be read and written once, both from its data sheet. A time is that of one call among
-many in one program, each with operands of its own, the start of the program taken out. Before it is timed, a kernel's
-result is compared with the reference's, and printed are the share of differing codes and scales, or
-1 - 2 xy / (x^2 + y^2), DeepGEMM's measure of products x and y: 0.001 and more ends the script with an error. Without a
-GPU only the references run.
+Six operations: quantized rows; blockwise products; the same of grouped rows; of the rows of each group; the gradient of
+experts' weights, which is that with laying out and rounding; weight-only products. Beside each: what XLA makes of the
+same formula, XLA's product in bfloat16, XLA's product after dequantizing, torch's blockwise product (cuBLASLt; of
+grouped rows one after the other) where torch has CUDA, and the roofline of an H100: the longer of the operations at
+their peak (8 bits: twice that of bfloat16) and the bytes that must be read and written once, both from its data sheet.
+A time is that of one call among many in one program, each with operands of its own, the start of the program taken out.
+Before it is timed, a kernel's result is compared with the reference's, and printed are the share of differing codes and
+scales, or 1 - 2 xy / (x^2 + y^2), DeepGEMM's measure of products x and y: 0.001 and more ends the script with an error.
+Without a GPU only the references run.
 """
 
 import argparse
@@ -35,8 +35,12 @@ from jpt.kernels.block_tiles import BLOCK, LARGEST, TILES
 from jpt.kernels.group_block_product import group_block_product
 from jpt.kernels.grouped_block_matmul import grouped_block_matmul
 from jpt.kernels.grouped_matmul import grouped_matmul
+from jpt.kernels.local_products import whole
 from jpt.kernels.low_precision import E4M3
 from jpt.kernels.weight_only_matmul import weight_only_matmul
+from jpt.quant.formats import FORMATS
+from jpt.quant.gradients import block_gradients
+from jpt.quant.tensors import QTensor
 from jpt.sharding.topology import H100
 
 QUANTIZE = [(8192, 8192), (4096, 7168)]
@@ -199,6 +203,32 @@ def group_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
         yield Case(f'by group {(O, K, R, E)}', draw, runs, reference, 2 * O * K * R, moved)
 
 
+def expert_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """The gradient of experts' weights from rows in bfloat16, groups of uneven sizes, beside a product in bfloat16."""
+
+    def bfloat16(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
+        unused = jnp.zeros((len(sizes), dy.shape[1], x.shape[1]), jnp.float32)
+        return jax.vjp(lambda kernels: grouped_matmul(x, kernels, sizes), unused)[1](dy)[0]
+
+    for O, K, M, E in shapes:
+
+        def run(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, where: Any, O: int = O, K: int = K) -> jax.Array:
+            blank = jnp.zeros((len(sizes), blocks(O), blocks(K)), jnp.float32)
+            form = FORMATS['fp8_block']
+            weight = QTensor(jnp.zeros((len(sizes), O, K), E4M3), blank, format=form, weight_dtype='float32')
+            return block_gradients(x, weight, sizes, where, dy)[1]  # that of x is not asked for, and not computed
+
+        def draw(key: jax.Array, O: int = O, K: int = K, M: int = M, E: int = E) -> Operands:
+            keys = jax.random.split(key, 3)
+            x, dy = (jax.random.normal(key, (M, width), jnp.bfloat16) for key, width in zip(keys, (K, O), strict=False))
+            sizes = jnp.bincount(jax.random.randint(keys[2], (M,), 0, E), length=E).astype(jnp.int32)
+            return x, dy, sizes
+
+        runs: dict[str, Callable[..., Any]] = {'jpt': partial(run, where=whole(2)), 'jpt bfloat16': bfloat16}
+        moved = 2 * M * (O + K) + 4 * E * O * K
+        yield Case(f"experts' dw {(O, K, M, E)}", draw, runs, partial(run, where=None), 2 * O * K * M, moved)
+
+
 def weight_only_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
     """A few rows of bfloat16 times codes."""
 
@@ -293,6 +323,7 @@ def cases(tiny: bool) -> Iterator[Case]:
     yield from product_cases([(32, 256, 256)] if tiny else PRODUCTS)
     yield from grouped_cases([(32, 256, 256, 4)] if tiny else GROUPED)
     yield from group_cases([(64, 96, 1024, 4)] if tiny else BY_GROUP)
+    yield from expert_cases([(64, 96, 1024, 4)] if tiny else BY_GROUP)
     yield from weight_only_cases([(4, 256, 256)] if tiny else WEIGHT_ONLY)
 
 

@@ -6,8 +6,8 @@ Every tile of 64 to 256 rows and 32 to 128 columns (not 256 x 32, which loads to
 in flight as fit in shared memory, at most 8: for results of 16 and of 32 bits, with a scale for every row of b, for
 grouped rows, and for the rows of each group. Printed is what the assembler says of it, and whether it is in the table
 (jpt/kernels/block_tiles.py); then which tile of the table each shape of kernels.py gets, and the share of an H100's
-peak at which it would multiply if nothing but what the choice reckons with cost time. Nothing is timed. (That no
-nvdisasm is there does not matter.)
+peak at which it would multiply if nothing but what the choice reckons with cost time (writing the result is left out).
+Nothing is timed. (That no nvdisasm is there does not matter.)
 """
 
 import argparse
@@ -125,8 +125,8 @@ def said(row: dict[str, Any]) -> str:
 def choices() -> Iterator[dict[str, Any]]:
     """The tile for every shape of kernels.py."""
     shapes = [(f'{M} x {N} x {K}', M, N, 1) for M, N, K in PRODUCTS]
-    shapes += [(f'{M} x {N} x {K}, rows of {E} groups', M, N, E) for M, N, K, E in GROUPED]
-    shapes += [(f'{O} x {K} x {R}, of each of {E} groups', E * O, K, 1) for O, K, R, E in BY_GROUP]
+    shapes += [(f'{M} x {N} x {K}, M rows of {E} groups', M, N, E) for M, N, K, E in GROUPED]
+    shapes += [(f'{O} x {K} for each of {E} groups, {R} rows in all', E * O, K, 1) for O, K, R, E in BY_GROUP]
     for name, M, N, groups in shapes:
         tile = choose_tile(M, N, MULTIPROCESSORS, groups)
         each = rounds(tile, M, N, MULTIPROCESSORS, groups)

@@ -33,7 +33,7 @@ def product(a_OR, a_scale, b_KR, b_scale, runs_E, *, tile: Tile | None = None, i
     """As `group_block_product`, with the tile that is given; interpret: as `plgpu.kernel` takes it."""
     (O, R), K, (E,) = a_OR.shape, b_KR.shape[0], runs_E.shape
     blocks = multiprocessors(interpret)
-    tile = tile or choose_tile(E * O, K, blocks)
+    tile = tile or choose_tile(E * O, K, blocks)  # as if tiles went on from group to group: they do where they divide O
     a_OR = jnp.pad(a_OR, ((0, -O % 8), (0, 0)))
     a_scale = jnp.pad(a_scale.T, ((0, 0), (0, -O % tile.rows)))
     b_scale = jnp.pad(b_scale.T, ((0, 0), (0, -K % tile.columns)))

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from jpt.kernels.block_matmul import block_matmul
@@ -109,17 +110,18 @@ def _of_weights_by_group(
     """dw [E, out, in], float32, of rows that are sorted by group; `where`: by the kernel, alike on all devices."""
     form = weight.format
     runs_E = -(-sizes_E // form.rows)
-    if where is None:
-        seen, rounded_dy = (_rounded_tokens(_in_whole_runs(array, sizes_E, form.rows), form) for array in (x, dy))
+    from_R = _rows_of_whole_runs(x.shape[0], sizes_E, form.rows)
+    if where is None:  # zeros behind groups are multiplied too
+        seen, rounded_dy = (_rounded_tokens(_rows(array, from_R), form) for array in (x, dy))
         return by_group_of_weights(seen, weight, runs_E * form.rows, rounded_dy, x.dtype)
 
-    def here(x: jax.Array, dy: jax.Array, sizes_E: jax.Array, runs_E: jax.Array) -> jax.Array:
-        (left, left_scale), (right, right_scale) = (
-            _in_runs(form)(_in_whole_runs(array, sizes_E, BLOCK).T) for array in (dy, x)
-        )
+    def here(x: jax.Array, dy: jax.Array, from_R: jax.Array, runs_E: jax.Array) -> jax.Array:
+        # Rows are read as they lie and then transposed, which XLA otherwise makes one gather of numbers far apart.
+        lie = (with_layout_constraint(_rows(array, from_R), Layout((0, 1))) for array in (dy, x))
+        (left, left_scale), (right, right_scale) = (_in_runs(form)(array.T) for array in lie)
         return group_block_product(left, left_scale, right, right_scale, runs_E)
 
-    return local(here, P(), P(), where.axes)(x, dy, sizes_E, runs_E)
+    return local(here, P(), P(), where.axes)(x, dy, from_R, runs_E)
 
 
 def by_group_of_inputs(x: jax.Array, weight: QTensor, sizes_E: jax.Array, rounded_dy: jax.Array) -> jax.Array:
@@ -150,17 +152,25 @@ def _rounded_tokens(x: jax.Array, form: Format) -> jax.Array:
     return numbers_of(quantize(x.astype(jnp.float32), Format('e4m3', form.rows, 1, form.scale)))
 
 
-def _in_whole_runs(x_MI: jax.Array, sizes_E: jax.Array, block: int) -> jax.Array:
-    """Rows that are sorted by group with zeros behind each group, up to the end of its last run of `block` rows.
+def _rows_of_whole_runs(M: int, sizes_E: jax.Array, block: int) -> jax.Array:
+    """Which of M rows, sorted by group, stands where if every group ends with a whole run: [room], M for none.
 
-    They are [room, I], as much as any sizes need; behind the last group, too, are zeros, whatever x holds there.
+    `room` is what any sizes need at most: a run for each group that has a row, one more for every `block` further rows.
     """
-    (M, E), whole_E = (x_MI.shape[0], sizes_E.shape[0]), -(-sizes_E // block) * block
+    E, whole_E = sizes_E.shape[0], -(-sizes_E // block) * block
     ends_E, whole_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(whole_E)
-    row_R = jnp.arange(-(-(M + E * (block - 1)) // block) * block)
-    group_R = jnp.minimum(jnp.searchsorted(whole_ends_E, row_R, side='right'), E - 1)
-    from_R = row_R - (whole_ends_E - whole_E - (ends_E - sizes_E))[group_R]
-    return jnp.where((from_R < ends_E[group_R])[:, None], jnp.take(x_MI, from_R, axis=0, mode='clip'), 0)
+    some = min(M, E)
+    place_R = jnp.arange(max(some + (M - some) // block, 1) * block)
+    group_R = jnp.searchsorted(whole_ends_E, place_R, side='right', method='compare_all')
+    group_R = jnp.minimum(group_R, E - 1)
+    from_R = place_R - (whole_ends_E - whole_E - (ends_E - sizes_E))[group_R]
+    # The barrier: found once, not again for every number that is read there.
+    return jax.lax.optimization_barrier(jnp.where(from_R < ends_E[group_R], from_R, M))
+
+
+def _rows(x_MI: jax.Array, from_R: jax.Array) -> jax.Array:
+    """The rows [room, I] that `_rows_of_whole_runs` names, zeros for none."""
+    return jnp.take(x_MI, from_R, axis=0, mode='fill', fill_value=0)
 
 
 def _with_rows(x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,9 @@ def test_blockwise_products_of_experts_are_three_kernels(tmp_path, monkeypatch):
     assert len(codes) == 7
     assert ' dot(' not in text
     assert 'cublas' not in text
+    # x and dy for the gradient of the weight: whole rows are read, and transposed by tiles.
+    turned = [body for body in text.split('\n\n') if re.search(r'ROOT \S+ = bf16\[\d+,\d+\]\{1,0\} transpose', body)]
+    assert len([body for body in turned if re.search(r'bf16\[\d+,1,\d+\]\{2,1,0\} gather', body)]) == 2
 
 
 def test_a_scale_per_tensor_is_three_calls_of_cublaslt():

@@ -44,7 +44,13 @@ def test_what_is_refused_is_named():
 
 
 @pytest.mark.parametrize(
-    ('tile', 'shape'), [(TILES[0], (203, 160)), (Tile(64, 128, 3), (72, 304)), (Tile(128, 32, 2), (40, 40))]
+    ('tile', 'shape'),
+    [
+        (TILES[0], (203, 160)),
+        (Tile(256, 64, 2), (300, 72)),
+        (Tile(64, 128, 3), (72, 304)),
+        (Tile(128, 32, 2), (40, 40)),
+    ],
 )
 def test_mosaic(tile, shape):
     """The kernel in the interpreter, with races looked for: groups with and without runs, runs of nobody."""
@@ -55,7 +61,9 @@ def test_mosaic(tile, shape):
 
     from jpt.kernels.mosaic_group_block import product as mosaic
 
-    arrays, y, size = given([3, 0, 1, 2], *shape, spare=1)
+    arrays, y, size = given([0, 3, 0, 0, 1, 2, 0], *shape, spare=1)
+    a, a_scale, *_ = arrays
+    arrays[:2] = a.at[:, 6 * 128 :].set(jnp.nan), a_scale.at[:, 6:].set(jnp.nan)  # of nobody
     found = mosaic(*arrays, tile=tile, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert not get_races().races_found
     assert_close(found, y, size)

@@ -10,7 +10,7 @@ from sharded_steps import make_batch, run_step, whole_step, worst_error
 from jpt.kernels import local_products
 from jpt.models.config import Compute, Experts, LayerKind, ModelConfig, Rope, Segment
 from jpt.models.transformer import forward, init, unembed
-from jpt.quant import gradients
+from jpt.quant import gradients as in_eight_bits
 from jpt.quant.recipes import chosen, quantized_tree, recipe_of
 from jpt.quant.tensors import FakeQuant
 from jpt.sharding.mesh import MeshConfig, make_mesh
@@ -79,13 +79,13 @@ def test_gradients_of_experts_by_kernels(monkeypatch):
     cfg, (params, frozen) = MODELS['experts'], partition(quantized('experts', True, 'block'), ())
     mesh, objective = MeshConfig(expert=2, tensor=2, fsdp=2), language_modeling(cfg, Compute())
     plain = run_step(cfg, objective, params, frozen, mesh, 'float32')
-    used, product = [], gradients.group_block_product
+    used, product = [], in_eight_bits.group_block_product
     monkeypatch.setattr(
-        gradients,
+        in_eight_bits,
         'group_block_product',
         lambda *given: used.append((given[0].shape, given[2].shape)) or product(*given),
     )
-    monkeypatch.setattr(gradients, 'reason_not_hopper', lambda: None)
+    monkeypatch.setattr(in_eight_bits, 'reason_not_hopper', lambda: None)
     found = run_step(cfg, objective, params, frozen, mesh, 'float32')
     np.testing.assert_allclose(found.total, plain.total, rtol=1e-5)
     assert worst_error(found.grads, plain.grads) < 2e-3
