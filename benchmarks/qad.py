@@ -10,6 +10,7 @@ forward KL to itself unquantized, or by cross-entropy. Measured is held-out text
 import argparse
 import dataclasses
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ from jpt.training.settings import EvalConfig, FakeQuantConfig, ModelSource, Trai
 KINDS = ('QAD', 'QAT')
 
 
-def settings_of(kind: str, calibrated: Path, options: argparse.Namespace) -> TrainConfig:
-    """The job: the quickstart's data and batch, AdamW at a small rate, the model as its own teacher or none."""
+def settings_of(kind: str, calibrated: Path, seed: int, options: argparse.Namespace) -> TrainConfig:
+    """The job: the quickstart's data and batch, AdamW at a small rate, the model as its own teacher or none; the seed
+    draws the order of its text.
+    """
     base = quickstart()
     return dataclasses.replace(
         base,
+        seed=seed,
         task='distill' if kind == 'QAD' else 'pretrain',
         model=ModelSource(options.teacher),
         teacher=ModelSource(options.teacher) if kind == 'QAD' else None,
@@ -59,9 +63,10 @@ def rows_of(form: str, original: Model, held_out: list[Batch], options: argparse
     if not calibrated.exists():
         made.model.save(calibrated)
     rows = [measured(form, made.model, original, held_out)]
-    for kind in options.kinds:
-        trained = run_job(settings_of(kind, calibrated, options), options.workdir / f'{kind}_{form}_{options.steps}')
-        rows.append(measured(f'{form}, {kind}', trained, original, held_out))
+    for kind, seed in product(options.kinds, range(options.seeds)):
+        job = settings_of(kind, calibrated, seed, options)
+        trained = run_job(job, options.workdir / f'{kind}_{form}_{options.steps}_{seed}')
+        rows.append(measured(f'{form}, {kind}, seed {seed}', trained, original, held_out))
     return rows
 
 
@@ -69,6 +74,7 @@ def main() -> None:
     """Trains and prints the table, and with --json one line of JSON at the end."""
     parser = argparse.ArgumentParser(description='What training through the rounding wins back.')
     add_options(parser)
+    parser.set_defaults(seeds=1)
     parser.add_argument('--formats', nargs='+', default=['nvfp4', 'int4_weights'])
     parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS))
     parser.add_argument('--rate', type=float, default=2e-4, help='peak learning rate')
