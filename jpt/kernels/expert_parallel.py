@@ -106,7 +106,7 @@ def mixture(
         return out.reshape(1, *x.shape[:-1], out.shape[-1]), late[None]
 
     token = P(rows, sequence)
-    specs = (token, token, token, {name: _lies(name, kernel) for name, kernel in kernels.items()})
+    specs = (token, token, token, {name: kernel_specs(name, kernel) for name, kernel in kernels.items()})
     opened = (*rows, *sequence, *partial)
     out, late = local(shard, specs, (P(partial, *token), P((*rows, *sequence))), opened)(
         x_BTD, ids_BTJ, weights_BTJ, kernels
@@ -114,8 +114,12 @@ def mixture(
     return jnp.sum(out, axis=0, dtype=out.dtype), lax.stop_gradient(jnp.sum(late))
 
 
-def _lies(name: str, kernel: Any) -> Any:
-    """How a kernel lies; a weight type says how each of its arrays does."""
+def kernel_specs(name: str, kernel: Any) -> Any:
+    """How a kernel of this name in SPECS lies on the mesh that is set; a weight type says how each of its arrays does.
+
+    Raises:
+      ValueError: a weight type of which a shard would hold too small a part.
+    """
     spec = SPECS[name.removesuffix(OTHER)]
     if not hasattr(kernel, 'local_specs'):
         return spec

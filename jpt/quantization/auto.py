@@ -73,8 +73,6 @@ def automatic(
     if any(pattern.startswith(NUMBERED) for pattern, _ in recipe):
         raise ValueError(f'auto: recipe {recipe}: expected patterns over all layers of a kind, without numbers')
     covered = chosen(model.params, recipe_of([(pattern, _given(name)) for pattern, name in recipe]))
-    if model.mesh is not None and model.mesh.shape.get('tensor', 1) > 1 and any('experts' in path for path in covered):
-        raise ValueError('auto: experts with tensor > 1: expected mesh.tensor=1, or a recipe that leaves experts out')
     groups = groups_by_layer(model.config, covered)
     weights = weights_of(model.params, covered)
     sensitivity: dict[str, list[float]] = {KEEP: [0.0] * len(groups)}

@@ -1,20 +1,23 @@
 """What is refused before a model is measured."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from jpt.kernels.expert_parallel import kernel_specs
 from jpt.model import Model
 from jpt.models.config import ModelConfig
 from jpt.quant.formats import Format
+from jpt.quant.tensors import quantize
 from jpt.quantization.inputs import weights_of
 from jpt.quantization.settings import CalibrationConfig, KVCache
 
 
 def check_measurable(model: Model, formats: Mapping[str, Format], how: CalibrationConfig) -> None:
-    """Raises ValueError for histograms of the inputs of experts, and where a weight holds NaN or infinities, which
-    codes would hide."""
+    """Raises ValueError for histograms of the inputs of experts, for formats of experts whose products shards of the
+    mesh cannot make alone, and where a weight holds NaN or infinities, which codes would hide."""
     for path, form in formats.items():
         if 'experts' in path.split('/') and form.takes_input_scale and how.inputs == 'percentile':
             raise ValueError(
@@ -22,8 +25,17 @@ def check_measurable(model: Model, formats: Mapping[str, Format], how: Calibrati
                 f'format whose inputs are rounded per token or block (fp8_channel_token, fp8_block), or not at all'
             )
     for path, weight in weights_of(model.params, formats).items():
+        if 'experts' in path.split('/'):
+            _check_shards(path.split('/')[-2], weight, formats[path])
         if not bool(_finite(weight)):
             raise ValueError(f'{path}: holds NaN or infinities: expected finite weights')
+
+
+def _check_shards(name: str, weight: jax.Array, form: Format) -> None:
+    """Raises ValueError where a shard would hold a part of what the product of experts [R, E, out, in] needs whole."""
+    one = jax.ShapeDtypeStruct(weight.shape[1:], weight.dtype)
+    scale = jax.ShapeDtypeStruct(weight.shape[1:2], jnp.float32) if form.takes_input_scale else None
+    kernel_specs(name, jax.eval_shape(partial(quantize, form=form), one, input_scale=scale))
 
 
 _finite = jax.jit(lambda weight: jnp.all(jnp.isfinite(weight)))

@@ -66,7 +66,7 @@ def with_tried(params: Any, tensors: Mapping[str, QTensor]) -> Any:
         if path not in tensors:
             return leaf
         repeats = leaf.shape[:1]
-        return Tried(leaf, tensors[path], np.zeros(repeats, bool), np.zeros(repeats, np.float32))
+        return Tried(leaf, tensors[path], np.zeros(repeats, bool), np.zeros(repeats, np.float32), leaf.shape[-1])
 
     return map_with_path(one, params, is_leaf=is_weight)
 

@@ -32,7 +32,7 @@ def test_the_score_is_the_change_of_the_output_weighed_by_its_gradient(grouped):
     rows = sizes.sum()
 
     def out(x, base, on, score):
-        kernel = Tried(base, quantize(base, FORM), on, score)
+        kernel = Tried(base, quantize(base, FORM), on, score, 32)
         return grouped_dot(x, kernel, jnp.asarray(sizes)) if grouped else dot(x, kernel)
 
     @jax.jit
@@ -54,7 +54,7 @@ def test_the_score_is_the_change_of_the_output_weighed_by_its_gradient(grouped):
 
 
 def test_a_tried_weight_stands_for_no_array():
-    tried = Tried(W[0], quantize(W[0], FORM), np.zeros((), bool), np.zeros((), np.float32))
+    tried = Tried(W[0], quantize(W[0], FORM), np.zeros((), bool), np.zeros((), np.float32), 32)
     assert (tried.shape, tried.ndim, tried.dtype) == (W[0].shape, 2, W.dtype)
     with pytest.raises(TypeError, match='of type Tried'):
         dense(tried)

@@ -22,6 +22,8 @@ from jpt.quantization.calibrated import calibrated_params
 from jpt.quantization.inputs import weights_of
 from jpt.quantization.sensitivity import by_gradient, by_kl, groups_by_layer
 from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig
+from jpt.sharding.mesh import MeshConfig, batch_shardings, make_mesh
+from jpt.sharding.rules import Rules, param_specs, shardings, units_of
 
 ALL = (('layers/**', 'int8'),)
 
@@ -90,6 +92,41 @@ def test_experts_of_a_layer_are_one_group():
         assert one.weights == 4 * 16 * 16 * (2 if 'gate' in one.name else 1)
         assert one.bits['nvfp4'] == 4 + 8 / 16 + 32 / 256  # a second scale for each expert
         assert 1 / 3 < other.sensitivity['nvfp4'] / one.sensitivity['nvfp4'] < 3
+
+
+DENSE = dataclasses.replace(CFG, vocab_size=32, segments=(Segment((LayerKind(mlp_width=32),), 4),))
+MIXED = ModelConfig(
+    'qwen3_moe', 32, 16, 4, 2, 4, (Segment((LayerKind(experts=True),), 2),), 32, experts=Experts(4, 2, 32)
+)
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'sizes', 'score'),
+    [
+        (DENSE, {'pipe': 2, 'data': 2, 'tensor': 2}, 'gradient'),
+        (MIXED, {'expert': 2, 'tensor': 2, 'fsdp': 2}, 'gradient'),
+        (MIXED, {'pipe': 2, 'tensor': 2, 'expert': 2}, 'kl'),
+    ],
+    ids=('stages', 'experts', 'experts tried'),
+)
+def test_sensitivities_do_not_depend_on_the_mesh(cfg, sizes, score):
+    """Shards of `tensor` have parts of what experts' down reads: the change that is squared is their sum."""
+    params, batch = jax.jit(init, static_argnums=0)(cfg, jax.random.key(0)), texts(8)
+    recipe, auto = (('layers/**', 'nvfp4'),), AutoConfig(('nvfp4', 'none'), 9, score)
+    wanted = automatic(Model(cfg, params), recipe, [batch], auto)
+    devices = make_mesh(MeshConfig(**sizes))
+    placed = jax.device_put(params, shardings(devices, param_specs(params, Rules(devices.shape, units_of(cfg)))))
+    batch = jax.device_put(batch, batch_shardings(devices, batch))
+    with jax.set_mesh(devices):
+        found = automatic(Model(cfg, placed, mesh=devices), recipe, [batch], auto)
+        if cfg is MIXED:  # a token's inputs lie on two shards
+            with pytest.raises(
+                ValueError, match=r"experts' down \(4, 16, 32\): its inputs lie on 2 shards .* tensor=1"
+            ):
+                automatic(Model(cfg, placed, mesh=devices), recipe, [], AutoConfig(('int8', 'none'), 9, score))
+    for one, other in zip(wanted.groups, found.groups, strict=True):
+        assert (other.name, other.chosen) == (one.name, one.chosen)
+        assert other.sensitivity['nvfp4'] == pytest.approx(one.sensitivity['nvfp4'], rel=1e-2)
 
 
 def test_a_recipe_names_layers_by_their_numbers():
