@@ -78,10 +78,11 @@ def main() -> None:
     parser.add_argument('--formats', nargs='+', default=['nvfp4', 'int4_weights'])
     parser.add_argument('--kinds', nargs='+', default=list(KINDS), choices=list(KINDS))
     parser.add_argument('--rate', type=float, default=2e-4, help='peak learning rate')
+    parser.add_argument('--measured', type=int, default=512, help='windows to take losses of; fewer say little')
     parser.add_argument('--workdir', type=Path, default=Path('out/qad'))
     options = parser.parse_args()
     on_cpu(options.workdir)
-    original, held_out = held_out_of(options)
+    original, held_out = held_out_of(argparse.Namespace(**{**vars(options), 'rows': options.measured}))
     base = measured('original', original, original, held_out)
     found: dict[str, Any] = {'original': base._asdict()}
     table = Table('model', 'loss', 'KL to the original', 'same top word, %', 'loss recovered', box=box.MARKDOWN)
