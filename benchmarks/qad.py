@@ -65,7 +65,7 @@ def rows_of(form: str, original: Model, held_out: list[Batch], options: argparse
     rows = [measured(form, made.model, original, held_out)]
     for kind, seed in product(options.kinds, range(options.seeds)):
         job = settings_of(kind, calibrated, seed, options)
-        trained = run_job(job, options.workdir / f'{kind}_{form}_{options.steps}_{seed}')
+        trained = run_job(job, options.workdir / f'{kind}_{form}_{options.steps}_{options.rate}_{seed}')
         rows.append(measured(f'{form}, {kind}, seed {seed}', trained, original, held_out))
     return rows
 

@@ -160,7 +160,7 @@ def _rows_of_whole_runs(M: int, sizes_E: jax.Array, block: int) -> jax.Array:
     E, whole_E = sizes_E.shape[0], -(-sizes_E // block) * block
     ends_E, whole_ends_E = jnp.cumsum(sizes_E), jnp.cumsum(whole_E)
     some = min(M, E)
-    place_R = jnp.arange(max(some + (M - some) // block, 1) * block)
+    place_R = jnp.arange((some + (M - some) // block) * block)
     group_R = jnp.searchsorted(whole_ends_E, place_R, side='right', method='compare_all')
     group_R = jnp.minimum(group_R, E - 1)
     from_R = place_R - (whole_ends_E - whole_E - (ends_E - sizes_E))[group_R]

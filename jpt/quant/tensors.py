@@ -125,10 +125,16 @@ def _check_whole(
                 f'{name} {shape}: blocks of {block} do not divide over {ways} shards of its axis {at}: '
                 f'expected {shape[at]} to be a multiple of {ways * block}'
             )
-    together = form.inputs == 'token' or (form.inputs == 'block' and form.scale == 'e4m3')
-    if together and dynamic and _ways(spec[-1], sizes) > 1:
+    ways = _ways(spec[-1], sizes)
+    if ways > 1 and form.inputs == 'block' and shape[-1] % (ways * form.input_block):
         raise ValueError(
-            f'{name} {shape}: its inputs lie on {_ways(spec[-1], sizes)} shards and have one scale per token: '
+            f'{name} {shape}: blocks of {form.input_block} inputs do not divide over {ways} shards: expected '
+            f'{shape[-1]} to be a multiple of {ways * form.input_block}'
+        )
+    together = form.inputs == 'token' or (form.inputs == 'block' and form.scale == 'e4m3')
+    if together and dynamic and ways > 1:
+        raise ValueError(
+            f'{name} {shape}: its inputs lie on {ways} shards and have one scale per token: '
             "expected a format with inputs='block', or tensor=1"
         )
 

@@ -14,7 +14,7 @@ from jpt.quant.recipes import KEEP, Given, Recipe, chosen, recipe_of
 from jpt.quantization.allocation import least
 from jpt.quantization.by_layer import NUMBERED
 from jpt.quantization.calibrated import calibrated_params
-from jpt.quantization.checks import check_measurable
+from jpt.quantization.checks import check_measurable, check_shards
 from jpt.quantization.inputs import weights_of
 from jpt.quantization.sensitivity import Group, by_gradient, by_kl, either, groups_by_layer
 from jpt.quantization.settings import AutoConfig, CalibrationConfig
@@ -105,13 +105,14 @@ def _given(name: str) -> Given:
 
 
 def fitting(weights: Mapping[str, Any], name: str) -> dict[str, Format]:
-    """The format by path, for the weights that it takes."""
+    """The format by path, for the weights that it takes on the mesh that is set."""
     found: dict[str, Format] = {}
     for path, weight in weights.items() if name != KEEP else ():
         ((_, form),) = recipe_of(name)
         assert form is not None
         try:
             form.check(weight.shape, path)
+            check_shards(path, weight, form)
         except ValueError:
             continue
         found[path] = form

@@ -25,17 +25,22 @@ def check_measurable(model: Model, formats: Mapping[str, Format], how: Calibrati
                 f'format whose inputs are rounded per token or block (fp8_channel_token, fp8_block), or not at all'
             )
     for path, weight in weights_of(model.params, formats).items():
-        if 'experts' in path.split('/'):
-            _check_shards(path.split('/')[-2], weight, formats[path])
+        check_shards(path, weight, formats[path])
         if not bool(_finite(weight)):
             raise ValueError(f'{path}: holds NaN or infinities: expected finite weights')
 
 
-def _check_shards(name: str, weight: jax.Array, form: Format) -> None:
-    """Raises ValueError where a shard would hold a part of what the product of experts [R, E, out, in] needs whole."""
+def check_shards(path: str, weight: jax.Array, form: Format) -> None:
+    """Raises ValueError where a shard of the mesh that is set would hold a part of what products of experts
+    [R, E, out, in] need whole. (Of other weights the compiler gathers what is needed.)"""
+    if 'experts' not in path.split('/'):
+        return
     one = jax.ShapeDtypeStruct(weight.shape[1:], weight.dtype)
     scale = jax.ShapeDtypeStruct(weight.shape[1:2], jnp.float32) if form.takes_input_scale else None
-    kernel_specs(name, jax.eval_shape(partial(quantize, form=form), one, input_scale=scale))
+    try:
+        kernel_specs(path.split('/')[-2], jax.eval_shape(partial(quantize, form=form), one, input_scale=scale))
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
 
 
 _finite = jax.jit(lambda weight: jnp.all(jnp.isfinite(weight)))

@@ -13,12 +13,13 @@ from jpt.model import Model
 from jpt.models.config import Experts, LayerKind, ModelConfig, Segment
 from jpt.models.splitting import places
 from jpt.models.transformer import init
-from jpt.quant.formats import FORMATS
+from jpt.quant.formats import FORMATS, Format
 from jpt.quant.recipes import chosen, recipe_of
 from jpt.quant.tensors import QTensor, dequantize
-from jpt.quantization.auto import automatic
+from jpt.quantization.auto import automatic, fitting
 from jpt.quantization.by_layer import by_layer
 from jpt.quantization.calibrated import calibrated_params
+from jpt.quantization.checks import check_measurable, check_shards
 from jpt.quantization.inputs import weights_of
 from jpt.quantization.sensitivity import by_gradient, by_kl, groups_by_layer
 from jpt.quantization.settings import AutoConfig, CalibrationConfig, QuantizeConfig
@@ -119,14 +120,25 @@ def test_sensitivities_do_not_depend_on_the_mesh(cfg, sizes, score):
     batch = jax.device_put(batch, batch_shardings(devices, batch))
     with jax.set_mesh(devices):
         found = automatic(Model(cfg, placed, mesh=devices), recipe, [batch], auto)
-        if cfg is MIXED:  # a token's inputs lie on two shards
-            with pytest.raises(
-                ValueError, match=r"experts' down \(4, 16, 32\): its inputs lie on 2 shards .* tensor=1"
-            ):
-                automatic(Model(cfg, placed, mesh=devices), recipe, [], AutoConfig(('int8', 'none'), 9, score))
     for one, other in zip(wanted.groups, found.groups, strict=True):
         assert (other.name, other.chosen) == (one.name, one.chosen)
         assert other.sensitivity['nvfp4'] == pytest.approx(one.sensitivity['nvfp4'], rel=1e-2)
+
+
+def test_what_shards_of_experts_cannot_multiply_is_left_out():
+    """A token's inputs lie on two shards of `tensor`, and half of 32 is no block of 32."""
+    model = Model(MIXED, jax.jit(init, static_argnums=0)(MIXED, jax.random.key(0)))
+    weights = weights_of(model.params, chosen(model.params, recipe_of([('layers/*/mlp/experts/**', 'int8')])))
+    gate, up, down = (f'layers/0.0/mlp/experts/{name}/kernel' for name in ('gate', 'up', 'down'))
+    assert set(fitting(weights, 'int8')) == set(fitting(weights, 'nvfp4')) == {gate, up, down}
+    blocks = Format('int8', 1, inputs='block', input_columns=32)
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=2, expert=4))):
+        assert set(fitting(weights, 'int8')) == {gate, up}
+        assert set(fitting(weights, 'nvfp4')) == {gate, up, down}
+        with pytest.raises(ValueError, match=rf'{down}: .* lie on 2 shards .* tensor=1'):
+            check_measurable(model, {up: FORMATS['int8'], down: FORMATS['int8']}, CalibrationConfig())
+        with pytest.raises(ValueError, match=r'blocks of 32 inputs .* expected 32 to be a multiple of 64'):
+            check_shards(down, weights[down], blocks)
 
 
 def test_a_recipe_names_layers_by_their_numbers():
