@@ -172,7 +172,7 @@ def grouped_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
         yield Case(name, draw, runs, reference, operations, moved, torch_shape=(M, N, K), groups=E)
 
 
-def group_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+def by_group_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
     """Rows of each group added up, groups of one size: XLA's products are then those of a batch of matrices."""
 
     def batched(a: jax.Array, b: jax.Array, groups: int) -> jax.Array:
@@ -322,7 +322,7 @@ def cases(tiny: bool) -> Iterator[Case]:
     yield from quantize_cases([(32, 256)] if tiny else QUANTIZE)
     yield from product_cases([(32, 256, 256)] if tiny else PRODUCTS)
     yield from grouped_cases([(32, 256, 256, 4)] if tiny else GROUPED)
-    yield from group_cases([(64, 96, 1024, 4)] if tiny else BY_GROUP)
+    yield from by_group_cases([(64, 96, 1024, 4)] if tiny else BY_GROUP)
     yield from expert_cases([(64, 96, 1024, 4)] if tiny else BY_GROUP)
     yield from weight_only_cases([(4, 256, 256)] if tiny else WEIGHT_ONLY)
 

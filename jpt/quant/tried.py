@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -52,55 +51,35 @@ class Tried(Alike):
         return dataclasses.replace(self, **parts)
 
 
-def tried_dot(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> jax.Array:
-    """x [..., in] times a kernel [out, in]; with `sizes_E` rows by group, see `dot.grouped_dot`."""
-    summed = kernel.inputs > kernel.shape[-1]
-    return _product(summed, x, kernel.base, kernel.other, kernel.on, kernel.score, sizes_E)
-
-
-def _as_it_is(x: jax.Array, base: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
-    return plain_product(x, base.astype(x.dtype), sizes_E)
+def _as_it_is(x: jax.Array, base: Array, sizes_E: jax.Array | None) -> jax.Array:
+    return plain_product(x, jnp.asarray(base).astype(x.dtype), sizes_E)
 
 
 def _instead(x: jax.Array, other: QTensor, sizes_E: jax.Array | None) -> jax.Array:
     return quantized_dot(x, other) if sizes_E is None else quantized_grouped_dot(x, other, sizes_E)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(
-    summed: bool,
-    x: jax.Array,
-    base: jax.Array,
-    other: QTensor,
-    on: jax.Array,
-    score: jax.Array,
-    sizes_E: jax.Array | None,
-) -> jax.Array:
-    del summed, score
-    return jax.lax.cond(on, lambda: _instead(x, other, sizes_E), lambda: _as_it_is(x, base, sizes_E))
+@jax.custom_vjp
+def tried_dot(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> jax.Array:
+    """x [..., in] times a kernel [out, in]; with `sizes_E` rows by group, see `dot.grouped_dot`."""
+    return jax.lax.cond(
+        kernel.on, lambda: _instead(x, kernel.other, sizes_E), lambda: _as_it_is(x, kernel.base, sizes_E)
+    )
 
 
-def _product_fwd(
-    summed: bool,
-    x: jax.Array,
-    base: jax.Array,
-    other: QTensor,
-    on: jax.Array,
-    score: jax.Array,
-    sizes_E: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-    return _product(summed, x, base, other, on, score, sizes_E), (x, base, other, sizes_E)
+def _forward(x: jax.Array, kernel: Tried, sizes_E: jax.Array | None = None) -> tuple[jax.Array, Any]:
+    return tried_dot(x, kernel, sizes_E), (x, kernel, sizes_E)
 
 
-def _product_bwd(summed: bool, residuals: Any, dy: jax.Array) -> tuple[jax.Array, None, None, None, jax.Array, None]:
+def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, Any, None]:
     """The gradient of x through the weight as it is, and what stands for that of the score."""
-    x, base, other, sizes_E = residuals
-    y, pull = jax.vjp(lambda x: _as_it_is(x, base, sizes_E), x)
-    over = [TENSOR] if summed else []
-    changed = psum((_instead(x, other, sizes_E) - y).astype(jnp.float32), over)
+    x, kernel, sizes_E = residuals
+    y, pull = jax.vjp(lambda x: _as_it_is(x, kernel.base, sizes_E), x)
+    over = [TENSOR] if kernel.inputs > kernel.shape[-1] else []
+    changed = psum((_instead(x, kernel.other, sizes_E) - y).astype(jnp.float32), over)
     # All shards of a sum have the same score, and theirs are added up.
     score = jnp.sum(jnp.square(dy.astype(jnp.float32) * changed)) / axis_size(over)
-    return pull(dy)[0], None, None, None, score, None
+    return pull(dy)[0], dataclasses.replace(kernel, base=None, other=None, on=None, score=score), None
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+tried_dot.defvjp(_forward, _backward)
